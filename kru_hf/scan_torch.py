@@ -44,7 +44,7 @@ def kron_backward(groups: Sequence[Tensor], x: Tensor, grad: Tensor) -> list[Ten
         left, right = math.prod(sizes[:index]), math.prod(sizes[index + 1 :])
         x = x.reshape(-1, left, sizes[index], right)  # (M, L, Q, R)
         stages.append(x)
-        x = groups[index] @ x  # (M, L, P, R)
+        x = (x.mT @ groups[index].mT).mT  # (M, L, P, R)
         sizes[index] = shapes[index][0]
     result: list[Tensor] = [x] * len(groups)
     for index, stage in zip(reversed(order), reversed(stages), strict=True):
@@ -52,7 +52,7 @@ def kron_backward(groups: Sequence[Tensor], x: Tensor, grad: Tensor) -> list[Ten
         grad = grad.reshape(-1, left, shapes[index][0], right)  # (M, L, P, R)
         rows_first = grad.movedim(2, 0).flatten(1)  # (P, M·L·R)
         result[index] = rows_first @ stage.movedim(2, 0).flatten(1).mH  # (P, Q)
-        grad = groups[index].mH @ grad  # (M, L, Q, R)
+        grad = (grad.mT @ groups[index].conj()).mT  # (M, L, Q, R)
     return result
 
 
