@@ -20,13 +20,14 @@ from torch import Tensor
 
 __all__ = ["is_available", "kru_scan_cpu", "supports", "unavailable_reason"]
 
-ABI = 1  # KRU_ABI in native/kru_scan.c
+ABI = 2  # KRU_ABI in native/kru_scan.c
 MAX_FACTORS = 64  # KRU_MAX_FACTORS in native/kru_plan.h
 # Chunks of the batch that threads share out and whose weight gradients are summed in order. Depends on shapes alone, so
 # results do not depend on the number of threads.
 MAX_CHUNKS = 32
 # Estimated vector operations (about 0.4 ns each) below which waking other threads costs more than it saves.
 THREADS_FROM = 250_000
+HUGE_FROM = 8 << 20  # bytes of an output from which huge pages are asked for
 _lanes: int | None = None  # vector lanes a plan uses; None: the processor's widest
 
 
@@ -78,6 +79,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             ("kru_pack", ctypes.c_int, [pointer, pointer, pointer]),
             ("kru_forward", ctypes.c_int, [pointer, pointer]),
             ("kru_backward", ctypes.c_int, [pointer, pointer]),
+            ("kru_advise", None, [pointer, count]),
             ("kru_reduce", ctypes.c_int, [pointer, pointer, count, pointer, pointer, pointer]),
         ):
             function = getattr(library, name)
@@ -114,10 +116,9 @@ class _Plan:
     """Merged stages, their order and kernels, for factors of given shapes; owns the C object."""
 
     def __init__(self, shapes: tuple[tuple[int, int], ...], lanes: int) -> None:
-        sizes = (ctypes.c_int64 * len(shapes)) * 2
+        sizes = ctypes.c_int64 * len(shapes)
         rows, columns = zip(*shapes, strict=True)
-        both = sizes(rows, columns)
-        self.handle = _library.kru_plan_new(len(shapes), both[0], both[1], lanes)
+        self.handle = _library.kru_plan_new(len(shapes), sizes(*rows), sizes(*columns), lanes)
         if not self.handle:
             raise MemoryError(f"no plan for {len(shapes)} factors (at most {MAX_FACTORS}) with {lanes} lanes")
         weakref.finalize(self, _library.kru_plan_free, self.handle).atexit = False
@@ -168,8 +169,8 @@ def _run(call: Callable[[int, object], int], plan: _Plan, args: _Args, work: flo
                 _pool, _pool_size = ThreadPoolExecutor(threads - 1, "kru_scan"), threads - 1
             helpers = [_pool.submit(call, plan.handle, reference) for _ in range(threads - 1)]
     status = call(plan.handle, reference)
-    # All of them have to end before the tensors may go, whatever their results.
-    if any([helper.result() for helper in helpers]) or status:
+    results = [helper.result() for helper in helpers]  # all of them have to end before the tensors may go
+    if any(results) or status:
         raise MemoryError("the native engine could not allocate its workspace")
 
 
@@ -180,8 +181,19 @@ def _chunks(plan: _Plan, batch: int, length: int, units: int) -> int:
     return max(min(chunks, affordable), min(chunks, 4))
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _fresh(*size: int) -> Tensor:
+    """An uninitialised float32 tensor, on huge pages if it is large and the system has them."""
+    tensor = torch.empty(size, dtype=torch.float32)
+    if (count := tensor.nbytes) >= HUGE_FROM:
+        _library.kru_advise(tensor.data_ptr(), count)
+    return tensor
+
+
+def _point(args: _Args, **tensors: Tensor | None) -> None:
+    """Set pointers of ``args``; the caller keeps the tensors alive."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(args, name, tensor.data_ptr())
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -193,7 +205,7 @@ def _prepare(factors: Sequence[Tensor]) -> tuple[_Plan, list[Tensor], ctypes.Arr
     plan = _plan_for(tuple([(factor.shape[1], factor.shape[2]) for factor in factors]), _lanes)
     kept = [factor.contiguous() for factor in factors]  # (2, P, Q) each
     pointers = plan.pointers(*[factor.data_ptr() for factor in kept])
-    packed = torch.empty(plan.packed, dtype=torch.float32)
+    packed = _fresh(plan.packed)
     if _library.kru_pack(plan.handle, pointers, packed.data_ptr()):
         raise MemoryError("the native engine could not allocate its workspace")
     return plan, kept, pointers, packed
@@ -210,21 +222,12 @@ def _forward(
     batch, length, _, units = inputs.shape
     plan, _, _, packed = _prepare(factors)
     inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
-    states = torch.empty(batch, length, 2, units)  # (B, T, 2, N)
-    final_state = torch.empty(batch, 2, units)  # (B, 2, N)
-    args = _Args(
-        B=batch,
-        T=length,
-        modrelu=modrelu,
-        chunks=min(-(-batch // plan.group), 4 * MAX_CHUNKS),
-        packed=packed.data_ptr(),
-        inputs=inputs.data_ptr(),
-        bias=_address(bias),
-        initial_state=_address(initial_state),
-        mask=_address(mask),
-        states=states.data_ptr(),
-        final_state=final_state.data_ptr(),
-    )
+    states = _fresh(batch, length, 2, units)  # (B, T, 2, N)
+    final_state = _fresh(batch, 2, units)  # (B, 2, N)
+    chunks = min(-(-batch // plan.group), 4 * MAX_CHUNKS)
+    args = _Args(batch, length, modrelu, chunks)
+    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask)
+    _point(args, states=states, final_state=final_state)
     _run(_library.kru_forward, plan, args, plan.work * batch * length)
     return states, final_state
 
@@ -249,28 +252,14 @@ def _backward(
     d_states, d_final, states = _dense(d_states), _dense(d_final), states.contiguous()
     inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
     chunks = _chunks(plan, batch, length, units)
-    chunk_grads = torch.empty(chunks, plan.dense + units)
-    d_inputs = torch.empty(batch, length, 2, units)  # (B, T, 2, N)
-    d_initial = torch.empty(batch, 2, units)  # (B, 2, N)
-    d_factors = torch.empty(sum(factor.numel() for factor in kept))
-    d_bias = torch.empty(units)  # (N,)
-    args = _Args(
-        B=batch,
-        T=length,
-        modrelu=modrelu,
-        chunks=chunks,
-        packed=packed.data_ptr(),
-        inputs=inputs.data_ptr(),
-        bias=_address(bias),
-        initial_state=_address(initial_state),
-        mask=_address(mask),
-        states=states.data_ptr(),
-        d_states=_address(d_states),
-        d_final=_address(d_final),
-        d_inputs=d_inputs.data_ptr(),
-        d_initial=d_initial.data_ptr(),
-        chunk_grads=chunk_grads.data_ptr(),
-    )
+    chunk_grads = _fresh(chunks, plan.dense + units)
+    d_inputs = _fresh(batch, length, 2, units)  # (B, T, 2, N)
+    d_initial = _fresh(batch, 2, units)  # (B, 2, N)
+    d_factors = _fresh(sum(factor.numel() for factor in kept))
+    d_bias = _fresh(units)  # (N,)
+    args = _Args(batch, length, modrelu, chunks)
+    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
+    _point(args, d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
     _run(_library.kru_backward, plan, args, 4 * plan.work * batch * length)
     places = plan.pointers(*[piece.data_ptr() for piece in _split(d_factors, kept)])
     if _library.kru_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()):
@@ -298,7 +287,7 @@ if __name__.startswith("kru_hf."):
         return _forward(inputs, factors, bias, initial_state, mask, modrelu)
 
     @_scan_op.register_fake
-    def _(inputs, factors, bias, initial_state, mask, modrelu):  # noqa: ANN001, ANN202
+    def _(inputs, factors, bias, initial_state, mask, modrelu):
         batch, length, _, units = inputs.shape
         return inputs.new_empty(batch, length, 2, units), inputs.new_empty(batch, 2, units)
 
@@ -317,7 +306,7 @@ if __name__.startswith("kru_hf."):
         return _backward(d_states, d_final, inputs, factors, bias, initial_state, mask, states, modrelu)
 
     @_scan_backward_op.register_fake
-    def _(d_states, d_final, inputs, factors, bias, initial_state, mask, states, modrelu):  # noqa: ANN001, ANN202
+    def _(d_states, d_final, inputs, factors, bias, initial_state, mask, states, modrelu):
         batch, length, _, units = inputs.shape
         return (
             inputs.new_empty(batch, length, 2, units),
@@ -326,13 +315,13 @@ if __name__.startswith("kru_hf."):
             inputs.new_empty(batch, 2, units),
         )
 
-    def _setup(ctx, inputs, output) -> None:  # noqa: ANN001
+    def _setup(ctx, inputs, output) -> None:
         u, factors, bias, initial_state, mask, modrelu = inputs
         ctx.set_materialize_grads(False)
         ctx.modrelu = modrelu
         ctx.save_for_backward(u, bias, initial_state, mask, output[0], *factors)
 
-    def _op_gradient(ctx, d_states, d_final):  # noqa: ANN001, ANN202
+    def _op_gradient(ctx, d_states, d_final):
         inputs, bias, initial_state, mask, states, *factors = ctx.saved_tensors
         if d_states is None and d_final is None:
             return None, [None] * len(factors), None, None, None, None
@@ -350,7 +339,7 @@ else:
         """The same for code that was loaded from a model's repository."""
 
         @staticmethod
-        def forward(ctx, inputs, bias, initial_state, mask, modrelu, *factors):  # noqa: ANN001, ANN205
+        def forward(ctx, inputs, bias, initial_state, mask, modrelu, *factors):
             states, final_state = _forward(inputs, factors, bias, initial_state, mask, modrelu)
             ctx.set_materialize_grads(False)
             ctx.modrelu = modrelu
@@ -359,7 +348,7 @@ else:
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, d_states, d_final):  # noqa: ANN001, ANN205
+        def backward(ctx, d_states, d_final):
             inputs, bias, initial_state, mask, states, *factors = ctx.saved_tensors
             if d_states is None and d_final is None:
                 return (None,) * (5 + len(factors))
@@ -369,7 +358,7 @@ else:
             d_initial = None if initial_state is None else d_initial
             return d_inputs, d_bias, d_initial, None, None, *_split(row, factors)
 
-    def _differentiable(inputs, factors, bias, initial_state, mask, modrelu):  # noqa: ANN001, ANN202
+    def _differentiable(inputs, factors, bias, initial_state, mask, modrelu):
         return _Scan.apply(inputs, bias, initial_state, mask, modrelu, *factors)
 
 
@@ -401,13 +390,8 @@ def kru_scan_cpu(
     if _reason is not None:
         raise RuntimeError(f"the native CPU engine is not available: {_reason}")
     modrelu = activation == "modrelu"
-    if torch.compiler.is_compiling() or type(inputs) is not Tensor:
-        return _differentiable(inputs, list(factors), bias, initial_state, mask, modrelu)
-    if torch.is_grad_enabled() and (
-        inputs.requires_grad
-        or bias.requires_grad
-        or (initial_state is not None and initial_state.requires_grad)
-        or any(factor.requires_grad for factor in factors)
-    ):
-        return _differentiable(inputs, list(factors), bias, initial_state, mask, modrelu)
-    return _forward(inputs, factors, bias, initial_state, mask, modrelu)  # generation: no dispatcher in the way
+    leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
+    plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
+    if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
+        return _forward(inputs, factors, bias, initial_state, mask, modrelu)  # generation: no dispatcher in the way
+    return _differentiable(inputs, list(factors), bias, initial_state, mask, modrelu)

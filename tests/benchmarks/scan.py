@@ -1,0 +1,214 @@
+"""Cost of the recurrence against nn.RNN, nn.LSTM and the other engines, as ratios measured in one run.
+
+    python tests/benchmarks/scan.py [--json out.json] [--plot out.png] [--cases S1 S3] [--repeats 7] [--growth]
+
+Every case gives all contenders the same number of units, batch and length, runs them in turn (so that whatever else
+the machine does hits all alike) and prints medians. Inputs of ours are U x_t (B, T, 2, N), those of nn.RNN and nn.LSTM
+are N real features, as wide as their state.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import kru_hf
+from kru_hf.kronecker import random_unitary
+
+# name: B, T, N, factor sizes, whether the backward is measured too
+CASES = {
+    "S1": (128, 100, 512, [2] * 9, True),
+    "S2": (32, 100, 2048, [2] * 11, True),
+    "S3 7·8·9": (128, 100, 504, [7, 8, 9], True),
+    "S3 8·8·8": (128, 100, 512, [8, 8, 8], True),
+    "S4": (128, 100, 512, [16, 32], True),
+    "S5": (17, 100, 480, [3, 5, 32], True),
+    "S6": (1, 1000, 512, [2] * 9, False),
+    "3·137": (128, 100, 411, [3, 137], True),
+}
+# Ratios that issue "The recurrence at hardware speed" asks for: (against nn.LSTM, against nn.RNN).
+TARGETS = {
+    "S1": (8, 1.5),
+    "S2": (20, 7),
+    "S3 7·8·9": (4, 0.8),
+    "S3 8·8·8": (4, 0.8),
+    "S4": (3, 0.6),
+    "S5": (4, 1),
+    "S6": (20, 5),
+}
+GPU_CASE = (16, 1024, 512, [2] * 9)
+
+
+def make_scan(
+    backend: str, batch: int, length: int, units: int, sizes: list[int], backward: bool, device: str
+) -> Callable:
+    """A function that runs one step of ours on its own tensors."""
+    factors = [random_unitary(size, size).to(device).requires_grad_(backward) for size in sizes]  # (2, P, P)
+    inputs = torch.randn(batch, length, 2, units, device=device).mul_(0.1).requires_grad_(backward)  # (B, T, 2, N)
+    bias = torch.full((units,), -0.01, device=device).requires_grad_(backward)  # (N,)
+    grad = torch.randn(batch, length, 2, units, device=device)  # (B, T, 2, N)
+
+    def step() -> None:
+        with torch.set_grad_enabled(backward):
+            states, _ = kru_hf.kru_scan(inputs, factors, bias, backend=backend)
+        if backward:
+            torch.autograd.grad(states, [inputs, bias, *factors], grad)
+
+    return step
+
+
+def make_torch_nn(kind: type, batch: int, length: int, units: int, backward: bool, device: str) -> Callable:
+    """The same for nn.RNN or nn.LSTM of as many units."""
+    module = kind(units, units, batch_first=True).to(device)
+    inputs = torch.randn(batch, length, units, device=device).mul_(0.1).requires_grad_(backward)  # (B, T, N)
+    grad = torch.randn(batch, length, units, device=device)  # (B, T, N)
+
+    def step() -> None:
+        with torch.set_grad_enabled(backward):
+            states: Tensor = module(inputs)[0]
+        if backward:
+            torch.autograd.grad(states, [inputs, *module.parameters()], grad)
+
+    return step
+
+
+def measure(steps: dict[str, Callable], repeats: int, device: str, once: tuple[str, ...] = ()) -> dict[str, float]:
+    """Median milliseconds of each, run in turn; those in ``once`` run a single time after nothing but themselves."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):  # the first round warms up
+        for name, step in steps.items():
+            if name in once and repeat != 1:
+                continue
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def run_case(name: str, repeats: int, slow: bool) -> dict:
+    batch, length, units, sizes, backward = CASES[name]
+    steps = {
+        "kru": make_scan("auto", batch, length, units, sizes, backward, "cpu"),
+        "rnn": make_torch_nn(nn.RNN, batch, length, units, backward, "cpu"),
+        "lstm": make_torch_nn(nn.LSTM, batch, length, units, backward, "cpu"),
+    }
+    if slow:
+        steps["torch engine"] = make_scan("torch", batch, length, units, sizes, backward, "cpu")
+        steps["reference"] = make_scan("reference", batch, length, units, sizes, backward, "cpu")
+    times = measure(steps, repeats, "cpu", ("torch engine", "reference"))
+    return {
+        "case": name,
+        "shape": f"{batch}, {length}, {units}",
+        "ms": times,
+        "faster_than": {other: times[other] / times["kru"] for other in times if other != "kru"},
+        "target": TARGETS.get(name),
+    }
+
+
+def run_gpu(repeats: int) -> dict | None:
+    """The GPU case, or None where there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    batch, length, units, sizes = GPU_CASE
+    result = {}
+    for backward in (False, True):
+        steps = {
+            "kru": make_scan("auto", batch, length, units, sizes, backward, "cuda"),
+            "lstm": make_torch_nn(nn.LSTM, batch, length, units, backward, "cuda"),
+            "reference": make_scan("reference", batch, length, units, sizes, backward, "cuda"),
+        }
+        times = measure(steps, repeats, "cuda", ("reference",))
+        result["forward+backward" if backward else "forward"] = {
+            "microseconds_a_step": {name: 1e3 * value / length for name, value in times.items()},
+            "faster_than": {other: times[other] / times["kru"] for other in times if other != "kru"},
+        }
+    return {"device": torch.cuda.get_device_name(), "shape": f"{batch}, {length}, {units}", **result}
+
+
+def run_growth(repeats: int) -> dict[str, dict[int, float]]:
+    """Milliseconds of forward + backward against N (B=16, T=20), T (N=512, B=16) and B (N=512, T=100), 2x2 factors."""
+
+    def cost(batch: int, length: int, bits: int) -> float:
+        step = make_scan("auto", batch, length, 2**bits, [2] * bits, True, "cpu")
+        return measure({"kru": step}, repeats, "cpu")["kru"]
+
+    return {
+        "N": {2**bits: cost(16, 20, bits) for bits in range(8, 17)},
+        "T": {length: cost(16, length, 9) for length in (10, 30, 100, 300, 1000)},
+        "B": {batch: cost(batch, 100, 9) for batch in (1, 2, 4, 8, 17, 32, 64, 128)},
+    }
+
+
+def plot(growth: dict[str, dict[int, float]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for panel, (axis, values) in zip(panels, growth.items(), strict=True):
+        sizes, costs = list(values), list(values.values())
+        ideal = [n * math.log2(n) if axis == "N" else n for n in sizes]
+        panel.loglog(sizes, costs, "o-", label="measured")
+        panel.loglog(
+            sizes, [costs[0] * i / ideal[0] for i in ideal], "--", label="N log N" if axis == "N" else "linear"
+        )
+        panel.set(xlabel=axis, ylabel="ms, forward + backward", title=f"Cost against {axis}, 2×2 factors")
+        panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="*", default=list(CASES), help=f"among {', '.join(CASES)}")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds whose median is taken")
+    parser.add_argument("--fast", action="store_true", help="leave out the torch engine and the reference")
+    parser.add_argument("--growth", action="store_true", help="also measure growth in N, T and B")
+    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--plot", help="write a PNG of cost against N, T and B here (implies --growth)")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(kru_hf.scan_backend_report())
+    print(f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}\n")
+    heads = " ".join(f"{head:>8}" for head in ("ms", "x RNN", "x LSTM", "x torch", "x ref."))
+    print(f"{'case':10} {'B, T, N':>15} {heads}   wanted: RNN, LSTM")
+    results: dict = {"cases": [], "gpu": None, "growth": None}
+    for name in CASES:
+        if not any(name.startswith(wanted) for wanted in options.cases):
+            continue
+        case = run_case(name, options.repeats, not options.fast)
+        results["cases"].append(case)
+        ratio = [case["faster_than"].get(other) for other in ("rnn", "lstm", "torch engine", "reference")]
+        cells = " ".join(f"{value:8.1f}" if value else f"{'-':>8}" for value in ratio)
+        target = f"{case['target'][1]}, {case['target'][0]}" if case["target"] else "-"
+        print(f"{name:10} {case['shape']:>15} {case['ms']['kru']:8.1f} {cells}   {target}", flush=True)
+    results["gpu"] = run_gpu(options.repeats)
+    print("\nGPU:", json.dumps(results["gpu"], indent=1) if results["gpu"] else "not measured (no CUDA device)")
+    if options.growth or options.plot:
+        results["growth"] = run_growth(options.repeats)
+        for axis, values in results["growth"].items():
+            print(f"ms against {axis}:", ", ".join(f"{size}: {value:.1f}" for size, value in values.items()))
+        costs = results["growth"]["N"]
+        first, last = min(costs), max(costs)
+        excess = costs[last] / costs[first] / (last * math.log2(last) / (first * math.log2(first)))
+        print(f"growth over N log N from {first} to {last}: {excess:.2f} (at most 1.5)")
+    if options.plot:
+        plot(results["growth"], options.plot)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
