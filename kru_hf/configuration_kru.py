@@ -12,7 +12,9 @@ from .kronecker import plan_factor_shapes
 
 logger = logging.getLogger(__name__)
 
-CELL_TYPES = ("kru",)
+# cell_type: planes of width N that the cell takes as input, and that it gives as features.
+CELL_PLANES = {"kru": (2, 2), "kru_lstm": (4, 1), "kru_gru": (3, 1)}
+CELL_TYPES = tuple(CELL_PLANES)
 WIRINGS = ("residual", "plain")
 ACTIVATIONS = ("modrelu", "identity")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
@@ -44,20 +46,22 @@ class KRUConfig(PreTrainedConfig):
         factor_shapes: [[P_0, Q_0], …] with ∏ P_f = ∏ Q_f = N. Default: planned from ``factor_size``. A non-square
             factor makes the recurrent matrix a partial isometry at best, never unitary.
         factor_size: wanted size of square factors, from which ``factor_shapes`` is planned (8); stored as shapes.
-        cell_type: "kru", the paper's complex recurrence.
+        cell_type: "kru", the paper's complex recurrence; "kru_lstm" or "kru_gru", gated cells of N real units, a set
+            of real factors a gate and no soft unitary penalty.
         num_hidden_layers: recurrent layers; 1 with the plain wiring (default there), 2 by default otherwise.
-        hidden_size: D, width of the real features between layers (128 by default); 2·N with the plain wiring.
+        hidden_size: D, width of the real features between layers (128 by default); 2·N if plain (N for gated cells).
         wiring: "residual" (pre-norm blocks D → 2N → scan → D) or "plain" (the paper's network in one layer: the
             embedding is the input map U, the head reads [Re h; Im h]).
         io_rank: None for full-rank input and readout maps, else their rank: both pass through that width.
         readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
-        recurrent_init_scale: spectral norm of W at the start; each factor gets its F-th root.
+        recurrent_init_scale: spectral norm of W at the start (0.95; gated 0.7); each factor gets its F-th root.
         bias_init: modReLU's b at the start.
         input_scale: standard deviation of the input map at the start.
         activation: "modrelu" or "identity" (the linear network).
         input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
             the residual branches.
-        unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss.
+        unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
+            1.5 on text and gradients through carried state explode within 500 steps; 0.1 holds it near 1.1.
         train_factors: False freezes W at its random unitary start (the paper's copy-memory setting).
         scan_backend: engine of the recurrence, see ``kru_hf.scan_backend_report()``.
         input_size: width of continuous frames given as ``input_values``; None for token ids alone.
@@ -69,7 +73,7 @@ class KRUConfig(PreTrainedConfig):
     """
 
     model_type = "kru"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "unitary_loss"]
 
     vocab_size: int = 256
     state_size: int | None = None
@@ -81,14 +85,14 @@ class KRUConfig(PreTrainedConfig):
     wiring: str = "residual"
     io_rank: int | None = None
     readout_norm: bool = True
-    recurrent_init_scale: float | int = 0.95
+    recurrent_init_scale: float | int | None = None
     bias_init: float | int = -0.1
     input_scale: float | int = 0.1
     activation: str = "modrelu"
     input_dropout: float | int = 0.0
     state_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
-    unitary_loss_coef: float | int = 1e-3
+    unitary_loss_coef: float | int = 0.1
     train_factors: bool = True
     scan_backend: str = "auto"
     input_size: int | None = None
@@ -108,8 +112,12 @@ class KRUConfig(PreTrainedConfig):
         if self.num_hidden_layers is None:
             self.num_hidden_layers = 1 if plain else 2
         if self.hidden_size is None:
-            self.hidden_size = 2 * int(self.state_size or 0) if plain else 128
+            self.hidden_size = self.feature_planes * int(self.state_size or 0) if plain else 128
+        if self.recurrent_init_scale is None:
+            self.recurrent_init_scale = 0.7 if self.gated else 0.95
         super().__post_init__(**kwargs)
+        if self.architectures is None:
+            self.architectures = []  # AutoModel looks here for which of two classes a folder holds
 
     def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
         """A misspelt option would otherwise become an attribute that nothing reads."""
@@ -140,7 +148,8 @@ class KRUConfig(PreTrainedConfig):
         else:
             if self.state_size is None:
                 self.state_size = 504
-            self.factor_shapes = plan_factor_shapes(self.state_size, self.factor_size or 8)
+            size = 8 if self.factor_size is None else self.factor_size
+            self.factor_shapes = plan_factor_shapes(self.state_size, size)
             self.factor_size = None
         rows = math.prod(p for p, _ in self.factor_shapes)
         columns = math.prod(q for _, q in self.factor_shapes)
@@ -159,8 +168,26 @@ class KRUConfig(PreTrainedConfig):
 
     @property
     def embedding_size(self) -> int:
-        """Width of the token embedding: r with low-rank plain maps, else D."""
+        """Width of the token embedding: with the plain wiring that of U x or of its low-rank map, else D."""
+        if self.wiring != "plain":
+            return int(self.hidden_size or 0)
+        planes, _ = CELL_PLANES.get(self.cell_type, (2, 2))
+        return self.io_rank if self.io_rank is not None else planes * int(self.state_size or 0)
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what the body returns and a head reads: r with low-rank plain maps, else D."""
         return self.io_rank if self.wiring == "plain" and self.io_rank is not None else int(self.hidden_size or 0)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the cell is gated: real factors, no penalty."""
+        return self.cell_type in ("kru_lstm", "kru_gru")
+
+    @property
+    def feature_planes(self) -> int:
+        """Width of the cell's features in multiples of N."""
+        return CELL_PLANES.get(self.cell_type, (2, 2))[1]
 
     def validate_layer_type(self) -> None:
         """The stock check knows attention layers only; ``layer_types`` is computed here and always right."""
@@ -191,13 +218,21 @@ class KRUConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be non-negative and finite, got {getattr(self, name)}")
         if not math.isfinite(self.bias_init):
             raise ValueError(f"bias_init must be finite, got {self.bias_init}")
+        if self.gated and self.activation != "modrelu":
+            raise ValueError(f"activation of a gated cell must stay 'modrelu' (unused), got {self.activation!r}")
+        if self.tie_word_embeddings and self.embedding_size != self.feature_size:
+            raise ValueError(
+                f"tie_word_embeddings needs an embedding as wide as what the head reads, got {self.embedding_size} and "
+                f"{self.feature_size}: set io_rank, or wiring 'residual'"
+            )
         if self.wiring == "plain":
             if self.num_hidden_layers != 1:
                 raise ValueError(
                     f"wiring 'plain' is one layer: num_hidden_layers must be 1, got {self.num_hidden_layers}"
                 )
-            if self.hidden_size != 2 * int(self.state_size or 0):
+            width = self.feature_planes * int(self.state_size or 0)
+            if self.hidden_size != width:
                 raise ValueError(
-                    f"wiring 'plain' has hidden_size = 2 * state_size = {2 * int(self.state_size or 0)}, "
+                    f"wiring 'plain' has hidden_size = {self.feature_planes} * state_size = {width}, "
                     f"got {self.hidden_size}"
                 )

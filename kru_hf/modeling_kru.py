@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_kru import KRUCache, KRUCacheLayer, initial_state
 from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
+from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
 from .readout import normed_linear
 
 
@@ -56,8 +57,16 @@ def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear
     return module
 
 
-def build_recurrence(config: KRUConfig) -> KRURecurrence:
+def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
     """The cell that ``config.cell_type`` names."""
+    if config.gated:
+        cell_class = KRULSTMRecurrence if config.cell_type == "kru_lstm" else KRUGRURecurrence
+        return cell_class(
+            config.factor_shapes,
+            init_scale=config.recurrent_init_scale,
+            train_factors=config.train_factors,
+            backend=config.scan_backend,
+        )
     return KRURecurrence(
         config.factor_shapes,
         activation=config.activation,
@@ -115,7 +124,9 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         inputs = self.input_dropout(self.in_proj(x)).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
         states, final = cell(inputs, state, mask)  # (B, T, 2, N), (B, 2, N)
         features = self.state_dropout(states.flatten(-2)).to(x.dtype)  # (B, T, 2N)
-        read = normed_linear(features, self.out_proj.weight, None, self.epsilon if self.readout_norm else None)
+        epsilon = self.epsilon if self.readout_norm else None
+        dropped = self.state_dropout.p if self.training else 0.0
+        read = normed_linear(features, self.out_proj.weight, None, epsilon, dropped)  # (B, T, r)
         if self.up is not None:
             read = self.up(read)  # (B, T, D)
         return hidden_states + self.hidden_dropout(read), final
@@ -142,6 +153,10 @@ class KRUPreTrainedModel(PreTrainedModel):
             for factor, start in zip(module.factors, module.initial_factors(), strict=True):
                 init.copy_(factor, start)  # (2, P, Q)
             init.constant_(module.bias, config.bias_init)  # (N,)
+        elif isinstance(module, KRUGatedRecurrence):
+            for factor, start in zip(module.factors, module.initial_factors(), strict=True):
+                init.copy_(factor, start)  # (G, P, Q)
+            init.copy_(module.bias, module.initial_bias())  # (4, N)
         elif (std := getattr(module, "init_std", None)) is not None:
             init.normal_(cast(Tensor, module.weight), std=std)
 
@@ -150,11 +165,13 @@ class KRUPreTrainedModel(PreTrainedModel):
         return [(name, parameter) for name, parameter in self.named_parameters() if ".factors." in f".{name}"]
 
     def num_recurrent_parameters(self) -> int:
-        """Real parameters of the recurrent matrices: Σ_f 2·P_f·Q_f a layer."""
+        """Real parameters of the recurrent matrices: Σ_f 2·P_f·Q_f a layer (G·P_f·Q_f with G gates)."""
         return sum(parameter.numel() for _, parameter in self.recurrent_parameters())
 
     def unitary_loss(self) -> Tensor:
-        """Soft unitary penalty of all layers, without λ: a scalar."""
+        """Soft unitary penalty of all layers, without λ: a scalar; zero for gated cells, which have none."""
+        if self.config.gated:
+            return torch.zeros((), device=self.device)
         penalties = [module.penalty() for module in self.modules() if isinstance(module, KRURecurrence)]
         return torch.stack(penalties).sum()
 
@@ -162,7 +179,8 @@ class KRUPreTrainedModel(PreTrainedModel):
         """``head`` on what :class:`KRUModel` returns, normalising states that come as they are: (B, T, out)."""
         raw = self.config.wiring == "plain" and self.config.io_rank is None and self.config.readout_norm
         features = features.to(head.weight.dtype)  # (B, T, ·)
-        return normed_linear(features, head.weight, head.bias, self.config.layer_norm_epsilon if raw else None)
+        dropped = float(self.config.state_dropout) if self.training else 0.0
+        return normed_linear(features, head.weight, head.bias, self.config.layer_norm_epsilon if raw else None, dropped)
 
 
 class KRUModel(KRUPreTrainedModel):
@@ -171,9 +189,14 @@ class KRUModel(KRUPreTrainedModel):
     def __init__(self, config: KRUConfig) -> None:
         super().__init__(config)
         plain = config.wiring == "plain"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
         # With the plain wiring the embedding is the input map U, and |U x| has to reach past modReLU's bias.
-        self.embed_tokens.init_std = config.input_scale if plain else 1.0  # type: ignore[assignment]
+        scale = config.input_scale if plain else 1.0
+        self.embed_tokens = self.input_map = None
+        if config.input_size is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
+            self.embed_tokens.init_std = scale  # type: ignore[assignment]
+        else:
+            self.input_map = linear(config.input_size, config.embedding_size, scale * config.input_size**0.5)
         layer_class = KRUPlainLayer if plain else KRUResidualLayer
         self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
         self.readout = linear(config.hidden_size, config.io_rank) if plain and config.io_rank else None
@@ -181,18 +204,31 @@ class KRUModel(KRUPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | None:
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = cast(nn.Embedding, value)
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Exactly one of ids (B, T) and embeddings (B, T, E) to embeddings; bad ids are a ValueError on the CPU."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+    def _embed_frames(self, input_values: Tensor) -> Tensor:
+        """Continuous frames (B, T, input_size) to embeddings (B, T, E); a shape that does not fit is a ValueError."""
+        if self.input_map is None:
+            raise ValueError("input_values needs a model with the option input_size; this one has none")
+        width = self.input_map.in_features
+        if input_values.ndim != 3 or input_values.shape[-1] != width or input_values.shape[1] == 0:
+            raise ValueError(f"input_values must have the shape (B, T, {width}), got {tuple(input_values.shape)}")
+        return self.input_map(input_values.to(self.input_map.weight.dtype))  # (B, T, E)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, input_values: Tensor | None) -> Tensor:
+        """Exactly one of ids (B, T), embeddings (B, T, E), frames to embeddings; bad ids are a ValueError (CPU)."""
+        if sum(x is not None for x in (input_ids, inputs_embeds, input_values)) != 1:
+            raise ValueError("give exactly one of input_ids, inputs_embeds and input_values")
+        if input_values is not None:
+            return self._embed_frames(input_values)
         if inputs_embeds is not None:
             return inputs_embeds
+        if self.embed_tokens is None:
+            raise ValueError(f"a model with input_size = {self.config.input_size} takes input_values, not input_ids")
         if input_ids.shape[-1] == 0:
             raise ValueError(f"input_ids must hold at least one token, got the shape {tuple(input_ids.shape)}")
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -211,6 +247,7 @@ class KRUModel(KRUPreTrainedModel):
         past_key_values: KRUCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        input_values: Tensor | None = None,
         **kwargs: Any,
     ) -> KRUModelOutput:
         """Run the recurrence over T steps from the state in ``past_key_values`` (zero if None).
@@ -219,8 +256,9 @@ class KRUModel(KRUPreTrainedModel):
             input_ids: (B, T). attention_mask: (B, ≥T), of which the last T count; 0 holds the state.
             past_key_values: the state to start from; it receives the final state (assigned, never written in place).
             inputs_embeds: (B, T, E) instead of ids. use_cache: return the final state.
+            input_values: continuous frames (B, T, input_size) instead of ids, for a config with ``input_size``.
         """
-        hidden = self._embed(input_ids, inputs_embeds)  # (B, T, E)
+        hidden = self._embed(input_ids, inputs_embeds, input_values)  # (B, T, E)
         batch, length = hidden.shape[:2]
         mask = None
         if attention_mask is not None:
@@ -242,7 +280,8 @@ class KRUModel(KRUPreTrainedModel):
         if self.readout is not None:
             epsilon = self.config.layer_norm_epsilon if self.config.readout_norm else None
             features = hidden.to(self.readout.weight.dtype)  # (B, T, 2N)
-            hidden = normed_linear(features, self.readout.weight, None, epsilon)  # (B, T, r)
+            dropped = float(self.config.state_dropout) if self.training else 0.0
+            hidden = normed_linear(features, self.readout.weight, None, epsilon, dropped)  # (B, T, r)
         return KRUModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
@@ -264,8 +303,10 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: KRUConfig) -> None:
         super().__init__(config)
+        if config.input_size is not None:
+            raise ValueError(f"a language model reads token ids: input_size must be None, got {config.input_size}")
         self.model = KRUModel(config)
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.feature_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -297,6 +338,9 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         logits = self.read(outputs.last_hidden_state[:, keep], self.lm_head)  # (B, T, V)
         loss = None
         if labels is not None:
+            if kwargs.get("shift_labels") is not None:
+                # transformers takes a view of it, which a window cut from a longer stream does not allow
+                kwargs["shift_labels"] = kwargs["shift_labels"].contiguous()
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training and self.config.unitary_loss_coef:
                 targets = kwargs.get("shift_labels")

@@ -30,11 +30,15 @@ class _NormedLinear(torch.autograd.Function):
         return grad_x, scaled.mT @ x, None
 
 
-def normed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float | None) -> Tensor:
+def normed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float | None, dropped: float = 0.0
+) -> Tensor:
     """``rms_norm(x) @ weight.T + bias`` for x (…, in), weight (out, in), bias (out,): (…, out).
 
     The norm has no parameters and is applied to the product as one scale a position: x, the widest tensor of the model,
-    is neither copied nor saved a second time. ``epsilon`` None: no norm, an ordinary linear map.
+    is neither copied nor saved a second time. ``epsilon`` None: no norm, an ordinary linear map. ``dropped`` is the
+    probability p with which dropout has zeroed entries of x: that made the norm (1 - p)^(-1/2) times as large, and the
+    product is scaled back by as much, or evaluation would be surer of itself than training was.
     """
     if epsilon is None:
         return F.linear(x, weight, bias)
@@ -42,5 +46,6 @@ def normed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     y = _NormedLinear.apply(x.reshape(-1, x.shape[-1]), weight, epsilon)  # (M, out)
+    y = y * (1 - dropped) ** -0.5 if dropped else y  # (M, out)
     y = y if bias is None else y + bias  # (M, out)
     return y.reshape(*x.shape[:-1], weight.shape[0])

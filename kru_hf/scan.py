@@ -144,7 +144,7 @@ def kru_scan(
     _check(inputs, factors, bias, initial_state, mask, activation, backend)
     if backend == "auto":
         backend, reason = choose_backend(inputs, factors)
-        if reason not in _told:
+        if not torch.compiler.is_compiling() and reason not in _told:
             _told.add(reason)
             logger.info("kru_scan uses the %s engine: %s", backend, reason)
     elif (obstacle := _obstacle(backend, inputs, factors)) is not None:

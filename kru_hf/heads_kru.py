@@ -1,0 +1,193 @@
+"""Classification heads: one label a sequence, and one a step, on token ids or on continuous frames."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .cache_kru import KRUCache
+from .configuration_kru import KRUConfig
+from .modeling_kru import KRUModel, KRUModelOutput, KRUPreTrainedModel, target_share
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+@dataclass
+class KRUClassifierOutput(ModelOutput):
+    """Output of the classification heads.
+
+    loss: with λ · unitary_loss in training mode only. logits: (B, K) for a sequence, (B, T, K) for its steps, with K
+    labels. past_key_values: the state after the last step. unitary_loss: the penalty without λ.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: KRUCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    unitary_loss: Tensor | None = None
+
+
+def last_attended(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """Index (B,) of the last step that counts: T − 1 without a mask (B, ≥T), 0 where no step counts."""
+    if attention_mask is None:
+        return torch.full((batch,), length - 1, device=device)
+    steps = torch.arange(length, device=device)  # (T,)
+    return (attention_mask[:, -length:].to(device).bool() * steps).amax(1)  # (B,)
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    problem_type: str | None,
+    num_items_in_batch: Tensor | int | None = None,
+    scored: Tensor | None = None,
+) -> Tensor:
+    """The mean loss over what is scored, in nats (regression: squared error).
+
+    Args:
+        logits: (…, K). labels: (…) class indices, of which -100 is not scored; for the other two types (…, K), or (…)
+            with one label.
+        problem_type: one of ``PROBLEM_TYPES``; None: regression for K = 1, a single label for integer labels, else
+            several labels.
+        num_items_in_batch: labels of the whole optimizer step, to divide by instead of those of this call.
+        scored: (…) bool, False leaves a position out; None: all count.
+
+    Raises:
+        ValueError: an unknown problem type, or labels whose shape does not fit.
+    """
+    if problem_type is None:
+        single = not labels.is_floating_point()
+        problem_type = PROBLEM_TYPES[0 if logits.shape[-1] == 1 else 1 if single else 2]
+    if problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}")
+    labels = labels.to(logits.device)
+    wide = logits.float()  # (…, K)
+    if problem_type == "single_label_classification":
+        expected = logits.shape[:-1]
+    else:
+        expected = logits.shape
+        labels = labels.unsqueeze(-1) if logits.shape[-1] == 1 and labels.dim() == logits.dim() - 1 else labels
+    if labels.shape != expected:
+        raise ValueError(f"labels must have the shape {tuple(expected)} for {problem_type}, got {tuple(labels.shape)}")
+    if problem_type == "single_label_classification":
+        counts = labels != -100  # (…)
+        counts = counts if scored is None else counts & scored  # (…)
+        targets = labels.long().masked_fill(~counts, -100)  # (…)
+        total = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+    else:
+        entropy = problem_type == "multi_label_classification"
+        each = F.binary_cross_entropy_with_logits if entropy else F.mse_loss
+        errors = each(wide, labels.float(), reduction="none")  # (…, K)
+        counts = torch.ones_like(errors, dtype=torch.bool) if scored is None else scored.unsqueeze(-1).expand_as(errors)
+        total = errors.masked_fill(~counts, 0).sum()
+    return total / (counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+class _Classifier(KRUPreTrainedModel):
+    """The body and a linear map to K = ``config.num_labels`` logits."""
+
+    def __init__(self, config: KRUConfig) -> None:
+        super().__init__(config)
+        if config.input_size is not None:
+            self.main_input_name = "input_values"
+        self.model = KRUModel(config)
+        self.score = nn.Linear(config.feature_size, config.num_labels)
+        self.post_init()
+
+    def _finish(
+        self,
+        outputs: KRUModelOutput,
+        logits: Tensor,
+        labels: Tensor | None,
+        scored: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> KRUClassifierOutput:
+        """The output, with the loss and in training mode the penalty, which counts once an optimizer step."""
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch, scored)
+            if self.training and self.config.unitary_loss_coef:
+                share = target_share(labels, num_items_in_batch)
+                loss = loss + self.config.unitary_loss_coef * share * outputs.unitary_loss.to(loss.device)
+        return KRUClassifierOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            unitary_loss=outputs.unitary_loss,
+        )
+
+
+class KRUForSequenceClassification(_Classifier):
+    """One set of K logits a sequence, read at its last attended step.
+
+    The loss follows ``config.problem_type``: regression, single_label_classification or multi_label_classification.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: KRUCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        input_values: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> KRUClassifierOutput:
+        """As :class:`KRUModel`, with labels (B,) or (B, K); logits (B, K).
+
+        Padding is told by ``attention_mask`` alone, on either side: without one the last step is read.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            input_values=input_values,
+            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
+        )
+        features = outputs.last_hidden_state  # (B, T, D)
+        batch, length = features.shape[:2]
+        last = last_attended(attention_mask, batch, length, features.device)  # (B,)
+        pooled = features[torch.arange(batch, device=features.device), last]  # (B, D)
+        return self._finish(outputs, self.read(pooled, self.score), labels, None, num_items_in_batch)
+
+
+class KRUForTokenClassification(_Classifier):
+    """K logits a step, each from the steps up to it. The loss follows ``config.problem_type``."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: KRUCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        input_values: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> KRUClassifierOutput:
+        """As :class:`KRUModel`, with labels (B, T) or (B, T, K); padded steps and -100 are not scored."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            input_values=input_values,
+            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
+        )
+        logits = self.read(outputs.last_hidden_state, self.score)  # (B, T, K)
+        scored = None
+        if attention_mask is not None:
+            scored = attention_mask[:, -logits.shape[1] :].to(logits.device).bool()  # (B, T)
+        return self._finish(outputs, logits, labels, scored, num_items_in_batch)

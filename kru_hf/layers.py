@@ -1,0 +1,226 @@
+"""Layers that stand where ``torch.nn.RNN``, ``LSTM`` and ``GRU`` stand: ``KRU``, ``KRULSTM``, ``KRUGRU``.
+
+nn.LSTM(64, 900, num_layers=2, batch_first=True)  ->  KRULSTM(64, 900, num_layers=2, batch_first=True)
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .cells import KRURecurrence
+from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
+from .kronecker import plan_factor_shapes
+
+
+class _KroneckerLayer(nn.Module):
+    """Stacked, possibly bidirectional recurrences with torch's arguments and shapes.
+
+    Args:
+        input_size: width of the inputs. state_size: N units a direction.
+        num_layers: layers, each reading the one below. bias: False fixes the cell's bias at zero.
+        batch_first: inputs and outputs (B, T, ·) instead of (T, B, ·).
+        dropout: probability on the output of every layer but the last, in training.
+        bidirectional: a second recurrence from the end of each layer; features double. Such a layer needs the whole
+            sequence: its state cannot be carried to a next piece of it.
+        factor_shapes: [[P_0, Q_0], …] with ∏ P_f = ∏ Q_f = N; else planned from factor_size (8 by default).
+        train_factors: False freezes the recurrent matrices. backend: engine of the recurrence.
+
+    Raises:
+        ValueError: an argument outside what is allowed.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        state_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        factor_shapes: Sequence[Sequence[int]] | None = None,
+        factor_size: int | None = None,
+        train_factors: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **cell_options: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("input_size", input_size), ("state_size", state_size), ("num_layers", num_layers)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+        if factor_shapes is not None and factor_size is not None:
+            raise ValueError(f"give factor_shapes or factor_size, not both: got {factor_shapes} and {factor_size}")
+        shapes = factor_shapes or plan_factor_shapes(state_size, factor_size or 8)
+        self.input_size, self.state_size, self.num_layers = input_size, state_size, num_layers
+        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
+        self.num_directions = 2 if bidirectional else 1
+        self.input_maps, self.recurrences = nn.ModuleList(), nn.ModuleList()  # layer by layer, forward then reverse
+        width = input_size
+        for _ in range(num_layers):
+            for _ in range(self.num_directions):
+                cell = self._cell(shapes, train_factors=train_factors, backend=backend, **cell_options)
+                if cell.state_size != state_size:
+                    raise ValueError(f"factor_shapes {list(shapes)} must multiply to state_size = {state_size}")
+                if not bias:
+                    nn.init.zeros_(cell.bias).requires_grad_(False)
+                self.recurrences.append(cell)
+                self.input_maps.append(nn.Linear(width, cell.input_planes * state_size, bias=False))
+            width = self.num_directions * cell.output_planes * state_size
+        self.output_size = width
+        self.to(device=device, dtype=dtype)
+
+    def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRURecurrence | KRUGatedRecurrence:
+        raise NotImplementedError
+
+    def _planes(self, hx: Any) -> Tensor:
+        """The caller's initial state to (L·directions, B, S, N)."""
+        raise NotImplementedError
+
+    def _state(self, planes: Tensor) -> Any:
+        """(L·directions, B, S, N) to what the caller gets."""
+        raise NotImplementedError
+
+    def _state_tensor(self, name: str, value: Tensor, planes: int) -> Tensor:
+        """A state (L·directions, B, planes·N) to (L·directions, B, planes, N)."""
+        rows = self.num_layers * self.num_directions
+        if value.dim() != 3 or value.shape[0] != rows or value.shape[2] != planes * self.state_size:
+            raise ValueError(
+                f"{name} must have the shape ({rows}, B, {planes * self.state_size}), got {tuple(value.shape)}"
+            )
+        return value.unflatten(-1, (planes, self.state_size))
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Tensor | PackedSequence, Any]:
+        """Run over T steps.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size) for one sequence without a
+                batch, or a PackedSequence, whose shorter sequences hold their state at the end.
+            hx: the initial state in the form in which the final one is returned; zeros if None.
+
+        Returns:
+            The features of the last layer in the form of the input, and the final state of every layer and direction.
+        """
+        packed = input if isinstance(input, PackedSequence) else None
+        mask, lengths = None, None
+        if packed is not None:
+            # In the order of the packed data, as torch does it: only the state is permuted.
+            x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes), batch_first=True)
+            mask = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
+            single = False
+        else:
+            tensor = cast(Tensor, input)
+            single = tensor.dim() == 2
+            x = tensor.unsqueeze(0) if single else tensor if self.batch_first else tensor.transpose(0, 1)
+        if x.dim() != 3 or x.shape[-1] != self.input_size or 0 in x.shape:
+            raise ValueError(
+                f"input must be 2-D or 3-D, not empty and {self.input_size} wide, got {tuple(x.shape)} (batch first)"
+            )
+        state = None
+        if hx is not None:
+            if single:
+                hx = tuple(h.unsqueeze(1) for h in hx) if isinstance(hx, tuple) else hx.unsqueeze(1)
+            state = self._planes(hx)  # (L·directions, B, S, N)
+            if packed is not None and packed.sorted_indices is not None:
+                state = state[:, packed.sorted_indices]
+        out, final = self._run(x, state, mask)
+        if packed is not None:
+            assert lengths is not None
+            data = pack_padded_sequence(out, lengths, batch_first=True).data
+            output = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+            if packed.unsorted_indices is not None:
+                final = final[:, packed.unsorted_indices]
+            return output, self._state(final)
+        last = self._state(final)
+        if single:
+            return out[0], tuple(h[:, 0] for h in last) if isinstance(last, tuple) else last[:, 0]
+        return out if self.batch_first else out.transpose(0, 1), last
+
+    def _run(self, x: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, ·), state (L·directions, B, S, N), mask (B, T): features (B, T, ·) and the final state."""
+        finals = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(self.num_directions):
+                index = layer * self.num_directions + direction
+                cell = self.recurrences[index]
+                inputs = self.input_maps[index](x).unflatten(-1, (cell.input_planes, self.state_size))  # (B, T, ·, N)
+                here = mask
+                if direction:
+                    # Flipped, padding comes first: the mask holds the initial state until the sequence begins.
+                    inputs, here = inputs.flip(1), None if mask is None else mask.flip(1)
+                states, final = cell(inputs, None if state is None else state[index], here)  # (B, T, ·, N), (B, S, N)
+                outputs.append((states.flip(1) if direction else states).flatten(-2))  # (B, T, ·N)
+                finals.append(final)
+            features = torch.cat(outputs, -1) if self.bidirectional else outputs[0]  # (B, T, directions·N)
+            x = features.to(x.dtype)
+            if layer < self.num_layers - 1:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+        return x, torch.stack(finals)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.input_size}, {self.state_size}", f"num_layers={self.num_layers}"]
+        parts += [f"{name}=True" for name in ("batch_first", "bidirectional") if getattr(self, name)]
+        return ", ".join(parts + ([f"dropout={self.dropout}"] if self.dropout else []))
+
+
+class KRU(_KroneckerLayer):
+    """The paper's complex recurrence: features [Re h; Im h], 2N wide a direction; state (L·directions, B, 2N).
+
+    Further options: ``activation``, ``init_scale``, ``bias_init`` of ``KRURecurrence``. Add :meth:`penalty`, times a
+    coefficient, to the training loss.
+    """
+
+    def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRURecurrence:
+        return KRURecurrence(shapes, **options)
+
+    def _planes(self, hx: Tensor) -> Tensor:
+        return self._state_tensor("h_0", hx, 2)
+
+    def _state(self, planes: Tensor) -> Tensor:
+        return planes.flatten(-2)
+
+    def penalty(self) -> Tensor:
+        """Soft unitary penalty Σ ‖W_f^H W_f − I‖² over all factors: a scalar."""
+        return torch.stack([cast(KRURecurrence, cell).penalty() for cell in self.recurrences]).sum()
+
+
+class KRULSTM(_KroneckerLayer):
+    """LSTM with Kronecker recurrent matrices: features N wide a direction; state (h, c), (L·directions, B, N) each.
+
+    Further option: ``init_scale`` of ``KRULSTMRecurrence``.
+    """
+
+    def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRULSTMRecurrence:
+        return KRULSTMRecurrence(shapes, **options)
+
+    def _planes(self, hx: tuple[Tensor, Tensor]) -> Tensor:
+        if not isinstance(hx, tuple) or len(hx) != 2:
+            raise ValueError(f"the initial state of KRULSTM is a pair (h_0, c_0), got {type(hx).__name__}")
+        return torch.cat([self._state_tensor("h_0", hx[0], 1), self._state_tensor("c_0", hx[1], 1)], 2)
+
+    def _state(self, planes: Tensor) -> tuple[Tensor, Tensor]:
+        return planes[:, :, 0], planes[:, :, 1]
+
+
+class KRUGRU(_KroneckerLayer):
+    """GRU with Kronecker recurrent matrices: features N wide a direction; state (L·directions, B, N).
+
+    Further option: ``init_scale`` of ``KRUGRURecurrence``.
+    """
+
+    def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRUGRURecurrence:
+        return KRUGRURecurrence(shapes, **options)
+
+    def _planes(self, hx: Tensor) -> Tensor:
+        return self._state_tensor("h_0", hx, 1)
+
+    def _state(self, planes: Tensor) -> Tensor:
+        return planes[:, :, 0]

@@ -1,0 +1,99 @@
+"""Gated language models and the classification heads: cache, padding, losses, saving."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from kru_hf import KRUConfig, KRUForCausalLM, KRUForSequenceClassification, KRUForTokenClassification
+
+TOLERANCE = 1e-5  # absolute, float32, logits of the order of 1
+CELLS = ["kru", "kru_lstm", "kru_gru"]
+HEADS = [KRUForSequenceClassification, KRUForTokenClassification]
+
+
+def config(**options):
+    return KRUConfig(**({"vocab_size": 11, "state_size": 12, "factor_size": 3, "pad_token_id": 0} | options))
+
+
+@pytest.mark.parametrize("wiring", ["plain", "residual"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cache_padding_and_generation_equal_the_whole_run(cell, wiring):
+    torch.manual_seed(0)
+    model = KRUForCausalLM(config(cell_type=cell, wiring=wiring, initializer_range=0.5, input_scale=1.0)).eval()
+    ids = torch.randint(1, 11, (2, 9))
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :4], use_cache=True)
+        second = model(ids[:, 4:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(torch.cat([first.logits, second], 1), whole, rtol=0, atol=TOLERANCE)
+        padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
+        mask = (padded != 0).long()
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 3:], whole, rtol=0, atol=TOLERANCE)
+        cached = model.generate(ids, max_new_tokens=6, do_sample=False)
+        assert torch.equal(cached, model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("frames", [False, True])
+def test_heads_ignore_padding_and_save(head, cell, frames, tmp_path):
+    torch.manual_seed(0)
+    model = head(config(cell_type=cell, num_labels=3, input_size=4 if frames else None)).eval()
+    x = torch.randn(2, 6, 4) if frames else torch.randint(1, 11, (2, 6))
+    name = "input_values" if frames else "input_ids"
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        found = model(**{name: x}, attention_mask=mask).logits
+        for row in range(2):
+            real = mask[row].bool()
+            alone = model(**{name: x[row : row + 1, real]}).logits[0]
+            got = found[row] if head is KRUForSequenceClassification else found[row, real]
+            torch.testing.assert_close(got, alone, rtol=0, atol=TOLERANCE)
+        model.save_pretrained(tmp_path)
+        auto = AutoModelForSequenceClassification if head is HEADS[0] else AutoModelForTokenClassification
+        loaded = auto.from_pretrained(tmp_path).eval()
+        assert type(loaded) is head
+        assert torch.equal(loaded(**{name: x}, attention_mask=mask).logits, found)
+
+
+@pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
+@pytest.mark.parametrize("head", HEADS)
+def test_losses_are_torchs_and_training_adds_the_penalty(head, problem):
+    torch.manual_seed(0)
+    model = head(config(num_labels=3, problem_type=problem, unitary_loss_coef=0.5)).eval()
+    ids = torch.randint(1, 11, (4, 5))
+    lead = (4,) if head is KRUForSequenceClassification else (4, 5)
+    if problem == "single_label_classification":
+        labels = torch.randint(0, 3, lead)
+        expected = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, -2), labels.flatten())
+    elif problem == "regression":
+        labels = torch.randn(*lead, 3)
+        expected = torch.nn.functional.mse_loss(model(ids).logits, labels)
+    else:
+        labels = torch.randint(0, 2, (*lead, 3)).float()
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(model(ids).logits, labels)
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.loss, expected)
+    trained = model.train()(ids, labels=labels)
+    torch.testing.assert_close(trained.loss, expected + 0.5 * trained.unitary_loss)
+    trained.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    # Two halves of an optimizer step add up to the whole.
+    count = labels.numel()
+    halves = [model(ids[h], labels=labels[h], num_items_in_batch=count).loss for h in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close(sum(halves), trained.loss)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(StrictDataclassClassValidationError, match="hidden_size = 1"):
+        config(cell_type="kru_lstm", wiring="plain", hidden_size=24)
+    with pytest.raises(StrictDataclassClassValidationError, match="tie_word_embeddings"):
+        config(cell_type="kru_gru", wiring="plain", tie_word_embeddings=True)
+    model = KRUForSequenceClassification(config(num_labels=3))
+    with pytest.raises(ValueError, match="input_values needs"):
+        model(input_values=torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="labels must have the shape"):
+        model(torch.ones(2, 3, dtype=torch.long), labels=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="takes input_values"):
+        KRUForTokenClassification(config(input_size=4))(torch.ones(2, 3, dtype=torch.long))

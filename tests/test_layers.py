@@ -1,0 +1,113 @@
+"""KRU, KRULSTM and KRUGRU against the habits and the numbers of torch's own layers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_sequence
+
+from kru_hf.layers import KRU, KRUGRU, KRULSTM
+
+FLOAT64_TOLERANCE = 1e-10
+TWINS = {KRULSTM: torch.nn.LSTM, KRUGRU: torch.nn.GRU}
+
+
+def matched(layer_class, **options):
+    """A layer with one N×N factor and torch's own with the same weights, in float64."""
+    torch.manual_seed(0)
+    units, width = 4, 3
+    ours = layer_class(width, units, factor_shapes=[[units, units]], dtype=torch.float64, **options)
+    twin = TWINS[layer_class](width, units, dtype=torch.float64, **options)
+    for index, (linear, cell) in enumerate(zip(ours.input_maps, ours.recurrences, strict=True)):
+        layer, reverse = divmod(index, ours.num_directions)
+        name = f"l{layer}" + ("_reverse" if reverse else "")
+        with torch.no_grad():
+            cell.bias.normal_()
+            getattr(twin, f"weight_ih_{name}").copy_(linear.weight)
+            getattr(twin, f"weight_hh_{name}").copy_(cell.factors[0].flatten(0, 1))
+            recurrent = torch.zeros_like(cell.bias[: cell.input_planes])
+            if layer_class is KRUGRU:
+                recurrent[2] = cell.bias[3]
+            getattr(twin, f"bias_ih_{name}").copy_(cell.bias[: cell.input_planes].flatten())
+            getattr(twin, f"bias_hh_{name}").copy_(recurrent.flatten())
+    return ours, twin
+
+
+def tensors(result):
+    """The tensors of (output, state), whatever their form."""
+    output, state = result
+    output = output.data if hasattr(output, "batch_sizes") else output
+    return [output, *(state if isinstance(state, tuple) else (state,))]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    layer_class=st.sampled_from([KRULSTM, KRUGRU]),
+    layers=st.integers(1, 3),
+    batch_first=st.booleans(),
+    bidirectional=st.booleans(),
+    form=st.sampled_from(["batch", "single", "packed", "packed_sorted"]),
+    initial=st.booleans(),
+)
+def test_one_dense_factor_is_torchs_layer(layer_class, layers, batch_first, bidirectional, form, initial):
+    ours, twin = matched(layer_class, num_layers=layers, batch_first=batch_first, bidirectional=bidirectional)
+    batch, rows = 3, layers * (2 if bidirectional else 1)
+    x = torch.randn(batch, 5, 3, dtype=torch.float64, requires_grad=True)
+    hx = None
+    if initial:
+        shape = (rows, 4) if form == "single" else (rows, batch, 4)
+        h, c = torch.randn(2, *shape, dtype=torch.float64)
+        hx = (h, c) if layer_class is KRULSTM else h
+    if form == "batch":
+        given = x if batch_first else x.transpose(0, 1)
+    elif form == "single":
+        given = x[0]
+    else:
+        lengths = (5, 3, 1) if form == "packed_sorted" else (2, 5, 3)
+        pieces = [x[b, :length] for b, length in enumerate(lengths)]
+        given = pack_sequence(pieces, enforce_sorted=form == "packed_sorted")
+    weights = [ours.recurrences[0].factors[0]], [twin.weight_hh_l0]
+    results = []
+    for layer, weight in zip((ours, twin), weights, strict=True):
+        found = tensors(layer(given, hx))
+        loss = sum((tensor * torch.linspace(-1, 1, tensor.numel()).view(tensor.shape)).sum() for tensor in found)
+        grads = torch.autograd.grad(loss, [x, *weight], retain_graph=True)  # both share the packing
+        results.append([*found, grads[0], grads[1].reshape(-1, 4)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
+def test_widths_and_carried_state(layer_class):
+    layer = layer_class(3, 12, num_layers=2, factor_size=3, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    whole, last = layer(x)
+    assert whole.shape == (2, 7, 24 if layer_class is KRU else 12)
+    first, state = layer(x[:, :4])
+    second, final = layer(x[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=FLOAT64_TOLERANCE)
+    for found, expected in zip(tensors((second, final))[1:], tensors((whole, last))[1:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64_TOLERANCE)
+
+
+def test_complex_layer_packed_and_bidirectional():
+    layer = KRU(3, 6, bidirectional=True, batch_first=True, dtype=torch.float64)
+    pieces = [torch.randn(length, 3, dtype=torch.float64) for length in (2, 5, 3)]
+    _, state = layer(pack_sequence(pieces, enforce_sorted=False))
+    for index, piece in enumerate(pieces):
+        _, alone = layer(piece)
+        torch.testing.assert_close(state[:, index], alone, rtol=0, atol=FLOAT64_TOLERANCE)
+    assert layer.penalty().shape == ()
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        KRU(3, 4, num_layers=0)
+    with pytest.raises(ValueError, match="must multiply to state_size = 5"):
+        KRULSTM(3, 5, factor_shapes=[[2, 2]])
+    with pytest.raises(ValueError, match="input must be"):
+        KRUGRU(3, 4)(torch.zeros(2, 2, 5))
+    with pytest.raises(ValueError, match="pair"):
+        KRULSTM(3, 4)(torch.zeros(2, 2, 3), torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="h_0 must have the shape"):
+        KRUGRU(3, 4)(torch.zeros(2, 2, 3), torch.zeros(1, 2, 5))
