@@ -1,0 +1,390 @@
+"""Kronecker recurrent weights for torch's own RNNs: shrink an ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``, trained or not.
+
+Each gate's N × N block of ``weight_hh`` becomes W_0 ⊗ … ⊗ W_{F-1} with real factors (P_f, Q_f), ∏ P_f = ∏ Q_f = N,
+through :mod:`torch.nn.utils.parametrize`. Only the factors are stored and trained; the dense weight is rebuilt for each
+forward and torch's RNN kernels run on it. So the gain is in parameters, not in time.
+G is the number of gates: 1 (RNN), 3 (GRU), 4 (LSTM).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .kronecker import random_orthogonal
+
+GATES = {
+    "RNN_TANH": ("hidden",),
+    "RNN_RELU": ("hidden",),
+    "LSTM": ("input", "forget", "cell", "output"),
+    "GRU": ("reset", "update", "new"),
+}
+# Spectral norm of a fresh gate: as much energy as torch's own U(−1/√N, 1/√N), whose entries have variance 1 / (3N).
+FRESH_SCALE = 1 / math.sqrt(3)
+ALS_SWEEPS = 200
+# Relative gain of the explained norm below which a sweep of the rank-1 fit is the last one.
+ALS_GAIN = 1e-9
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """What became of one gate: ``relative_error`` is ‖W − ⊗W_f‖_F / ‖W‖_F against the weight replaced."""
+
+    weight: str
+    gate: str
+    parameters_before: int
+    parameters_after: int
+    relative_error: float
+
+    @property
+    def compression(self) -> float:
+        """Recurrent parameters before / after: 20.0 means twenty times fewer."""
+        return self.parameters_before / self.parameters_after
+
+
+@dataclass(frozen=True)
+class KroneckerizeReport:
+    """Result of :func:`kroneckerize`; ``print`` shows a table with a row for each gate."""
+
+    factor_shapes: tuple[tuple[int, int], ...]
+    init: str
+    gates: tuple[GateFit, ...]
+
+    @property
+    def parameters_before(self) -> int:
+        """Recurrent parameters of the module before."""
+        return sum(gate.parameters_before for gate in self.gates)
+
+    @property
+    def parameters_after(self) -> int:
+        """Recurrent parameters of the module after: all factors of all gates."""
+        return sum(gate.parameters_after for gate in self.gates)
+
+    @property
+    def compression(self) -> float:
+        """Recurrent parameters before / after."""
+        return self.parameters_before / self.parameters_after
+
+    def __str__(self) -> str:
+        shapes = " ⊗ ".join(f"{p}×{q}" for p, q in self.factor_shapes)
+        width = max(len(gate.weight) for gate in self.gates)
+        lines = [
+            f"{shapes} ({self.init}): recurrent parameters {self.parameters_before:,} -> {self.parameters_after:,}"
+            f" ({self.compression:.1f}x fewer)",
+            f"{'weight':<{width}}  {'gate':<7}  {'compression':>11}  {'relative error':>14}",
+        ]
+        lines += [
+            f"{gate.weight:<{width}}  {gate.gate:<7}  {gate.compression:>10.1f}x  {gate.relative_error:>14.4f}"
+            for gate in self.gates
+        ]
+        return "\n".join(lines)
+
+
+def kron_dense_real(factors: Sequence[Tensor]) -> Tensor:
+    """⊗ of real factors, each a stack of G gates (G, P_f, Q_f): (G, ∏ P_f, ∏ Q_f), in the order of ``torch.kron``."""
+    product = factors[0]  # (G, P, Q)
+    for factor in factors[1:]:
+        gates, rows, columns = product.shape
+        blocks = product[:, :, None, :, None] * factor[:, None, :, None, :]  # (G, P, P_f, Q, Q_f)
+        product = blocks.reshape(gates, rows * factor.shape[1], columns * factor.shape[2])  # (G, P·P_f, Q·Q_f)
+    return product
+
+
+def nearest_kronecker(weight: Tensor, factor_shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Factors (P_f, Q_f) whose Kronecker product is near ``weight`` (∏ P_f, ∏ Q_f) in the Frobenius norm.
+
+    Van Loan's rearrangement turns the problem into the best rank-1 approximation of a tensor with an axis of P_f·Q_f
+    for each factor. Two factors: a matrix, so its SVD gives the global optimum. Three and more: alternating least
+    squares from the HOSVD, a local optimum that need not be the global one, but exact where ``weight`` is a Kronecker
+    product.
+    All factors get the same norm. Computed in float64, returned in the dtype of ``weight``.
+    """
+    count = len(factor_shapes)
+    rows, columns = [p for p, _ in factor_shapes], [q for _, q in factor_shapes]
+    grid = weight.detach().double().reshape(*rows, *columns)  # (P_0, …, P_{F-1}, Q_0, …, Q_{F-1})
+    pairs = [axis for f in range(count) for axis in (f, count + f)]
+    tensor = grid.permute(pairs).reshape([p * q for p, q in factor_shapes])  # (P_0·Q_0, …, P_{F-1}·Q_{F-1})
+    if count == 1:
+        vectors = [tensor]  # [(P·Q,)]
+    elif count == 2:
+        left, values, right = torch.linalg.svd(tensor, full_matrices=False)
+        vectors = [left[:, 0] * values[0], right[0]]  # [(P_0·Q_0,), (P_1·Q_1,)]
+    else:
+        vectors = _rank_one(tensor)
+    norms = [float(torch.linalg.vector_norm(vector)) for vector in vectors]
+    scale = math.prod(norms)
+    if scale > 0:
+        # Equal norms: no factor is much more sensitive to the learning rate than another.
+        vectors = [vector * (scale ** (1 / count) / norm) for vector, norm in zip(vectors, norms, strict=True)]
+    # A zero weight keeps unit vectors beside the zero: with every factor zero, no gradient would ever reach one.
+    return [
+        vector.reshape(shape).to(weight.dtype) for vector, shape in zip(vectors, factor_shapes, strict=True)
+    ]  # [(P_f, Q_f)]
+
+
+def _rank_one(tensor: Tensor) -> list[Tensor]:
+    """Vectors, all but one of norm 1, of a locally best rank-1 approximation of ``tensor`` by ALS from the HOSVD."""
+    count = tensor.ndim
+    # Contiguous once: every sweep then reads them as plain matrix-vector products.
+    unfoldings = [tensor.movedim(f, 0).contiguous() for f in range(count)]  # [(P_f·Q_f, the other axes in order)]
+    vectors = [_leading_vector(unfolding.flatten(1)) for unfolding in unfoldings]  # [(P_f·Q_f,)]
+    explained = -1.0
+    for _ in range(ALS_SWEEPS):
+        for f in range(count):
+            rest = unfoldings[f]  # (P_f·Q_f, the other axes in order)
+            for vector in reversed([vectors[g] for g in range(count) if g != f]):
+                rest = rest @ vector  # one axis fewer, the last
+            norm = float(torch.linalg.vector_norm(rest))
+            if norm == 0:
+                # Orthogonal to the current fit, as for a zero weight: the best multiple of it is zero.
+                vectors[f] = rest  # (P_f·Q_f,)
+                return vectors
+            vectors[f] = rest / norm  # (P_f·Q_f,)
+        if norm - explained <= ALS_GAIN * norm:
+            break
+        explained = norm
+    vectors[-1] = vectors[-1] * norm  # (P_{F-1}·Q_{F-1},)
+    return vectors
+
+
+def _leading_vector(matrix: Tensor) -> Tensor:
+    """Unit left singular vector (R,) of the largest singular value of ``matrix`` (R, C), by the smaller Gram matrix."""
+    rows, columns = matrix.shape
+    if rows <= columns:
+        return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -1]  # (R,)
+    right = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -1]  # (C,)
+    left = matrix @ right  # (R,)
+    norm = torch.linalg.vector_norm(left)
+    return left / norm if norm > 0 else torch.full_like(left, 1 / math.sqrt(rows))
+
+
+class KroneckerWeight(nn.Module):
+    """Parametrization of a recurrent weight (G·N, N): factors (G, P_f, Q_f), one stack of gates for each f.
+
+    Assigning a dense weight (``module.weight_hh_l0 = dense``) takes the nearest factors, see :func:`nearest_kronecker`.
+    """
+
+    def __init__(self, factor_shapes: Sequence[tuple[int, int]], gates: int) -> None:
+        super().__init__()
+        self.factor_shapes = tuple(factor_shapes)
+        self.gates = gates
+
+    def forward(self, *factors: Tensor) -> Tensor:
+        """Factors, each (G, P_f, Q_f), to the dense weight (G·N, N)."""
+        return kron_dense_real(factors).flatten(0, 1)  # (G·N, N)
+
+    def right_inverse(self, weight: Tensor) -> list[Tensor]:
+        """Dense weight (G·N, N) to the nearest factors, each (G, P_f, Q_f)."""
+        fits = [nearest_kronecker(gate, self.factor_shapes) for gate in weight.chunk(self.gates)]
+        return [torch.stack(gates) for gates in zip(*fits, strict=True)]  # [(G, P_f, Q_f)]
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return f"gates={self.gates}, factor_shapes={[list(shape) for shape in self.factor_shapes]}"
+
+
+def plan_target_shapes(state_size: int, gates: int, target_parameters: int) -> list[tuple[int, int]]:
+    """Square factors of N = ``state_size`` with the most parameters that ``gates`` blocks of N × N may have in total.
+
+    Raises:
+        ValueError: even the prime factors of N need more than ``target_parameters``.
+    """
+
+    def splits(rest: int, least: int) -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = [(rest,)]
+        for divisor in range(least, math.isqrt(rest) + 1):
+            if rest % divisor == 0:
+                found += [(divisor, *tail) for tail in splits(rest // divisor, divisor)]
+        return found
+
+    def cost(sizes: tuple[int, ...]) -> int:
+        return gates * sum(size * size for size in sizes)
+
+    choices = splits(state_size, 2)
+    fitting = [sizes for sizes in choices if cost(sizes) <= target_parameters]
+    if not fitting:
+        smallest = min(choices, key=cost)
+        raise ValueError(
+            f"target_parameters={target_parameters} is too small: the smallest Kronecker factors of hidden_size"
+            f"={state_size} are {'·'.join(map(str, smallest))}, and {gates} blocks of them"
+            f" need {cost(smallest)} parameters"
+        )
+    return [(size, size) for size in max(fitting, key=lambda sizes: (cost(sizes), -len(sizes)))]
+
+
+def kroneckerize(
+    module: nn.RNNBase,
+    factor_shapes: Sequence[Sequence[int]] | None = None,
+    *,
+    target_parameters: int | None = None,
+    init: Literal["nearest", "fresh"] = "nearest",
+) -> tuple[nn.RNNBase, KroneckerizeReport]:
+    """Replace, in place, the recurrent weights of an RNN by Kronecker factors: all layers, directions and gates.
+
+    Args:
+        module: ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU`` with hidden size N. Input weights and biases stay as they are.
+        factor_shapes: (P_f, Q_f) of each factor, ∏ P_f = ∏ Q_f = N, the same for every gate. With a non-square factor
+            the rank of a gate is at most ∏ min(P_f, Q_f) < N.
+        target_parameters: instead of ``factor_shapes``, the most recurrent parameters that the whole module may keep:
+            the square factors that come nearest to it from below. Few sizes exist: N = 512 has 2·256, 4·128, 8·64, ….
+        init: "nearest" approximates the present weights in the Frobenius norm. With two factors that is the global
+            optimum, by SVD of Van Loan's rearrangement; with three or more a rank-1 tensor fit by alternating least
+            squares (ALS) from the HOSVD, a local optimum. "fresh" draws Haar-orthogonal factors with the energy of
+            torch's own initialisation, to train from the start.
+
+    Returns:
+        The same module and a :class:`KroneckerizeReport`. The factors are new Parameters
+        ``parametrizations.weight_hh_l{k}{_reverse}.original{f}`` (G, P_f, Q_f): make the optimizer afterwards. A state
+        dict loads into a module kroneckerized with the same shapes. ``copy.deepcopy`` works; pickling the whole module
+        does not (no parametrized module can be pickled), save its state dict. On a GPU, cuDNN copies the weights into
+        one buffer at each call and may warn once about it: the rebuilt weights cannot live in a buffer for good.
+
+    Raises:
+        TypeError: ``module`` is no ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``, or a shape holds anything but integers.
+        ValueError: shapes that do not give N, both or neither of the two sizes, an unknown ``init``, ``proj_size`` > 0,
+            a recurrent weight that is parametrized already, is no parameter, or is not finite. The module is then
+            unchanged.
+    """
+    names = _recurrent_names(module)
+    gate_names = GATES[module.mode]
+    for name in names:
+        if parametrize.is_parametrized(module, name):
+            raise ValueError(f"{name} is parametrized already; call dekroneckerize (or remove_parametrizations) first")
+        if name not in module._parameters:
+            raise ValueError(f"{name} is no parameter of the module: remove weight_norm or pruning first")
+        if not torch.isfinite(module.get_parameter(name)).all():
+            raise ValueError(f"{name} has entries that are not finite")
+    if init not in ("nearest", "fresh"):
+        raise ValueError(f"init must be 'nearest' or 'fresh', got {init!r}")
+    if (factor_shapes is None) == (target_parameters is None):
+        raise ValueError(
+            "give either factor_shapes or target_parameters,"
+            f" got factor_shapes={factor_shapes}, target_parameters={target_parameters}"
+        )
+    size = module.hidden_size
+    if factor_shapes is not None:
+        shapes = _checked_shapes(factor_shapes, size)
+    else:
+        assert target_parameters is not None
+        shapes = plan_target_shapes(size, len(names) * len(gate_names), target_parameters)
+
+    fits = []
+    for name in names:
+        weight = module.get_parameter(name).detach().clone()  # (G·N, N)
+        parametrize.register_parametrization(module, name, _FreshStart(shapes, weight, init))
+        # The starting values are in place: from here on the parametrization is the plain one.
+        parametrizations: Any = module.parametrizations
+        parametrizations[name][0] = KroneckerWeight(shapes, len(gate_names))
+        dense = getattr(module, name).detach()  # (G·N, N)
+        pairs = zip(gate_names, weight.chunk(len(gate_names)), dense.chunk(len(gate_names)), strict=True)
+        for gate, before, after in pairs:
+            error = float(torch.linalg.vector_norm(after.double() - before.double()))
+            norm = float(torch.linalg.vector_norm(before.double()))
+            relative = error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
+            fits.append(GateFit(name, gate, size * size, sum(p * q for p, q in shapes), relative))
+    _live_flat_weights(module)
+    return module, KroneckerizeReport(tuple(shapes), init, tuple(fits))
+
+
+def dekroneckerize(module: nn.RNNBase) -> nn.RNNBase:
+    """Undo :func:`kroneckerize` in place: dense parameters ``weight_hh_l*`` with the values of the Kronecker products.
+
+    Outputs stay the same; the weights before the approximation do not come back. The parameters are new: make the
+    optimizer afterwards. Returns the same module.
+
+    Raises:
+        TypeError: ``module`` is no ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``.
+        ValueError: a recurrent weight is no Kronecker parametrization.
+    """
+    names = _recurrent_names(module)
+    lists: Any = getattr(module, "parametrizations", {})
+    for name in names:
+        if name not in lists or not isinstance(lists[name][0], KroneckerWeight):
+            raise ValueError(f"{name} is not kroneckerized; dekroneckerize takes a module that kroneckerize returned")
+    # A deep copy shares the class that parametrize made, and removal deletes properties from the class: have our own.
+    shared = type(module)
+    body = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, body)
+    for name in names:
+        trainable = lists[name].original0.requires_grad
+        parametrize.remove_parametrizations(module, name)
+        dense = getattr(module, name).detach()  # (G·N, N)
+        # Frozen weights come back from torch as a buffer: here a parameter again, as before.
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(dense, trainable))
+    # Optimizers match their saved state to parameters by position: have torch's own order again.
+    for name in module._flat_weights_names:
+        if name in module._parameters:
+            module._parameters[name] = module._parameters.pop(name)
+    module._init_flat_weights()
+    return module
+
+
+class _FreshStart(KroneckerWeight):
+    """A parametrization that gives register_parametrization its starting factors."""
+
+    def __init__(self, factor_shapes: Sequence[tuple[int, int]], weight: Tensor, init: str) -> None:
+        super().__init__(factor_shapes, weight.shape[0] // weight.shape[1])
+        self.init = init
+
+    def right_inverse(self, weight: Tensor) -> list[Tensor]:
+        if self.init == "nearest":
+            return super().right_inverse(weight)
+        scale = FRESH_SCALE ** (1 / len(self.factor_shapes))
+        return [
+            torch.stack([random_orthogonal(p, q) * scale for _ in range(self.gates)]).to(weight)
+            for p, q in self.factor_shapes
+        ]  # [(G, P_f, Q_f)]
+
+
+def _recurrent_names(module: nn.RNNBase) -> list[str]:
+    """Names of the recurrent weights, after a check that the module is one of the three that can be factored."""
+    if not isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)):
+        raise TypeError(f"module must be an nn.RNN, nn.LSTM or nn.GRU, got {type(module).__name__}")
+    if module.proj_size:
+        raise ValueError(f"proj_size={module.proj_size} is not supported: the recurrent weights are not square")
+    return [name for name in module._flat_weights_names if name.startswith("weight_hh")]
+
+
+def _checked_shapes(factor_shapes: Sequence[Sequence[int]], size: int) -> list[tuple[int, int]]:
+    """``factor_shapes`` as tuples, each (P, Q), with ∏ P = ∏ Q = ``size``."""
+    shapes: list[tuple[int, int]] = []
+    for index, shape in enumerate(factor_shapes):
+        if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence) or len(shape) != 2:
+            raise ValueError(f"factor_shapes[{index}] must be a pair (P, Q), got {shape!r}")
+        if not all(isinstance(side, int) and not isinstance(side, bool) for side in shape):
+            raise TypeError(f"factor_shapes[{index}] must hold two integers, got {shape!r}")
+        if min(shape) < 1:
+            raise ValueError(f"factor_shapes[{index}] must hold positive sizes, got {shape!r}")
+        shapes.append((shape[0], shape[1]))
+    rows, columns = math.prod(p for p, _ in shapes), math.prod(q for _, q in shapes)
+    if not shapes or rows != size or columns != size:
+        raise ValueError(
+            f"factor_shapes={[list(shape) for shape in shapes]} multiply to {rows}×{columns},"
+            f" but hidden_size={size} needs {size}×{size}"
+        )
+    return shapes
+
+
+def _live_flat_weights(module: nn.RNNBase) -> None:
+    """Let torch's RNN code see the rebuilt weights: the list that its kernels take is otherwise made once and kept.
+
+    The overrides go into the class that parametrize made for this module alone. Flattening into a cuDNN buffer is off:
+    it moves the storage of its tensors, which here are results of autograd.
+    """
+    cls: Any = type(module)
+
+    def current(self: nn.RNNBase) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def ignored(self: nn.RNNBase, *_: Any) -> None:
+        return None
+
+    module.__dict__.pop("_flat_weights", None)
+    module._flat_weight_refs = []
+    cls._flat_weights = property(current, ignored)
+    cls._init_flat_weights = cls._update_flat_weights = cls.flatten_parameters = ignored

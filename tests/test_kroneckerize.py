@@ -1,0 +1,371 @@
+"""kroneckerize: torch's own RNNs with Kronecker recurrent weights."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kru_hf.kroneckerize import (
+    GATES,
+    dekroneckerize,
+    kron_dense_real,
+    kroneckerize,
+    nearest_kronecker,
+    plan_target_shapes,
+)
+
+# Relative error in norm of a fit in float64 and of a forward pass of identical weights in float32.
+FIT_TOLERANCE = 1e-12
+FLOAT32_TOLERANCE = 1e-6
+CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+SHAPES = {
+    "one": [(12, 12)],
+    "two": [(3, 3), (4, 4)],
+    "three": [(2, 2), (3, 3), (2, 2)],
+    "rectangular": [(2, 6), (6, 2)],
+    "four": [(2, 1), (2, 3), (1, 2), (3, 2)],
+}
+
+
+def relative(value, expected):
+    value, expected = value.detach(), expected.detach()
+    return float(torch.linalg.vector_norm(value - expected) / torch.linalg.vector_norm(expected))
+
+
+def random_factors(shapes, seed=0, gates=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(gates, *shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def dense_copy(module):
+    """A plain module of the same kind that holds the dense weights of ``module``."""
+    plain = type(module).__bases__[0](
+        module.input_size, module.hidden_size, module.num_layers, bias=module.bias, bidirectional=module.bidirectional
+    )
+    with torch.no_grad():
+        for name in module._flat_weights_names:
+            getattr(plain, name).copy_(getattr(module, name))
+    return plain
+
+
+def hidden(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def test_dense_product_is_torch_kron():
+    factors = random_factors([(2, 3), (4, 1), (3, 5)], gates=3)
+    for gate, dense in enumerate(kron_dense_real(factors)):
+        expected = torch.kron(torch.kron(factors[0][gate], factors[1][gate]), factors[2][gate])
+        torch.testing.assert_close(dense, expected, rtol=0, atol=FIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+def test_kronecker_weights_are_recovered(shapes):
+    weight = kron_dense_real(random_factors(shapes))[0]
+    factors = nearest_kronecker(weight, shapes)
+    assert [tuple(factor.shape) for factor in factors] == shapes
+    assert relative(kron_dense_real([factor[None] for factor in factors])[0], weight) < FIT_TOLERANCE
+    norms = [float(factor.norm()) for factor in factors]
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=FIT_TOLERANCE)
+
+
+def test_two_factors_are_the_global_optimum():
+    shapes = [(3, 2), (2, 4)]
+    weight = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    factors = [factor[None] for factor in nearest_kronecker(weight, shapes)]
+    best = float((weight - kron_dense_real(factors)[0]).square().sum())
+    # Eckart-Young: what is left are the other singular values of the rearranged matrix, here built entry by entry.
+    rearranged = torch.stack(
+        [weight[2 * i : 2 * i + 2, 4 * j : 4 * j + 4].flatten() for i in range(3) for j in range(2)]
+    )
+    assert best == pytest.approx(float(torch.linalg.svdvals(rearranged)[1:].square().sum()), rel=FIT_TOLERANCE)
+    # Random search, with the best possible scale of each candidate: far away and around the optimum.
+    for spread in (1.0, 0.1, 0.001):
+        noise = random_factors(shapes, seed=2, gates=2000)
+        start = [torch.zeros_like(f) if spread == 1.0 else f for f in factors]
+        candidates = kron_dense_real([a + spread * b for a, b in zip(start, noise, strict=True)])
+        overlap = (candidates * weight).sum((1, 2)).square() / candidates.square().sum((1, 2))
+        assert best <= float(weight.square().sum() - overlap.max())
+
+
+def test_three_factors_are_a_stationary_point_and_beat_random_search():
+    shapes = [(2, 2), (3, 3), (2, 2)]
+    weight = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    factors = [factor[None].requires_grad_() for factor in nearest_kronecker(weight, shapes)]
+    error = (weight - kron_dense_real(factors)[0]).square().sum()
+    candidates = kron_dense_real(random_factors(shapes, seed=4, gates=2000))
+    overlap = (candidates * weight).sum((1, 2)).square() / candidates.square().sum((1, 2))
+    assert error.detach().item() < float(weight.square().sum() - overlap.max())
+    gradients = torch.autograd.grad(error, factors)
+    # The fit stops at a relative gain of 1e-9, which is quadratic in the gradient.
+    assert max(float(gradient.norm()) for gradient in gradients) < 1e-3 * float(weight.norm())
+
+
+def test_zero_weight_keeps_a_gradient():
+    for shapes in SHAPES.values():
+        factors = [factor[None].requires_grad_() for factor in nearest_kronecker(torch.zeros(12, 12), shapes)]
+        dense = kron_dense_real(factors)
+        assert not dense.detach().any()
+        gradients = torch.autograd.grad((dense * torch.randn(dense.shape)).sum(), factors)
+        assert max(float(gradient.abs().max()) for gradient in gradients) > 0
+
+
+@pytest.mark.parametrize("init", ["nearest", "fresh"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_outputs_and_gradients_are_those_of_the_dense_weights(cell, bidirectional, init):
+    torch.manual_seed(0)
+    module, report = kroneckerize(
+        CELLS[cell](5, 12, num_layers=2, bidirectional=bidirectional), [(3, 3), (4, 4)], init=init
+    )
+    plain = dense_copy(module)
+    x, y = torch.randn(7, 3, 5, requires_grad=True), torch.randn(7, 3, 5)
+    y.copy_(x.detach())
+    y.requires_grad_()
+    output, state = module(x)
+    expected, expected_state = plain(y)
+    assert relative(output, expected) < FLOAT32_TOLERANCE
+    for value, wanted in zip(hidden(state), hidden(expected_state), strict=True):
+        assert relative(value, wanted) < FLOAT32_TOLERANCE
+    cotangent = torch.randn_like(output)
+    output.backward(cotangent)
+    expected.backward(cotangent)
+    assert relative(x.grad, y.grad) < FLOAT32_TOLERANCE
+    names = [name for name in module._flat_weights_names if name.startswith("weight_hh")]
+    assert len(names) == 2 * (1 + bidirectional)
+    for name in names:
+        stacks = [getattr(module.parametrizations[name], f"original{f}") for f in range(2)]
+        wanted = torch.autograd.grad(kron_dense_real(stacks).flatten(0, 1), stacks, getattr(plain, name).grad)
+        for stack, gradient in zip(stacks, wanted, strict=True):
+            assert float(gradient.norm()) > 0
+            assert relative(stack.grad, gradient) < 10 * FLOAT32_TOLERANCE
+    assert [(fit.weight, fit.gate) for fit in report.gates] == [(n, g) for n in names for g in GATES[module.mode]]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_training_reaches_the_outputs(cell):
+    """A stale list of weights would keep the outputs of the first forward pass."""
+    torch.manual_seed(0)
+    module, _ = kroneckerize(CELLS[cell](4, 12), [(3, 3), (4, 4)], init="fresh")
+    factors = [p for name, p in module.named_parameters() if name.startswith("parametrizations.")]
+    x, target = torch.randn(9, 5, 4), 0.1 * torch.randn(9, 5, 12)
+    optimizer = torch.optim.Adam(factors, lr=0.02)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (module(x)[0] - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert relative(module(x)[0], dense_copy(module)(x)[0]) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_state_dict_loads_into_a_fresh_module(cell, tmp_path):
+    torch.manual_seed(0)
+    module, _ = kroneckerize(CELLS[cell](5, 12, 2, bidirectional=True), [(3, 3), (4, 4)])
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, tmp_path / "w.safetensors")
+    fresh, _ = kroneckerize(CELLS[cell](5, 12, 2, bidirectional=True), [(3, 3), (4, 4)], init="fresh")
+    x = torch.randn(7, 3, 5)
+    assert not torch.equal(fresh(x)[0], module(x)[0])
+    fresh.load_state_dict(load_file(tmp_path / "w.safetensors"))
+    assert torch.equal(fresh(x)[0], module(x)[0])
+    assert not any(name.startswith("weight_hh") for name in fresh.state_dict())
+
+
+def test_report_counts_what_is_left():
+    lstm = nn.LSTM(5, 12, 2)
+    before = copy.deepcopy(lstm)
+    total = sum(p.numel() for p in lstm.parameters())
+    lstm, report = kroneckerize(lstm, [(3, 3), (4, 4)])
+    assert report.parameters_before == 2 * 4 * 144
+    assert report.parameters_after == 2 * 4 * 25
+    assert sum(p.numel() for p in lstm.parameters()) == total - report.parameters_before + report.parameters_after
+    assert report.compression == pytest.approx(144 / 25)
+    for fit in report.gates:
+        gate = GATES["LSTM"].index(fit.gate)
+        old, new = (getattr(m, fit.weight).detach().chunk(4)[gate] for m in (before, lstm))
+        assert fit.relative_error == pytest.approx(relative(new, old), rel=FLOAT32_TOLERANCE)
+        assert fit.compression == pytest.approx(144 / 25)
+    text = str(report)
+    assert "1,152 -> 200 (5.8x fewer)" in text
+    assert text.count("\n") == 1 + 8
+    assert "weight_hh_l1" in text and "forget" in text
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_kronecker_weights_survive_the_round_trip(cell):
+    """Trained Kronecker weights made dense and factored again: the same function, no error."""
+    torch.manual_seed(0)
+    module, _ = kroneckerize(CELLS[cell](5, 12, 2, bidirectional=True), SHAPES["three"], init="fresh")
+    x = torch.randn(7, 3, 5)
+    output = module(x)[0].detach()
+    dekroneckerize(module)
+    assert type(module) is CELLS[cell]
+    assert torch.equal(module(x)[0], output)
+    module, report = kroneckerize(module, SHAPES["three"])
+    assert max(fit.relative_error for fit in report.gates) < FLOAT32_TOLERANCE
+    assert relative(module(x)[0], output) < FLOAT32_TOLERANCE
+
+
+def test_dekroneckerize_gives_a_plain_module_back():
+    plain = nn.GRU(5, 12, 2, bidirectional=True)
+    order = [name for name, _ in plain.named_parameters()]
+    module, _ = kroneckerize(copy.deepcopy(plain), [(3, 3), (4, 4)])
+    twin = copy.deepcopy(module)
+    dekroneckerize(module)
+    assert [name for name, _ in module.named_parameters()] == order
+    assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in module.parameters())
+    assert all(a is b for a, b in zip(module._flat_weights, module.parameters(), strict=True))
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(7, 3, 5)
+    assert torch.equal(module(x)[0], plain(x)[0])
+    # The copy shares nothing with the module that became plain.
+    assert torch.equal(twin(x)[0], plain(x)[0])
+    dekroneckerize(twin)
+    assert torch.equal(twin(x)[0], plain(x)[0])
+
+
+def test_frozen_weights_stay_frozen_parameters():
+    lstm = nn.LSTM(5, 12)
+    lstm.weight_hh_l0.requires_grad_(False)
+    lstm, _ = kroneckerize(lstm, [(3, 3), (4, 4)])
+    assert not any(p.requires_grad for name, p in lstm.named_parameters() if "parametrizations" in name)
+    dekroneckerize(lstm)
+    assert isinstance(lstm.weight_hh_l0, nn.Parameter) and not lstm.weight_hh_l0.requires_grad
+    assert lstm.weight_ih_l0.requires_grad
+
+
+def test_module_conversions_and_assignment():
+    module, _ = kroneckerize(nn.LSTM(5, 12, batch_first=True, bias=False), [(3, 3), (4, 4)])
+    x = torch.randn(3, 7, 5)
+    output = module(x)[0]
+    assert relative(module.double()(x.double())[0].float(), output) < FLOAT32_TOLERANCE
+    module.float()
+    packed = nn.utils.rnn.pack_padded_sequence(x, [7, 7, 7], batch_first=True)
+    assert relative(module(packed)[0].data, nn.utils.rnn.pack_padded_sequence(output, [7] * 3, True).data) < (
+        FLOAT32_TOLERANCE
+    )
+    doubled = {name: 2 * value for name, value in module.named_parameters()}
+    functional = torch.func.functional_call(module, doubled, (x,))[0]
+    module.load_state_dict(doubled)
+    assert relative(functional, module(x)[0]) < FLOAT32_TOLERANCE
+    dense = kron_dense_real([f.float() for f in random_factors([(3, 3), (4, 4)], gates=4)]).flatten(0, 1)
+    module.weight_hh_l0 = dense
+    assert relative(module.weight_hh_l0, dense) < FLOAT32_TOLERANCE
+
+
+def test_fresh_factors_have_the_energy_of_torchs_init():
+    torch.manual_seed(0)
+    module, report = kroneckerize(nn.GRU(5, 12), [(3, 3), (4, 4)], init="fresh")
+    for gate in module.weight_hh_l0.detach().double().chunk(3):
+        singular = torch.linalg.svdvals(gate)
+        torch.testing.assert_close(singular, torch.full_like(singular, 1 / math.sqrt(3)), rtol=1e-6, atol=0)
+    assert report.init == "fresh"
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    cell=st.sampled_from(sorted(CELLS)),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    turn=st.integers(0, 2),
+    layers=st.integers(1, 2),
+    bidirectional=st.booleans(),
+    bias=st.booleans(),
+    init=st.sampled_from(["nearest", "fresh"]),
+)
+def test_any_shapes(cell, sizes, turn, layers, bidirectional, bias, init):
+    columns = sizes[turn % len(sizes) :] + sizes[: turn % len(sizes)]
+    shapes = list(zip(sizes, columns, strict=True))
+    plain = CELLS[cell](3, math.prod(sizes), layers, bidirectional=bidirectional, bias=bias)
+    names = [name for name, _ in plain.named_parameters()]
+    module, report = kroneckerize(plain, shapes, init=init)
+    x = torch.randn(4, 2, 3)
+    output = module(x)[0]
+    output.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    if init == "nearest":
+        # The best multiple of any direction leaves no more than the weight itself.
+        assert all(fit.relative_error <= 1 + FLOAT32_TOLERANCE for fit in report.gates)
+    dekroneckerize(module)
+    assert torch.equal(module(x)[0], output)
+    assert [name for name, _ in module.named_parameters()] == names
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(2, 600), gates=st.integers(1, 16), share=st.floats(0.0, 1.0))
+def test_target_is_an_upper_bound(size, gates, share):
+    least = gates * sum(p * p for p in prime_factors(size))
+    target = least + int(share * (gates * size * size - least))
+    shapes = plan_target_shapes(size, gates, target)
+    assert math.prod(p for p, _ in shapes) == size
+    assert least <= gates * sum(p * q for p, q in shapes) <= target
+    with pytest.raises(ValueError, match=f"need {least} parameters"):
+        plan_target_shapes(size, gates, least - 1)
+
+
+def prime_factors(size):
+    found, divisor = [], 2
+    while size > 1:
+        while size % divisor == 0:
+            found.append(divisor)
+            size //= divisor
+        divisor += 1
+    return found
+
+
+def test_target_parameters_of_a_whole_module():
+    _, report = kroneckerize(nn.LSTM(5, 24, 2), target_parameters=8 * (16 + 36), init="fresh")
+    assert report.factor_shapes == ((4, 4), (6, 6))
+    assert report.parameters_after == 8 * (16 + 36)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"factor_shapes": [(3, 3), (5, 5)]}, ValueError, "multiply to 15×15, but hidden_size=12 needs 12×12"),
+        ({"factor_shapes": [(3, 2), (4, 4)]}, ValueError, "multiply to 12×8"),
+        ({"factor_shapes": []}, ValueError, "factor_shapes=.. multiply to 1×1"),
+        ({"factor_shapes": [3, 4]}, ValueError, r"factor_shapes\[0\] must be a pair \(P, Q\), got 3"),
+        ({"factor_shapes": [(3, 3), (4, 4, 1)]}, ValueError, r"factor_shapes\[1\] must be a pair"),
+        ({"factor_shapes": [(3.0, 3), (4, 4)]}, TypeError, r"factor_shapes\[0\] must hold two integers"),
+        ({"factor_shapes": [(-3, -3), (-4, -4)]}, ValueError, "must hold positive sizes"),
+        ({}, ValueError, "either factor_shapes or target_parameters"),
+        (
+            {"factor_shapes": [(12, 12)], "target_parameters": 9},
+            ValueError,
+            "either factor_shapes or target_parameters",
+        ),
+        ({"target_parameters": 67}, ValueError, "target_parameters=67 is too small.*need 68 parameters"),
+        ({"factor_shapes": [(12, 12)], "init": "svd"}, ValueError, "init must be 'nearest' or 'fresh', got 'svd'"),
+    ],
+)
+def test_bad_arguments_leave_the_module_alone(arguments, error, message):
+    lstm = nn.LSTM(5, 12)
+    with pytest.raises(error, match=message):
+        kroneckerize(lstm, **arguments)
+    assert type(lstm) is nn.LSTM
+
+
+def test_bad_modules():
+    with pytest.raises(TypeError, match="got Linear"):
+        kroneckerize(nn.Linear(12, 12), [(12, 12)])
+    with pytest.raises(TypeError, match="got LSTMCell"):
+        dekroneckerize(nn.LSTMCell(12, 12))
+    with pytest.raises(ValueError, match="proj_size=3"):
+        kroneckerize(nn.LSTM(5, 12, proj_size=3), [(12, 12)])
+    with pytest.raises(ValueError, match="weight_hh_l0 is not kroneckerized"):
+        dekroneckerize(nn.GRU(5, 12))
+    module, _ = kroneckerize(nn.GRU(5, 12), [(12, 12)])
+    with pytest.raises(ValueError, match="weight_hh_l0 is parametrized already"):
+        kroneckerize(module, [(12, 12)])
+    broken = nn.GRU(5, 12)
+    nn.init.constant_(broken.weight_hh_l0, math.nan)
+    with pytest.raises(ValueError, match="weight_hh_l0 has entries that are not finite"):
+        kroneckerize(broken, [(12, 12)])
