@@ -3,32 +3,59 @@
 Importing this package registers ``model_type = "kru"`` with the Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .cache_kru import KRUCache
 from .cells import KRURecurrence
 from .char_tokenizer import build_char_tokenizer
 from .configuration_kru import KRUConfig
+from .gated_cells import KRUGRURecurrence, KRULSTMRecurrence
+from .heads_kru import KRUForSequenceClassification, KRUForTokenClassification
 from .kronecker import kron_apply, kron_dense, plan_factor_shapes, random_unitary, unitary_penalty
+from .kroneckerize import KroneckerizeReport, dekroneckerize, kroneckerize
+from .layers import KRU, KRUGRU, KRULSTM
 from .modeling_kru import KRUForCausalLM, KRUModel, KRUPreTrainedModel
+from .piano_roll_head import KRUForPianoRoll
 from .scan import kru_scan, scan_backend_report
+from .scan_gated import kru_gated_scan
 
 __version__ = "0.1.0"
 
 AutoConfig.register("kru", KRUConfig, exist_ok=True)
-AutoModel.register(KRUConfig, KRUModel, exist_ok=True)
+# A folder says in `architectures` which of them it holds; there is no Auto class for piano rolls.
+AutoModel.register(KRUConfig, (KRUModel, KRUForPianoRoll), exist_ok=True)
 AutoModelForCausalLM.register(KRUConfig, KRUForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(KRUConfig, KRUForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(KRUConfig, KRUForTokenClassification, exist_ok=True)
 
 __all__ = [
+    "KRU",
+    "KRUGRU",
+    "KRULSTM",
     "KRUCache",
     "KRUConfig",
     "KRUForCausalLM",
+    "KRUForPianoRoll",
+    "KRUForSequenceClassification",
+    "KRUForTokenClassification",
+    "KRUGRURecurrence",
+    "KRULSTMRecurrence",
     "KRUModel",
     "KRUPreTrainedModel",
     "KRURecurrence",
+    "KroneckerizeReport",
     "build_char_tokenizer",
+    "dekroneckerize",
     "kron_apply",
     "kron_dense",
+    "kroneckerize",
+    "kru_gated_scan",
     "kru_scan",
     "plan_factor_shapes",
     "random_unitary",

@@ -1,0 +1,362 @@
+"""The music task: its figure, its batches, its data, and composing from a trained folder."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from kru_hf.piano_roll import frames_to_roll, quantise, read_midi, write_midi
+from training import compose, evaluate, music_data, train
+from training.arguments import ModelOptions
+from training.errors import UserError
+from training.models import build_model, load_model
+from training.music_data import load_pieces, piece_figures, split_pieces
+from training.tasks import Layout, get_task
+from training.tasks.base import DataOptions
+from training.tasks.piano_roll import TASK, PianoRollOptions
+
+pytest.importorskip("symusic")
+
+FLOAT32_TOLERANCE = 1e-4  # nats a frame, fp32 logits of a few hundred frames in batches of another size
+SMALL = ["--wiring", "plain", "--state_size", "12", "--factor_size", "3", "--use_cpu", "true", "--report_to", "none"]
+
+
+def make_pieces(count: int, seed: int) -> list[list[list[int]]]:
+    """Pieces of 3 to 40 frames that hold chords."""
+    random = np.random.default_rng(seed)
+    return [
+        [sorted(random.choice(np.arange(40, 80), random.integers(0, 5), replace=False).tolist()) for _ in range(length)]
+        for length in random.integers(3, 41, count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tables") / "songs"
+    path.mkdir()
+    for seed, (split, count) in enumerate((("train", 11), ("validation", 5), ("test", 7))):
+        Dataset.from_dict({"notes": make_pieces(count, seed)}).to_parquet(path / f"{split}.parquet")
+    return path
+
+
+def make_task(folder, seed=0, **options):
+    task = TASK(PianoRollOptions(**options), DataOptions(dataset=str(folder)), seed)
+    task.load()
+    return task
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs")
+    for architecture in ("kru", "lstm"):
+        network = SMALL if architecture == "kru" else ["--state_size", "8", *SMALL[-4:]]
+        words = ["--task", "piano_roll", "--architecture", architecture, "--dataset", str(folder), "--eval_steps", "10"]
+        words += ["--max_steps", "30", "--per_device_train_batch_size", "4", "--sequence_length", "16", *network]
+        recipe = output / "empty.yaml"
+        recipe.write_text("task: piano_roll\n")
+        assert train.main([str(recipe), *words, "--output_dir", str(output / architecture)]) == 0
+    return output
+
+
+# ---- the figure ---------------------------------------------------------------------------------------------------
+
+
+def test_figure_equals_a_dozen_lines_of_plain_torch(trained, folder):
+    """The saved weights of a plain KRU, one piece after another, without any code of the package."""
+    from safetensors.torch import load_file
+
+    weights = load_file(trained / "kru" / "model.safetensors")
+    planes = [v for k, v in sorted(weights.items()) if ".factors." in k]
+    recurrent = torch.ones(1, 1, dtype=torch.complex128)
+    for factor in planes:
+        recurrent = torch.kron(recurrent, torch.complex(*factor.double()))
+    bias = next(v for k, v in weights.items() if k.endswith("recurrence.bias")).double()
+    input_map = torch.complex(*weights["model.input_map.weight"].double().unflatten(0, (2, -1)))
+    readout, offset = weights["key_head.weight"].double(), weights["key_head.bias"].double()
+    total, count = 0.0, 0
+    for notes in make_pieces(7, 2):
+        x = torch.from_numpy(frames_to_roll(notes)[0]).double()
+        h = torch.zeros(len(bias), dtype=torch.complex128)
+        for t in range(len(x) - 1):
+            z = recurrent @ h + input_map @ x[t].to(h.dtype)
+            h = torch.where(z.abs() > 0, z * (z.abs() + bias).clamp(min=0) / z.abs().clamp(min=1e-300), 0 * z)
+            features = torch.cat([h.real, h.imag])
+            logits = readout @ (features / (features.square().mean() + 1e-6).sqrt()) + offset
+            p = logits.sigmoid()
+            total -= float((x[t + 1] * p.log() + (1 - x[t + 1]) * (1 - p).log()).sum())
+            count += 1
+    results = json.loads((trained / "kru" / "all_results.json").read_text())
+    assert abs(results["test_nll_per_frame"] - total / count) < FLOAT32_TOLERANCE
+    assert results["test_loss"] == results["test_nll_per_frame"]
+
+
+@pytest.mark.parametrize("architecture", ["kru", "lstm"])
+def test_accuracy_and_f1_count_sounding_keys(trained, folder, architecture):
+    model, _ = load_model(str(trained / architecture), "piano_roll")
+    hits = errors = 0
+    for notes in make_pieces(7, 2):
+        x = torch.from_numpy(frames_to_roll(notes)[0]).float()[None]
+        predicted, sounding = model.eval()(input_values=x).logits[:, :-1] > 0, x[:, 1:] > 0
+        hits += int((predicted & sounding).sum())
+        errors += int((predicted ^ sounding).sum())
+    results = json.loads((trained / architecture / "all_results.json").read_text())
+    assert results["test_accuracy"] == hits / (hits + errors)
+    assert results["test_f1"] == 2 * hits / (2 * hits + errors)
+    assert results["num_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_metrics_of_known_sums():
+    task = TASK(PianoRollOptions(), DataOptions())
+    figures = task.metrics({"loss": 30.0, "count": 4.0, "hits": 6.0, "false_alarms": 2.0, "misses": 4.0})
+    assert figures == {"loss": 7.5, "nll_per_frame": 7.5, "accuracy": 0.5, "f1": 12 / 18}
+    silent = task.metrics({"loss": 0.0, "count": 1.0, "hits": 0.0, "false_alarms": 0.0, "misses": 0.0})
+    assert silent["f1"] == silent["accuracy"] == 0.0
+
+
+@pytest.mark.parametrize("architecture", ["kru", "lstm"])
+def test_evaluate_repeats_the_figures(trained, folder, capsys, architecture):
+    words = ["--model", str(trained / architecture), "--dataset", str(folder), "--split", "test", "--use_cpu", "true"]
+    assert evaluate.main(words) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    results = json.loads((trained / architecture / "all_results.json").read_text())
+    assert figures["nll_per_frame"] == results["test_nll_per_frame"]
+
+
+def test_training_learns(trained, folder):
+    """The best model beats the start, where every key sounds with the same small probability."""
+    results = json.loads((trained / "kru" / "all_results.json").read_text())
+    total = count = 0.0
+    p = 1 / (1 + np.exp(3.0))
+    for notes in make_pieces(5, 1):
+        sounding = sum(map(len, notes[1:]))
+        total -= sounding * np.log(p) + (88 * (len(notes) - 1) - sounding) * np.log(1 - p)
+        count += len(notes) - 1
+    assert results["validation_nll_per_frame"] < total / count - 0.5
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "window"), [(4, 8), (3, 64), (16, 5), (1, 1)])
+def test_a_pass_has_every_target_once_and_never_mixes_pieces(folder, rows, window):
+    task = make_task(folder, sequence_length=window)
+    layout = Layout(rows)
+    seen, history = [], [[] for _ in range(rows)]
+    for index in range(task.num_batches(layout)):
+        batch = task.train_batch(index, 0, layout)
+        x, y, scored = (batch.inputs[k] for k in ("input_values", "shift_labels", "shift_mask"))
+        assert x.shape[1] <= window
+        for row in range(rows):
+            if batch.reset_state and history[row]:
+                seen.append(torch.stack(history[row]))
+                history[row] = []
+            for t in range(x.shape[1]):
+                if scored[row, t]:
+                    history[row] += [x[row, t]] if not history[row] else []
+                    assert torch.equal(history[row][-1], x[row, t])
+                    history[row].append(y[row, t])
+    seen += [torch.stack(frames) for frames in history if frames]
+    expected = [roll.astype(np.float32).tobytes() for roll in task.pieces.splits["train"]]
+    assert sorted(piece.numpy().tobytes() for piece in seen) == sorted(expected)
+
+
+def test_slots_hold_the_rows_of_the_global_batch_and_weights_average_to_all_targets(folder):
+    task = make_task(folder, sequence_length=8)
+    for index in range(2 * task.num_batches(Layout(6))):
+        whole = task.train_batch(index, 0, Layout(6))
+        parts = [task.train_batch(index, slot, Layout(6, 3)) for slot in range(3)]
+        for key in whole.inputs:
+            assert torch.equal(whole.inputs[key], torch.cat([part.inputs[key] for part in parts]))
+        counts = np.array([part.inputs["shift_mask"].sum() for part in parts])
+        assert np.allclose([part.loss_weight for part in parts], counts * 3 / counts.sum())
+        assert whole.loss_weight == 1
+        assert {part.reset_state for part in parts} == {whole.reset_state}
+
+
+def test_batches_are_a_function_of_index_and_seed(folder):
+    layout, first, again = Layout(4), make_task(folder, transpose=3), make_task(folder, transpose=3)
+    indices = list(range(12))
+    forward = [first.train_batch(i, 0, layout).inputs["input_values"] for i in indices]
+    backward = [again.train_batch(i, 0, layout).inputs["input_values"] for i in reversed(indices)][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    other = make_task(folder, seed=1, transpose=3)
+    assert not all(
+        torch.equal(a, other.train_batch(i, 0, layout).inputs["input_values"]) for i, a in enumerate(forward)
+    )
+
+
+def test_windows_with_carried_state_give_the_loss_of_the_whole_piece(folder):
+    """Evaluation figures do not depend on windows, batches or slots."""
+    model = build_model("piano_roll", ModelOptions(state_size=12), vocab_size=1, input_size=88).eval()
+    task = make_task(folder)
+    figures = []
+    for num_slots, window in ((1, 512), (3, 7)):
+        import training.tasks.piano_roll as module
+
+        sums: dict[str, float] = {}
+        old, module.EVAL_WINDOW = module.EVAL_WINDOW, window
+        for slot in range(num_slots):
+            state = None
+            for batch in task.eval_batches("test", slot, num_slots):
+                out = task.forward(model, batch, None if batch.reset_state else state)
+                state = out.state.detach()
+                for name, value in out.sums.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        module.EVAL_WINDOW = old
+        figures.append(task.metrics(sums))
+        assert sums["count"] == sum(len(piece) - 1 for piece in make_pieces(7, 2))
+    assert abs(figures[0]["loss"] - figures[1]["loss"]) < FLOAT32_TOLERANCE
+
+
+def test_transposition_moves_whole_pieces_within_the_keyboard(folder):
+    task = make_task(folder, transpose=5)
+    roll = task.pieces.splits["train"][0]
+    shifts = set()
+    for epoch in range(60):
+        moved = task.transposed(roll, epoch, 0)
+        shift = int(np.flatnonzero(moved.any(0))[0] - np.flatnonzero(roll.any(0))[0])
+        assert np.array_equal(np.roll(roll, shift, 1), moved)
+        shifts.add(shift)
+    assert shifts == set(range(-5, 6))
+    edges = np.zeros((2, 88), dtype=bool)
+    edges[:, [0, 87]] = True
+    assert np.array_equal(task.transposed(edges, 0, 0), edges)
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_record_names_the_data_without_its_path(folder):
+    record = make_task(folder).dataset_record()
+    assert record["name"] == "songs"
+    assert record["train_pieces"] == 11
+    assert str(folder.parent) not in json.dumps(record)
+    assert record["sha256"] == make_task(folder).dataset_record()["sha256"]
+    assert record["lowest_low"] >= 40
+
+
+def test_a_folder_of_midi_files_is_split_by_piece_and_bad_files_are_counted(tmp_path, capsys):
+    for index, notes in enumerate(make_pieces(20, 5)):
+        events = [(t, 1, pitch) for t, frame in enumerate(notes) for pitch in frame]
+        write_midi(quantise(events, 1), tmp_path / f"{index:02}.mid")
+    (tmp_path / "damaged.mid").write_bytes(b"MThd\x00")
+    (tmp_path / "empty.MID").write_bytes(b"")
+    found = load_pieces(DataOptions(dataset=str(tmp_path)), 1)
+    assert [len(found.splits[split]) for split in music_data.SPLITS] == [16, 2, 2]
+    assert found.report["unusable_files"] == 2
+    assert "damaged.mid" in capsys.readouterr().out
+    assert "2 files left out" in music_data.describe_report(found.report)
+    assert found.sha256 == load_pieces(DataOptions(dataset=str(tmp_path)), 1).sha256
+
+
+def test_split_is_fixed_and_disjoint():
+    rolls = [np.full((2, 88), i) for i in range(30)]
+    parts = split_pieces(rolls)
+    ids = [int(roll[0, 0]) for split in music_data.SPLITS for roll in parts[split]]
+    assert sorted(ids) == list(range(30))
+    assert [len(parts[split]) for split in music_data.SPLITS] == [24, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("text", ["a", "b", "c"], "no column 'notes'"),
+        ("notes", [1, 2, 3], "list of frames"),
+        ("notes", [[[]], [[]], [[]]], "usable pieces"),
+        ("notes", [[[], []]] * 4, "no piece of two frames with notes"),
+    ],
+)
+def test_bad_tables_say_what_is_wrong(tmp_path, column, values, message):
+    Dataset.from_dict({column: values}).to_json(tmp_path / "train.json")
+    with pytest.raises(UserError, match=message):
+        load_pieces(DataOptions(dataset=str(tmp_path)), 1)
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        load_pieces(DataOptions(dataset=str(tmp_path / "none")), 1)
+    with pytest.raises(UserError, match="neither train.parquet"):
+        load_pieces(DataOptions(dataset=str(tmp_path)), 1)
+
+
+def test_chorales_are_parsed_once(tmp_path, monkeypatch):
+    corpus = pytest.importorskip("music21.corpus")
+    some = sorted(corpus.getComposer("bach"), key=str)[:8]
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(corpus, "getComposer", lambda name: some)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rolls = music_data.music21_chorales(2)
+    monkeypatch.setattr(corpus, "getComposer", lambda name: pytest.fail("the cache was not used"))
+    again = music_data.music21_chorales(2)
+    assert len(rolls) >= 3
+    assert all(np.array_equal(a, b) for a, b in zip(rolls, again, strict=True))
+    figures = piece_figures(rolls[0])
+    assert 2 < figures["density"] <= 5
+    assert 30 <= figures["lowest"] < figures["highest"] <= 84
+
+
+@pytest.mark.parametrize("name", ["sequence_length", "frames_per_quarter", "transpose"])
+def test_bad_options_name_themselves(name):
+    with pytest.raises(UserError, match=f"{name}=-1"):
+        PianoRollOptions(**{name: -1})
+
+
+def test_task_is_registered():
+    assert get_task("piano_roll") is TASK
+
+
+# ---- composing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["kru", "lstm"])
+def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_path, architecture, capsys):
+    write_midi(quantise([(0, 1, 60), (1, 1, 64), (2, 2, 67)], 4), tmp_path / "prime.mid")
+    words = ["--model", str(trained / architecture), "--prime", str(tmp_path / "prime.mid"), "--num_frames", "12"]
+    for name in ("a", "b"):
+        assert compose.main([*words, "--output", str(tmp_path / f"{name}.mid"), "--report", "true"]) == 0
+    for ending in (".mid", ".wav"):
+        assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"b{ending}").read_bytes()
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["within"] == all(report[f"{k}_within"] for k in ("density", "lowest", "highest"))
+    piece = read_midi(tmp_path / "a.mid", 4)
+    assert piece.notes()[:3] == [(0, 4, 60), (4, 4, 64), (8, 8, 67)]
+    assert len(piece.roll) <= 16 + 12
+    assert compose.main([*words, "--seed", "1", "--output", str(tmp_path / "c.mid")]) == 0
+    assert (tmp_path / "a.mid").read_bytes() != (tmp_path / "c.mid").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "model is missing"),
+        (["--model", "MODEL"], "output is missing"),
+        (["--model", "MODEL", "--output", "a.wav"], "must end in .mid"),
+        (["--model", "MODEL", "--output", "a.mid", "--num_frames", "0"], "num_frames=0"),
+        (["--model", "MODEL", "--output", "a.mid", "--prime", "none.mid"], "none.mid' does not exist"),
+        (["--model", "EMPTY", "--output", "a.mid"], "training.json"),
+        (["--model", "MODEL", "--output", "a.mid", "--num_frame", "3"], "did you mean 'num_frames'"),
+    ],
+)
+def test_compose_says_what_is_wrong(trained, tmp_path, capsys, words, message):
+    folders = {"MODEL": str(trained / "kru"), "EMPTY": str(tmp_path)}
+    words = [folders.get(word, word) for word in words]
+    assert compose.main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_tables_need_no_midi_library(folder):
+    code = (
+        "import sys; sys.modules['symusic'] = sys.modules['music21'] = sys.modules['pretty_midi'] = None\n"
+        "from training.tasks import get_task, DataOptions\n"
+        "task = get_task('piano_roll'); task = task(task.Options(), DataOptions(dataset=sys.argv[1])); task.load()\n"
+        "print(task.dataset_record()['train_pieces'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "11", done.stderr

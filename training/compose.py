@@ -1,0 +1,146 @@
+"""Compose music: `python -m training.compose --model FOLDER_OR_ID [--prime FILE.mid] --num_frames 64 --output out.mid`.
+
+Writes the MIDI file, and beside it a picture (.png) and a sound (.wav) of the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from kru_hf.piano_roll import NUM_PITCHES, MidiError, PianoRoll, draw_roll, read_midi, write_midi, write_wav
+
+from .arguments import option, parse_words, require
+from .errors import UserError
+from .evaluate import read_record
+from .models import load_model
+from .music_data import piece_figures
+
+
+@dataclass
+class ComposeOptions:
+    """What is composed, and where it is written."""
+
+    model: str | None = option(None, "Trained folder or Hub id of a piano-roll model.")
+    prime: str | None = option(None, "MIDI file that the piece begins with; without it the model begins by itself.")
+    prime_frames: int = option(0, "How many frames of the prime are used; 0: all.")
+    num_frames: int = option(64, "Frames that are composed.")
+    output: str | None = option(None, "MIDI file to write; a .png and a .wav of the same name are written beside it.")
+    temperature: float = option(1.0, "Below 1 the model plays it safe, above 1 it dares more; 0 is no chance at all.")
+    max_voices: int = option(0, "At most that many keys at once; 0: no limit.")
+    frames_per_quarter: int = option(0, "Grid of the piece; 0: that of the training data.")
+    tempo: float = option(0.0, "Quarter notes a minute; 0: that of the prime, or 90.")
+    seed: int = option(0, "Seed of the draws: the same seed gives the same files.")
+    report: bool = option(False, "Compare density and pitch range with the training data; one line of JSON.")
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            raise UserError("model is missing: pass --model FOLDER or a Hub id")
+        if self.output is None:
+            raise UserError("output is missing: pass --output FILE.mid")
+        if Path(self.output).suffix.lower() not in (".mid", ".midi"):
+            raise UserError(f"output={self.output!r} is not valid: it must end in .mid or .midi")
+        require(self.num_frames >= 1, "num_frames", self.num_frames, "1 or more")
+        require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more and finite")
+        for name in ("prime_frames", "max_voices", "frames_per_quarter", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.tempo == 0 or 10 <= self.tempo <= 1000, "tempo", self.tempo, "between 10 and 1000, or 0")
+
+
+def read_prime(options: ComposeOptions, frames_per_quarter: int) -> PianoRoll | None:
+    """The frames of the prime that are used; what was dropped from the file is said."""
+    if options.prime is None:
+        return None
+    try:
+        piece = read_midi(options.prime, frames_per_quarter)
+    except MidiError as error:
+        raise UserError(f"prime: {error}") from error
+    if piece.problems:
+        print(f"prime: {piece.problems}", file=sys.stderr)
+    end = options.prime_frames or len(piece.roll)
+    assert piece.onsets is not None
+    tempos = [(frame, tempo) for frame, tempo in piece.tempos if frame < end]
+    return PianoRoll(piece.roll[:end], piece.onsets[:end], frames_per_quarter, tempos)
+
+
+def compose(model: Any, prime: PianoRoll | None, options: ComposeOptions, frames_per_quarter: int) -> PianoRoll:
+    """The prime and `num_frames` composed frames as one piece; notes begin anew where the model takes over."""
+    start = None if prime is None else torch.from_numpy(prime.roll).float()  # (T, 88)
+    stream = model.stream_piano_roll(
+        start, options.num_frames, options.temperature, options.max_voices or None, options.seed
+    )
+    bar = tqdm(stream, total=options.num_frames, desc="composing", unit="frame", disable=not sys.stderr.isatty())
+    continuation = PianoRoll(np.stack([frame[0].numpy() for frame in bar]), None, frames_per_quarter)
+    tempos = [(0, options.tempo or 90.0)]
+    if prime is None:
+        return PianoRoll(continuation.roll, continuation.onsets, frames_per_quarter, tempos)
+    assert prime.onsets is not None and continuation.onsets is not None
+    roll = np.concatenate([prime.roll, continuation.roll])  # (T + num_frames, 88)
+    onsets = np.concatenate([prime.onsets, continuation.onsets])  # (T + num_frames, 88)
+    return PianoRoll(roll, onsets, frames_per_quarter, tempos if options.tempo else prime.tempos)
+
+
+def compare(continuation: np.ndarray, record: dict[str, Any]) -> dict[str, Any]:
+    """Density and pitch range of a continuation (T, 88) beside the 5-95 % band of the training pieces."""
+    figures: dict[str, Any] = {}
+    for name, value in piece_figures(continuation).items():
+        low, high = record[f"{name}_low"], record[f"{name}_high"]
+        figures |= {name: None if np.isnan(value) else round(value, 4), f"{name}_band": [low, high]}
+        figures[f"{name}_within"] = bool(low <= value <= high)
+    figures["within"] = all(figures[f"{name}_within"] for name in ("density", "lowest", "highest"))
+    return figures
+
+
+def run(argv: list[str]) -> dict[str, Any] | None:
+    """Compose as the options say; returns the report if one was asked for."""
+    (options,) = parse_words([ComposeOptions], argv, "training.compose")
+    output = Path(options.output)
+    record = read_record(options.model)
+    if record["options"].get("task") != "piano_roll":
+        raise UserError(f"model={options.model!r} was trained for {record['options'].get('task')!r}, not piano_roll")
+    from .tasks import piano_roll  # noqa: F401 (registers the baselines' head)
+
+    model, _ = load_model(options.model, "piano_roll")
+    if model.width != NUM_PITCHES:
+        raise UserError(f"model={options.model!r} has frames of {model.width} keys; music needs {NUM_PITCHES}")
+    frames_per_quarter = options.frames_per_quarter or record["options"]["frames_per_quarter"]
+    prime = read_prime(options, frames_per_quarter)
+    prime_frames = 0 if prime is None else len(prime.roll)
+    piece = compose(model.eval(), prime, options, frames_per_quarter)
+    pictures, sound = output.with_suffix(".png"), output.with_suffix(".wav")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_midi(piece, output)
+        draw_roll(piece, pictures, prime_frames, output.stem)
+        write_wav(piece, sound)
+    except (OSError, MidiError) as error:
+        raise UserError(f"output={options.output!r} cannot be written: {error}") from error
+    print(f"wrote {output}, {pictures.name} and {sound.name}: {prime_frames} + {options.num_frames} frames")
+    if not options.report:
+        return None
+    figures = compare(piece.roll[prime_frames:], record["dataset"])
+    print(json.dumps(figures))
+    return figures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

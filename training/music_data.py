@@ -1,0 +1,248 @@
+"""Pieces of music as piano rolls: note tables, folders of MIDI files, and the chorales of music21's corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import load_dataset
+from tqdm import tqdm
+
+from kru_hf.piano_roll import NUM_PITCHES, PROBLEMS, MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
+
+from .errors import UserError
+from .tasks.base import DataOptions
+
+SPLITS = ("train", "validation", "test")
+CHORALES = "bach_chorales"
+HELD_OUT = 0.1  # share of the pieces in each of validation and test, where the data has no splits of its own
+MIDI_ENDINGS = (".mid", ".midi")
+TABLE_ENDINGS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+
+
+@dataclass
+class Pieces:
+    """Rolls (T, 88) bool by split, and how to name them in a record that may be published."""
+
+    name: str
+    splits: Mapping[str, list[np.ndarray]]
+    frames_per_quarter: int
+    report: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the notes of all pieces in their order."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            for roll in self.splits[split]:
+                digest.update(json.dumps(roll_to_frames(roll)).encode())
+            digest.update(split.encode())
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """Name, SHA-256, sizes, and the bands of density and pitch that the training pieces lie in."""
+        sizes = {f"{split}_pieces": len(self.splits[split]) for split in SPLITS}
+        frames = {f"{split}_frames": sum(map(len, self.splits[split])) for split in SPLITS}
+        return {"name": self.name, "sha256": self.sha256, **sizes, **frames, **bands(self.splits["train"])}
+
+
+def piece_figures(roll: np.ndarray) -> dict[str, float]:
+    """Notes that sound in a frame on average, and the lowest and highest MIDI pitch, of a roll (T, 88)."""
+    from kru_hf.piano_roll import LOWEST_PITCH
+
+    sounding = np.flatnonzero(roll.any(0)) + LOWEST_PITCH
+    low, high = (float(sounding[0]), float(sounding[-1])) if len(sounding) else (float("nan"), float("nan"))
+    return {"density": float(roll.sum(1).mean()), "lowest": low, "highest": high}
+
+
+def bands(rolls: Sequence[np.ndarray]) -> dict[str, float]:
+    """The 5 % and 95 % quantiles over pieces of each of :func:`piece_figures`."""
+    figures = [piece_figures(roll) for roll in rolls if roll.any()]
+    found: dict[str, float] = {}
+    for name in ("density", "lowest", "highest"):
+        low, high = np.quantile([figure[name] for figure in figures], [0.05, 0.95])
+        found |= {f"{name}_low": round(float(low), 4), f"{name}_high": round(float(high), 4)}
+    return found
+
+
+def split_pieces(rolls: list[np.ndarray], seed: int = 0) -> dict[str, list[np.ndarray]]:
+    """80 %, 10 % and 10 % of the pieces, by a fixed shuffle; each part has at least one."""
+    order = np.random.default_rng(seed).permutation(len(rolls))
+    held_out = max(1, round(len(rolls) * HELD_OUT))
+    parts = np.split(order, [len(rolls) - 2 * held_out, len(rolls) - held_out])
+    return {split: [rolls[i] for i in part] for split, part in zip(SPLITS, parts, strict=True)}
+
+
+def load_pieces(data: DataOptions, frames_per_quarter: int) -> Pieces:
+    """The pieces that the options name.
+
+    Raises:
+        UserError: nothing there, damaged, no column `notes`, no usable piece, too few pieces.
+    """
+    source = data.dataset or CHORALES
+    path, report = Path(source), Counter[str]()
+    splits: dict[str, list[np.ndarray]]
+    if source == CHORALES:
+        name, splits = source, {"train": music21_chorales(frames_per_quarter)}
+    elif path.is_dir():
+        name, splits = path.resolve().name, read_folder(path, frames_per_quarter, report)
+    elif path.is_absolute() or source.startswith(".") or path.is_file():
+        raise UserError(f"dataset={source!r} is not a folder; pass a folder, a Hub id or {CHORALES}")
+    else:
+        name, splits = source, read_hub(data, report)
+    short = {split: [roll for roll in rolls if len(roll) < 2] for split, rolls in splits.items()}
+    report["short_pieces"] = sum(map(len, short.values()))
+    splits = {split: [roll for roll in rolls if len(roll) > 1] for split, rolls in splits.items()}
+    if set(splits) != set(SPLITS):
+        if len(splits["train"]) < 3:
+            raise UserError(f"dataset={name!r} has {len(splits['train'])} usable pieces; splits need at least 3")
+        splits = split_pieces(splits["train"])
+    for split in SPLITS:
+        if not any(roll.any() for roll in splits[split]):
+            raise UserError(f"dataset={name!r}: the {split} part holds no piece of two frames with notes")
+    return Pieces(name, splits, frames_per_quarter, {key: count for key, count in report.items() if count})
+
+
+def read_folder(folder: Path, frames_per_quarter: int, report: Counter[str]) -> dict[str, list[np.ndarray]]:
+    """Tables named after the splits, or MIDI files: in folders named after the splits, or all in one."""
+    tables = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in TABLE_ENDINGS and p.stem in SPLITS}
+    if tables:
+        missing = [split for split in SPLITS if split not in tables]
+        if missing and set(tables) != {"train"}:
+            raise UserError(f"dataset: folder {str(folder)!r} has no table of {', '.join(missing)}")
+        return {split: read_table(table, report) for split, table in tables.items()}
+    if all((folder / split).is_dir() for split in SPLITS):
+        return {split: read_midi_files(folder / split, frames_per_quarter, report) for split in SPLITS}
+    return {"train": read_midi_files(folder, frames_per_quarter, report)}
+
+
+def read_table(path: Path, report: Counter[str]) -> list[np.ndarray]:
+    """The pieces of a parquet or JSON file with a column `notes`: frames of MIDI pitches."""
+    try:
+        rows = load_dataset(TABLE_ENDINGS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # readers have no common base class: damaged, empty, no permission
+        raise UserError(f"dataset: {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
+    return read_rows(rows, str(path), report)
+
+
+def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
+    """Rolls of the rows of a table."""
+    if "notes" not in rows.column_names:
+        raise UserError(f"dataset: {name!r} has no column 'notes'; it has {', '.join(rows.column_names)}")
+    rolls = []
+    for index, notes in enumerate(rows["notes"]):
+        try:
+            roll, outside = frames_to_roll(notes)
+        except TypeError as error:
+            raise UserError(
+                f"dataset: {name!r}, row {index}: notes must be a list of frames, a frame a list of MIDI pitches"
+            ) from error
+        report["out_of_range_notes"] += outside
+        rolls.append(roll)
+    return rolls
+
+
+def read_hub(data: DataOptions, report: Counter[str]) -> dict[str, list[np.ndarray]]:
+    """A data set of the Hub with a column `notes`."""
+    try:
+        found = load_dataset(data.dataset, data.dataset_config, revision=data.dataset_revision)
+    except Exception as error:  # the Hub client has no common base class
+        raise UserError(
+            f"dataset={data.dataset!r} is neither a folder nor a data set that the Hub gives "
+            f"({type(error).__name__}: {error}); pass --dataset FOLDER, HUB_ID or {CHORALES}"
+        ) from error
+    if "train" not in found:
+        raise UserError(f"dataset={data.dataset!r} has no split 'train'; it has {', '.join(found)}")
+    return {split: read_rows(found[split], f"{data.dataset} {split}", report) for split in SPLITS if split in found}
+
+
+def read_midi_files(folder: Path, frames_per_quarter: int, report: Counter[str]) -> list[np.ndarray]:
+    """The MIDI files below a folder, in the order of their paths; unusable ones are counted and named."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MIDI_ENDINGS)
+    if not paths:
+        raise UserError(f"dataset: folder {str(folder)!r} holds neither train.parquet (or .json) nor MIDI files")
+    rolls, bad = [], []
+    for path in tqdm(paths, desc="reading MIDI", unit="file", disable=len(paths) < 20):
+        try:
+            piece = read_midi(path, frames_per_quarter)
+        except MidiError as error:
+            bad.append(str(error))
+            continue
+        report.update(piece.report)
+        rolls.append(piece.roll)
+    report["unusable_files"] += len(bad)
+    for message in bad[:5]:
+        tqdm.write(f"left out: {message}")
+    if not rolls:
+        raise UserError(f"dataset: none of the {len(paths)} MIDI files in {str(folder)!r} is usable: {bad[0]}")
+    return rolls
+
+
+def describe_report(report: Mapping[str, int]) -> str:
+    """What was dropped or changed, in words."""
+    words = {**PROBLEMS, "unusable_files": "files left out", "short_pieces": "pieces of fewer than two frames left out"}
+    return "; ".join(f"{count} {words[name]}" for name, count in report.items() if count)
+
+
+# ---- the chorales that come with music21 ----------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where parsed corpora are kept: `kru_hf` beside the Hub's cache."""
+    return Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "kru_hf"
+
+
+def music21_chorales(frames_per_quarter: int) -> list[np.ndarray]:
+    """The four-part Bach chorales of music21's corpus: parsed once (minutes), then read from the cache."""
+    try:
+        from music21 import corpus
+    except ImportError as error:
+        raise UserError(f"dataset={CHORALES!r} needs music21: pip install 'kru-hf[music]'") from error
+    cache = cache_folder() / f"{CHORALES}-music21-{version('music21')}-{frames_per_quarter}.json"
+    if cache.is_file():
+        try:
+            frames = json.loads(cache.read_text(encoding="utf-8"))
+            return [frames_to_roll(piece)[0] for piece in frames]
+        except (ValueError, TypeError):
+            tqdm.write(f"the cache {cache.name} is damaged and is built again")
+    rolls = []
+    for path in tqdm(sorted(corpus.getComposer("bach"), key=str), desc="parsing chorales, once", unit="piece"):
+        roll = parse_chorale(path, frames_per_quarter)
+        if roll is not None:
+            rolls.append(roll)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps([roll_to_frames(roll) for roll in rolls]), encoding="utf-8")
+    os.replace(temporary, cache)
+    return rolls
+
+
+def parse_chorale(path: Any, frames_per_quarter: int) -> np.ndarray | None:
+    """A piece of music21's corpus as a roll (T, 88), or None if it has not four parts or cannot be parsed."""
+    from music21 import converter
+    from music21.exceptions21 import Music21Exception
+
+    try:
+        score: Any = converter.parse(path)
+    except (Music21Exception, ValueError, KeyError):
+        return None
+    if len(score.parts) != 4:
+        return None
+    notes = [
+        (float(element.offset), float(element.quarterLength), pitch.midi)
+        for part in score.parts
+        for element in part.flatten().notes
+        if element.quarterLength > 0
+        for pitch in element.pitches
+    ]
+    roll = quantise(notes, frames_per_quarter).roll
+    assert roll.shape[1] == NUM_PITCHES
+    return roll if len(roll) > 1 else None

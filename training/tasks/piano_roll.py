@@ -1,0 +1,203 @@
+"""Polyphonic music: the next frame of a piano roll, scored in nats per frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kru_hf import KRUCache
+from kru_hf.piano_roll import NUM_PITCHES, roll_to_frames
+from kru_hf.piano_roll_head import frame_nats
+
+from .. import piano_roll_baseline  # noqa: F401 (registers the baselines' head)
+from ..errors import UserError
+from ..music_data import CHORALES, Pieces, describe_report, load_pieces
+from .base import Batch, Layout, Task, TaskOutput
+
+EVAL_WINDOW = 512  # frames of a piece in one evaluation call; no effect on the figure
+EVAL_PIECES = 16  # pieces in one evaluation call; no effect on the figure
+LENGTH_NOISE = 0.2  # spread of the log lengths by which pieces are put together: other company in every pass
+
+
+@dataclass
+class PianoRollOptions:
+    """Options of music modelling."""
+
+    sequence_length: int = field(
+        default=128, metadata={"help": "Frames of a piece in one training window (T); longer pieces carry their state."}
+    )
+    frames_per_quarter: int = field(
+        default=4, metadata={"help": "Grid of MIDI files and chorales; tables of notes bring their own."}
+    )
+    transpose: int = field(
+        default=0, metadata={"help": "Training pieces are shifted by up to that many semitones either way; 0: never."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("sequence_length", 1), ("frames_per_quarter", 1), ("transpose", 0)):
+            if getattr(self, name) < lowest:
+                raise UserError(f"{name}={getattr(self, name)} is not valid: it must be {lowest} or more")
+
+
+class PianoRollTask(Task):
+    """A global batch is a group of pieces of similar length, each from a zero state, cut into windows in step.
+
+    Where a piece has ended its row is empty: neither scored nor mixed with another piece. Whatever the grouping, every
+    frame but a piece's first is a target once in a pass.
+    """
+
+    name = "piano_roll"
+    head = "piano_roll"
+    unit = "frames"
+    metric = "nll_per_frame"
+    default_dataset = CHORALES
+    Options = PianoRollOptions
+
+    pieces: Pieces
+
+    @property
+    def carries_state(self) -> bool:
+        return True
+
+    def load(self, tokenizer: Any = None) -> None:
+        self.pieces = load_pieces(self.data, self.options.frames_per_quarter)
+        self.plans: dict[tuple[int, int], list[tuple[list[int], int]]] = {}
+        if self.pieces.report:
+            print(f"data: {describe_report(self.pieces.report)}")
+
+    def dataset_record(self) -> dict[str, Any]:
+        return self.pieces.record()
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {"vocab_size": 1, "input_size": NUM_PITCHES}
+
+    # ---- training batches -----------------------------------------------------------------------------------------
+
+    def plan(self, epoch: int, rows: int) -> list[tuple[list[int], int]]:
+        """The batches of a pass: (pieces in the rows, first frame of the window)."""
+        if (epoch, rows) not in self.plans:
+            if len(self.plans) > 4:
+                self.plans.clear()
+            random = np.random.default_rng([self.seed, epoch])
+            lengths = np.array([len(roll) for roll in self.pieces.splits["train"]])
+            order = np.argsort(np.log(lengths) + LENGTH_NOISE * random.standard_normal(len(lengths)))
+            groups = [order[start : start + rows].tolist() for start in range(0, len(order), rows)]
+            random.shuffle(groups)
+            self.plans[epoch, rows] = [
+                (group, first)
+                for group in groups
+                for first in range(0, max(lengths[i] for i in group) - 1, self.options.sequence_length)
+            ]
+        return self.plans[epoch, rows]
+
+    def num_batches(self, layout: Layout) -> int:
+        return len(self.plan(0, layout.global_batch_size))
+
+    def locate(self, index: int, rows: int) -> tuple[int, int]:
+        """Pass and position in it of batch `index`: the grouping, and so the number of batches, differs a little."""
+        if not hasattr(self, "starts"):
+            self.starts: dict[int, list[int]] = {}
+        starts = self.starts.setdefault(rows, [0])  # index of the first batch of each pass
+        while starts[-1] <= index:
+            starts.append(starts[-1] + len(self.plan(len(starts) - 1, rows)))
+        epoch = int(np.searchsorted(starts, index, side="right")) - 1
+        return epoch, index - starts[epoch]
+
+    def train_batch(self, index: int, slot: int, layout: Layout) -> Batch:
+        rows = layout.global_batch_size
+        epoch, position = self.locate(index, rows)
+        group, first = self.plan(epoch, rows)[position]
+        window = self.options.sequence_length
+        train = self.pieces.splits["train"]
+        own = [group[row] if row < len(group) else None for row in layout.rows(slot)]
+        rolls = [None if piece is None else self.transposed(train[piece], epoch, piece) for piece in own]
+        # All slots get windows of one length: the length of the longest piece's window in the global batch.
+        length = min(window, max(len(train[piece]) for piece in group) - 1 - first)
+        batch = roll_batch(rolls, first, length)
+        total = sum(min(length, max(0, len(train[piece]) - 1 - first)) for piece in group)
+        scored = int(batch.inputs["shift_mask"].sum())
+        batch.loss_weight = scored * layout.num_slots / total
+        return batch
+
+    def transposed(self, roll: np.ndarray, epoch: int, piece: int) -> np.ndarray:
+        """A piece shifted by a random number of semitones, as far as all its notes stay on the keyboard."""
+        limit = self.options.transpose
+        keys = np.flatnonzero(roll.any(0))
+        if not limit or not len(keys):
+            return roll
+        low, high = max(-limit, -int(keys[0])), min(limit, NUM_PITCHES - 1 - int(keys[-1]))
+        shift = int(np.random.default_rng([self.seed, epoch, piece]).integers(low, high + 1))
+        return np.roll(roll, shift, axis=1)
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    def eval_batches(self, split: str, slot: int, num_slots: int) -> Iterator[Batch]:
+        rolls = sorted(self.pieces.splits[split], key=len)[slot::num_slots]
+        for start in range(0, len(rolls), EVAL_PIECES):
+            group: list[np.ndarray | None] = list(rolls[start : start + EVAL_PIECES])
+            targets = max(len(roll) for roll in group if roll is not None) - 1
+            for first in range(0, targets, EVAL_WINDOW):
+                yield roll_batch(group, first, min(EVAL_WINDOW, targets - first))
+
+    def forward(self, model: Any, batch: Batch, state: Any) -> TaskOutput:
+        out = model(**batch.inputs, past_key_values=state, use_cache=True)
+        return TaskOutput(
+            out.loss, frame_sums(out.logits.detach(), batch.inputs), out.past_key_values, out.unitary_loss
+        )
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        loss = sums["loss"] / sums["count"]
+        hits, errors = sums["hits"], sums["false_alarms"] + sums["misses"]
+        return {
+            "loss": loss,
+            "nll_per_frame": loss,
+            "accuracy": hits / (hits + errors) if hits + errors else 0.0,
+            "f1": 2 * hits / (2 * hits + errors) if hits + errors else 0.0,
+        }
+
+    def state_from_tensors(self, states: list[Tensor]) -> Any:
+        return KRUCache.from_states(states)
+
+    def progress(self, loss: float) -> dict[str, str]:
+        return {"nats/frame": f"{loss:.3f}"}
+
+    @torch.no_grad()
+    def sample(self, model: Any, length: int, seed: int) -> str | None:
+        """The first frames of a continuation of a test piece, as MIDI pitches; `training.compose` makes music of it."""
+        prime = torch.from_numpy(self.pieces.splits["test"][0][:16]).float()  # (≤16, 88)
+        roll = model.generate_piano_roll(prime, num_frames=max(1, min(16, length)), seed=seed)[0].numpy()
+        return " | ".join(" ".join(map(str, frame)) or "-" for frame in roll_to_frames(roll))
+
+
+def frame_sums(logits: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Summed nats, scored frames, and the keys that sound and are predicted above one half, or only one of the two."""
+    targets, scored = inputs["shift_labels"], inputs["shift_mask"]  # (B, T, 88), (B, T)
+    nats = frame_nats(logits, targets)  # (B, T)
+    sounding, predicted = targets[scored] > 0.5, logits[scored] > 0  # (M, 88)
+    return {
+        "loss": nats[scored].double().sum(),
+        "count": scored.sum().double(),
+        "hits": (sounding & predicted).sum().double(),
+        "false_alarms": (~sounding & predicted).sum().double(),
+        "misses": (sounding & ~predicted).sum().double(),
+    }
+
+
+def roll_batch(rolls: list[np.ndarray | None], first: int, length: int) -> Batch:
+    """Frames [first, first + length) of each piece and the frames after them; rows whose piece has ended are empty."""
+    x = torch.zeros(len(rolls), length + 1, NUM_PITCHES)  # (B, T + 1, 88)
+    scored = torch.zeros(len(rolls), length, dtype=torch.bool)  # (B, T)
+    for row, roll in enumerate(rolls):
+        part = roll[first : first + length + 1] if roll is not None else np.zeros((0, NUM_PITCHES), dtype=bool)
+        x[row, : len(part)] = torch.from_numpy(part)
+        scored[row, : max(0, len(part) - 1)] = True
+    inputs = {"input_values": x[:, :-1], "shift_labels": x[:, 1:], "shift_mask": scored}
+    return Batch(inputs, reset_state=first == 0, num_elements=int(scored.sum()))
+
+
+TASK = PianoRollTask
