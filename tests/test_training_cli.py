@@ -1,0 +1,167 @@
+"""The commands as a user types them: a trained folder, its evaluation, going on from it, and bad input."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from training.evaluate import main as evaluate
+from training.train import main
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--state_size=24", "--factor_shapes=4x4,6x6", "--wiring=plain", "--max_steps=6", "--eval_steps=3"]
+TINY += ["--save_steps=3", "--per_device_train_batch_size=2", "--sequence_length=16", "--sample_length=30", "--use_cpu"]
+
+
+def corpus(path: Path, words: list[str], seed: int = 0) -> Path:
+    path.write_text("".join(random.Random(seed).choices(words, k=400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("data") / "corpus.txt", ["the ", "state ", "of a ", "unit.\n"])
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main([f"--dataset={text_file}", f"--output_dir={folder}", *TINY, "--report_to=none"]) == 0
+    return folder
+
+
+def last_json(text: str) -> dict:
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def command(module: list[str], words: list[str], **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *module, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_launcher_recipe_and_last_lines(text_file, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset: {text_file}\nlearning_rate: 1e-2\n")
+    words = [str(recipe), *TINY, f"--output_dir={tmp_path / 'run'}", "--state_size=36", "--factor_shapes=6x6,6x6"]
+    done = command(["-m", "accelerate.commands.launch", "--cpu", "-m", "training.train"], words)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"folder: {tmp_path / 'run'}"
+    assert any(line.startswith("validation: ") and "bpc" in line for line in lines)
+    assert any(line.startswith("test: ") and "bpc" in line for line in lines)
+    assert "sample:" in lines
+    assert "characters/s" in done.stderr
+    assert "BPC" in done.stderr
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (record["options"]["state_size"], record["options"]["learning_rate"]) == (36, 0.01)
+
+
+def test_unknown_option_ends_with_one_line():
+    done = command(["-m", "training.train"], ["--lerning_rate", "1"])
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1] == "error: unknown option '--lerning_rate' (did you mean 'learning_rate'?)"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_prints_the_runs_own_figures(trained, text_file, capsys):
+    results = json.loads((trained / "all_results.json").read_text())
+    for split in ("test", "validation"):
+        assert evaluate([f"--model={trained}", f"--dataset={text_file}", f"--split={split}", "--use_cpu"]) == 0
+        figures = last_json(capsys.readouterr().out)
+        assert figures == {"loss": results[f"{split}_loss"], "bpc": results[f"{split}_bpc"]}
+
+
+def test_evaluate_without_the_data_says_what_to_pass(trained, capsys):
+    assert evaluate([f"--model={trained}", "--use_cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "'corpus.txt', cannot be found here; pass --dataset" in said
+
+
+def test_evaluate_on_changed_data(trained, tmp_path, capsys):
+    changed = corpus(tmp_path / "corpus.txt", ["the ", "state ", "of a ", "unit.\n"], seed=1)
+    assert evaluate([f"--model={trained}", f"--dataset={changed}", "--use_cpu"]) == 1
+    assert "differs from what the model was trained on: SHA-256" in capsys.readouterr().err
+    words = [f"--model={trained}", f"--dataset={changed}", "--use_cpu", "--allow_other_dataset", "true"]
+    assert evaluate(words) == 0
+    assert last_json(capsys.readouterr().out)["bpc"] > 0
+
+
+def test_evaluate_bad_input(trained, tmp_path, capsys):
+    for words, message in (
+        ([], "model is missing"),
+        ([f"--model={tmp_path}"], "has no readable training.json"),
+        ([f"--model={trained}", "--splt=test"], "did you mean 'split'"),
+        ([f"--model={trained}", "--split=train"], "invalid choice: 'train'"),
+    ):
+        assert evaluate(words) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_going_on_from_a_trained_folder(trained, text_file, tmp_path, capsys):
+    words = ["--max_steps=3", "--eval_steps=3", "--per_device_train_batch_size=2", "--sequence_length=16"]
+    words += [f"--model={trained}", "--report_to=none", "--use_cpu", "--sample_length=5"]
+    assert main([*words, f"--dataset={text_file}", f"--output_dir={tmp_path / 'more'}"]) == 0
+    before = json.loads((trained / "all_results.json").read_text())["test_bpc"]
+    after = json.loads((tmp_path / "more" / "all_results.json").read_text())["test_bpc"]
+    assert after != before
+    assert after < before + 0.5
+    capsys.readouterr()
+    other = corpus(tmp_path / "other.txt", ["Zürich ", "Ωmega "])
+    assert main([*words, f"--dataset={other}", f"--output_dir={tmp_path / 'other'}"]) == 1
+    assert "vocabulary mismatch: " in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert main([*words, "--state_size=5", f"--output_dir={tmp_path / 'other'}"]) == 1
+    assert "brings its own configuration; remove state_size" in capsys.readouterr().err
+
+
+def test_damaged_model_folder(trained, text_file, tmp_path, capsys):
+    for path in trained.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    assert evaluate([f"--model={tmp_path}", f"--dataset={text_file}", "--use_cpu"]) == 1
+    assert "damaged or incomplete" in capsys.readouterr().err
+    weights.write_bytes(content)
+    config = json.loads((tmp_path / "config.json").read_text())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["Ω"] = config["vocab_size"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert evaluate([f"--model={tmp_path}", f"--dataset={text_file}", "--use_cpu"]) == 1
+    assert "the tokenizer has" in capsys.readouterr().err
+
+
+def test_folder_loads_with_auto_classes_and_pipeline(trained):
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert model.config.vocab_size == len(tokenizer)
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = generate("the state", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    assert text.startswith("the state")
+    assert len(text) == len("the state") + 20
+
+
+REMOTE = """
+import sys
+sys.modules["kru_hf"] = None
+from transformers import pipeline
+generate = pipeline("text-generation", sys.argv[1], trust_remote_code=True)
+print(len(generate("the state", max_new_tokens=20, do_sample=False)[0]["generated_text"]))
+"""
+
+
+def test_folder_loads_where_the_package_is_missing(trained, tmp_path):
+    done = command(["-c", REMOTE], [str(trained)], HF_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "29"

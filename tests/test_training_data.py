@@ -1,0 +1,223 @@
+"""Corpora, streams and options of training."""
+
+import dataclasses
+import hashlib
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kru_hf import KRUConfig
+from training.arguments import ModelOptions, parse_arguments, parse_factor_shapes
+from training.corpora import load_corpus, python_docs, split_text
+from training.errors import UserError
+from training.optimization import learning_rate, parameter_groups
+from training.tasks import DataOptions, Layout
+from training.tasks.char_lm import IGNORED, CharLM, CharOptions
+
+SETTINGS = settings(max_examples=30, deadline=None)
+
+
+def task_on(path, **options) -> CharLM:
+    task = CharLM(CharOptions(**options), DataOptions(dataset=str(path)), seed=0)
+    task.load()
+    return task
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    words = random.Random(0).choices(["one ", "two\r\n", "three, ", "<unk> ", "<pad>\n", "é"], k=1500)
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_bytes("".join(words).encode())
+    return path
+
+
+def test_embedded_corpus_is_the_interpreters_own_in_name_order():
+    from pydoc_data.topics import topics
+
+    corpus = load_corpus(DataOptions(dataset="python_docs"))
+    text = "".join(corpus.splits.values())
+    assert text == python_docs() == "".join(topics[name] for name in sorted(topics))
+    assert corpus.record()["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert abs(len(corpus.splits["train"]) / len(text) - 0.9) < 1e-4
+    assert len(corpus.splits["validation"]) == len(corpus.splits["test"])
+
+
+@SETTINGS
+@given(st.text(min_size=1, max_size=200))
+def test_split_loses_nothing(text):
+    assert "".join(split_text(text).values()) == text
+
+
+def test_file_keeps_every_character_and_special_tokens_never_match(text_file):
+    task = task_on(text_file)
+    raw = text_file.read_bytes()
+    assert "".join(task.corpus.splits.values()).encode() == raw
+    assert task.dataset_record()["sha256"] == hashlib.sha256(raw).hexdigest()
+    assert task.dataset_record()["name"] == "corpus.txt"
+    for split, text in task.corpus.splits.items():
+        assert task.tokenizer.decode(task.ids[split]) == text
+        assert task.ids[split].tolist() == task.tokenizer(text)["input_ids"]
+        assert len(task.ids[split]) == len(text)
+
+
+def test_folder_of_splits(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"{split}\n\ntext of it\n")
+    corpus = load_corpus(DataOptions(dataset=str(tmp_path)))
+    assert corpus.splits["validation"] == "validation\n\ntext of it\n"
+    (tmp_path / "test.txt").unlink()
+    with pytest.raises(UserError, match=r"has no test\.txt"):
+        load_corpus(DataOptions(dataset=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 characters"),
+        (b"a", "1 characters"),
+        (b"a" * 500, "single character, 'a'"),
+        (b"abc\xff\xfe" * 50, "not UTF-8 text: byte 0xff at offset 3"),
+    ],
+)
+def test_bad_corpus(tmp_path, content, message):
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        task_on(tmp_path / "bad.txt")
+
+
+def test_missing_file_and_short_text(tmp_path, text_file):
+    with pytest.raises(UserError, match="does not exist; pass --dataset"):
+        load_corpus(DataOptions(dataset=str(tmp_path / "none.txt")))
+    with pytest.raises(UserError, match="too short for 64 streams of one window of 512"):
+        task_on(text_file, sequence_length=512).num_batches(Layout(64))
+
+
+@SETTINGS
+@given(rows=st.sampled_from([1, 2, 4, 6]), window=st.integers(1, 40), parts=st.sampled_from([1, 2]))
+def test_streams_are_contiguous_and_independent_of_the_slots(text_file, rows, window, parts):
+    task = task_on(text_file, sequence_length=window)
+    whole, cut = Layout(rows * 2, 1), Layout(rows * 2, 2 * parts if rows % parts == 0 else 2)
+    per_epoch = task.num_batches(whole)
+    assert per_epoch == task.num_batches(cut)
+    previous = None
+    for index in range(min(per_epoch, 4)):
+        batch = task.train_batch(index, 0, whole)
+        x, y = batch.inputs["input_ids"], batch.inputs["labels"]
+        assert x.shape == y.shape == (rows * 2, window)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        assert batch.reset_state == (index == 0)
+        if previous is not None:
+            assert torch.equal(previous[:, -1], x[:, 0])
+        previous = y
+        slots = [task.train_batch(index, slot, cut).inputs["input_ids"] for slot in range(cut.num_slots)]
+        assert torch.equal(torch.cat(slots), x)
+    again = task.train_batch(per_epoch, 0, whole)
+    assert again.reset_state
+
+
+@SETTINGS
+@given(streams=st.integers(1, 40), slots=st.integers(1, 5), carry=st.booleans())
+def test_evaluation_counts_every_character_once(text_file, streams, slots, carry):
+    task = task_on(text_file, eval_streams=streams, carry_state=carry)
+    targets: dict[int, list[int]] = {}
+    count = 0
+    for slot in range(slots):
+        for batch in task.eval_batches("test", slot, slots):
+            kept = batch.inputs["labels"][batch.inputs["labels"] != IGNORED]
+            count += len(kept)
+            for token in kept.tolist():
+                targets.setdefault(token, []).append(token)
+    expected = task.ids["test"][1:]
+    assert count == len(expected)
+    assert sorted(t for group in targets.values() for t in group) == sorted(expected.tolist())
+
+
+def test_uniform_model_scores_log2_of_the_vocabulary(text_file):
+    task = task_on(text_file)
+    loss = math.log(len(task.tokenizer)) * 10
+    assert task.metrics({"loss": loss, "count": 10.0})["bpc"] == pytest.approx(math.log2(len(task.tokenizer)))
+
+
+def test_every_config_field_is_an_option():
+    fixed_by_data = {"vocab_size", "input_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+    own = {name for name in KRUConfig.__annotations__ if name not in ("model_type", "keys_to_ignore_at_inference")}
+    assert own - fixed_by_data <= {f.name for f in dataclasses.fields(ModelOptions)}
+
+
+def test_every_option_has_a_help_sentence():
+    arguments = parse_arguments([])
+    for part in (arguments.run, arguments.model, arguments.data, arguments.task):
+        for field in dataclasses.fields(part):
+            assert field.metadata["help"].endswith("."), field.name
+
+
+def test_recipe_and_command_line(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("learning_rate: 1e-2\nstate_size: 36\nfactor_shapes: [[6, 6], [6, 6]]\nreadout_norm: false\n")
+    arguments = parse_arguments([str(recipe), "--learning_rate", "0.5"])
+    assert arguments.run.learning_rate == 0.5
+    assert arguments.model.config_values() == {
+        "state_size": 36,
+        "factor_shapes": [[6, 6], [6, 6]],
+        "readout_norm": False,
+    }
+    assert parse_arguments([str(recipe)]).run.learning_rate == 1e-2
+    assert parse_arguments([str(recipe), "--architecture", "lstm"]).model.config_values() == {"state_size": 36}
+    recipe.write_text("sequnce_length: 3\n")
+    with pytest.raises(UserError, match="unknown key 'sequnce_length' .did you mean 'sequence_length'"):
+        parse_arguments([str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lerning_rate", "1"], "unknown option '--lerning_rate' .did you mean 'learning_rate'"),
+        (["--state_siz=3"], "did you mean 'state_size'"),
+        (["--learning_rate", "fast"], "learning_rate.*invalid float value"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0 is not valid"),
+        (["--unitary_loss_coef", "-1"], "unitary_loss_coef=-1.0 is not valid"),
+        (["--architecture", "transformer"], "architecture='transformer' is not valid"),
+        (["--task", "chess"], "task='chess'"),
+        (["--sequence_length", "0"], "sequence_length=0"),
+        (["--max_steps", "0"], "max_steps=0"),
+        (["nowhere.yaml"], "recipe 'nowhere.yaml' does not exist"),
+        (["--factor_shapes", "7x"], "factor_shapes='7x'"),
+    ],
+)
+def test_bad_options(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(words)
+
+
+def test_factor_shapes_are_read_in_both_notations():
+    assert parse_factor_shapes("2x3,4X4") == parse_factor_shapes("[[2, 3], [4, 4]]") == [[2, 3], [4, 4]]
+
+
+def test_learning_rate_schedule():
+    run = parse_arguments(["--learning_rate", "1", "--warmup_steps", "10", "--lr_scheduler_type", "cosine"]).run
+    rates = [learning_rate(step, 200, run) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(200, 200, run) == pytest.approx(0.02)
+    run.lr_scheduler_type = "plateau"
+    assert learning_rate(150, 200, run, plateau_scale=0.3) == pytest.approx(0.3)
+
+
+def test_factors_have_their_own_rate_and_no_decay():
+    from training.models import build_model
+
+    model = build_model("causal_lm", ModelOptions(state_size=24, wiring="plain"), vocab_size=10)
+    run = parse_arguments(["--weight_decay", "0.1", "--factor_learning_rate_scale", "0.2"]).run
+    groups = parameter_groups(model, run)
+    factors = {id(p) for _, p in model.recurrent_parameters()}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert {id(p) for p in groups[-1]["params"]} == factors
+    assert (groups[-1]["scale"], groups[-1]["weight_decay"]) == (0.2, 0.0)
+    assert all(p.ndim == 1 for p in groups[1]["params"])
+    assert groups[1]["weight_decay"] == 0.0
+    assert groups[0]["weight_decay"] == 0.1

@@ -1,0 +1,328 @@
+"""The loop: resuming bit by bit after any end, signals, several processes, bad runs."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training import checkpoint as ckpt
+from training.train import main
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+TWO_PROCESS_BPC = 2e-3
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    words = random.Random(0).choices(["the ", "recurrent ", "state, ", "of a unit\n", "is "], k=1500)
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text("".join(words))
+    return path
+
+
+def options(text_file, folder, **changes) -> list[str]:
+    """Command line of a tiny run with dropout, so that the random state matters."""
+    values = {
+        "dataset": text_file, "output_dir": folder, "state_size": 24, "factor_shapes": "4x4,6x6", "wiring": "plain",
+        "input_dropout": 0.1, "max_steps": STEPS, "eval_steps": 4, "save_steps": 5, "logging_steps": 3,
+        "per_device_train_batch_size": 4, "sequence_length": 16, "report_to": "none", "sample_length": 10,
+        "use_cpu": "true", **changes,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def spawn(code_or_module: list[str], words: list[str], **kwargs) -> subprocess.Popen:
+    command = [sys.executable, *code_or_module, *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+    )
+
+
+def same_weights(one: Path, other: Path) -> None:
+    a, b = load_file(one / ckpt.WEIGHTS), load_file(other / ckpt.WEIGHTS)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def same_end(one: Path, other: Path) -> None:
+    """Best weights, last weights and every figure of two runs are equal."""
+    same_weights(one, other)
+    same_weights(one / f"checkpoint-{STEPS}", other / f"checkpoint-{STEPS}")
+    histories = [json.loads((folder / "log_history.json").read_text()) for folder in (one, other)]
+    assert histories[0] == histories[1]
+    assert not list(other.glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    assert main(options(text_file, folder)) == 0
+    return folder
+
+
+def test_folder_of_a_run(uninterrupted, text_file):
+    results = json.loads((uninterrupted / "all_results.json").read_text())
+    for name in ("bpc", "loss"):
+        assert 0 < results[f"test_{name}"] < 10
+        assert 0 < results[f"validation_{name}"] < 10
+    for name in ("num_parameters", "num_recurrent_parameters", "train_tokens_per_second", "train_runtime"):
+        assert results[name] > 0
+    assert results["num_recurrent_parameters"] == 2 * (16 + 36)
+    expected = {"config.json", "tokenizer.json", "README.md", "log_history.json", "learning_curve.png", "training.json"}
+    assert expected <= {path.name for path in uninterrupted.iterdir()}
+    assert [p.name for p in ckpt.checkpoints(uninterrupted)] == ["checkpoint-15", "checkpoint-20"]
+    for path in uninterrupted.rglob("*.json"):
+        assert str(text_file.parent) not in path.read_text(), path
+    best = min(
+        e["validation_bpc"]
+        for e in json.loads((uninterrupted / "log_history.json").read_text())
+        if "validation_bpc" in e
+    )
+    assert results["validation_bpc"] == best
+
+
+CRASH = """
+import os, signal, sys
+from training import checkpoint as ckpt
+from training.train import main
+calls = 0
+def dying(function):
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+ckpt.sync, os.replace, ckpt.shutil.rmtree = dying(ckpt.sync), dying(os.replace), dying(ckpt.shutil.rmtree)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("at", random.Random(1).sample(range(30, 280), 4))
+def test_kill_while_saving_then_resume(text_file, tmp_path, uninterrupted, at):
+    """The process dies at the `at`-th sync, rename or removal of a file."""
+    child = spawn(["-c", CRASH.format(at=at)], options(text_file, tmp_path))
+    child.communicate(timeout=120)
+    assert child.returncode == -signal.SIGKILL
+    for path in ckpt.checkpoints(tmp_path):
+        assert (path / ckpt.STATE).exists()
+        load_file(path / ckpt.WEIGHTS)
+    assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 0
+    same_end(uninterrupted, tmp_path)
+
+
+def wait_for(condition, child, timeout=90.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert child.poll() is None, child.communicate()[1].decode()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_kill_at_a_random_moment_then_resume(text_file, tmp_path, uninterrupted):
+    child = spawn(["-m", "training.train"], options(text_file, tmp_path))
+    wait_for(lambda: (tmp_path / "training.json").exists(), child)
+    time.sleep(random.uniform(0, 0.5))
+    child.kill()
+    child.communicate()
+    assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 0
+    same_end(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_says_how_to_go_on(text_file, tmp_path, number):
+    words = options(text_file, tmp_path, max_steps=100_000, save_steps=100_000, eval_steps=100_000)
+    child = spawn(["-m", "training.train"], [*words, "--overwrite_output_dir"])
+    wait_for(lambda: (tmp_path / "training.json").exists(), child)
+    time.sleep(0.5)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 128 + number, errors.decode()
+    assert len(ckpt.checkpoints(tmp_path)) == 1
+    said = errors.decode()
+    assert "go on with: python -m training.train" in said
+    assert "--resume_from_checkpoint last" in said
+    assert "--overwrite_output_dir" not in said
+
+
+def test_training_ends_when_its_launcher_is_killed(text_file, tmp_path):
+    words = options(text_file, tmp_path, max_steps=100_000, save_steps=100_000, eval_steps=100_000)
+    child = spawn(["-m", "accelerate.commands.launch", "--cpu", "-m", "training.train"], words)
+    wait_for(lambda: (tmp_path / "training.json").exists(), child)
+    time.sleep(0.5)
+    child.kill()
+    end = time.monotonic() + 30
+    while not ckpt.checkpoints(tmp_path):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(text_file, tmp_path, uninterrupted, monkeypatch):
+    """A stop request in the middle, between evaluations and saves."""
+    from training.stopping import StopRequest
+
+    calls = iter(range(1000))
+    monkeypatch.setattr(StopRequest, "pending", lambda self: signal.SIGTERM * (next(calls) == 6))
+    assert main(options(text_file, tmp_path)) == 128 + signal.SIGTERM
+    assert [p.name for p in ckpt.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-7"]
+    assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 0
+    same_end(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["rnn", "lstm", "gru"])
+def test_baselines_resume_and_evaluate(text_file, tmp_path, architecture, capsys):
+    from training.evaluate import main as evaluate
+
+    changes = {"architecture": architecture, "factor_shapes": None, "wiring": None, "num_hidden_layers": 2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(options(text_file, whole, **changes)) == 0
+    assert main(options(text_file, cut, **changes)) == 0
+    ckpt.remove_checkpoint(cut / f"checkpoint-{STEPS}")
+    assert main(options(text_file, cut, **changes, resume_from_checkpoint="last")) == 0
+    same_end(whole, cut)
+    assert evaluate(["--model", str(cut), "--dataset", str(text_file), "--use_cpu"]) == 0
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert figures["bpc"] == json.loads((cut / "all_results.json").read_text())["test_bpc"]
+
+
+def test_accumulation_and_reset_state_and_plateau(text_file, tmp_path):
+    """Two halves of a batch give what the whole batch gives."""
+    figures = []
+    for parts in (1, 2):
+        folder = tmp_path / str(parts)
+        changes = {"input_dropout": 0, "carry_state": "false", "lr_scheduler_type": "plateau"}
+        rows = {"per_device_train_batch_size": 4 // parts, "gradient_accumulation_steps": parts}
+        assert main(options(text_file, folder, **changes, **rows)) == 0
+        figures.append(json.loads((folder / "all_results.json").read_text())["test_bpc"])
+    assert abs(figures[0] - figures[1]) < TWO_PROCESS_BPC
+
+
+def test_two_processes_train_as_one(text_file, tmp_path):
+    common = {"input_dropout": 0, "max_steps": 30, "eval_steps": 10}
+    assert main(options(text_file, tmp_path / "one", **common)) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "training.train"]
+    words = options(text_file, tmp_path / "two", per_device_train_batch_size=2, **common)
+    child = spawn(launcher, words)
+    _, errors = child.communicate(timeout=180)
+    assert child.returncode == 0, errors.decode()
+    results = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two")]
+    for name in ("test_bpc", "validation_bpc"):
+        assert abs(results[0][name] - results[1][name]) < TWO_PROCESS_BPC
+    # The checkpoint holds the rows of both: one process goes on from it.
+    state = load_file(tmp_path / "two" / "checkpoint-30" / ckpt.CARRIED)
+    assert state["0"].shape == (4, 2, 24)
+    ckpt.remove_checkpoint(tmp_path / "two" / "checkpoint-30")
+    assert main(options(text_file, tmp_path / "two", **common, resume_from_checkpoint="last")) == 0
+    again = json.loads((tmp_path / "two" / "all_results.json").read_text())
+    assert abs(again["test_bpc"] - results[0]["test_bpc"]) < TWO_PROCESS_BPC
+
+
+# ---- bad runs ----
+
+
+def test_not_a_number_stops_and_keeps_the_last_good_checkpoint(text_file, tmp_path, capsys, monkeypatch):
+    from training.loop import TrainingLoop
+
+    whole = TrainingLoop.forward_backward
+
+    def poisoned(self, batch, part):
+        out = whole(self, batch, part)
+        if self.state.step == 6:
+            out.loss = out.loss * float("nan")
+        return out
+
+    monkeypatch.setattr(TrainingLoop, "forward_backward", poisoned)
+    assert main(options(text_file, tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "loss nan" in said
+    assert "at step 7" in said
+    assert "checkpoint-5" in said
+    assert [p.name for p in ckpt.checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_huge_learning_rate_ends_with_a_message(text_file, tmp_path, capsys):
+    changes = {"architecture": "rnn", "factor_shapes": None, "wiring": None, "learning_rate": 1e30, "max_grad_norm": 0}
+    assert main(options(text_file, tmp_path, warmup_steps=0, **changes)) == 1
+    assert "training stopped: loss" in capsys.readouterr().err
+
+
+def test_output_folder_of_another_run(text_file, tmp_path, capsys):
+    assert main(options(text_file, tmp_path)) == 0
+    (tmp_path / "notes.md").write_text("mine")
+    before = (tmp_path / ckpt.WEIGHTS).read_bytes()
+    assert main(options(text_file, tmp_path, seed=1)) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(options(text_file, tmp_path, seed=1, resume_from_checkpoint="last")) == 1
+    assert "another configuration: seed was 0, now 1" in capsys.readouterr().err
+    assert (tmp_path / ckpt.WEIGHTS).read_bytes() == before
+    assert main(options(text_file, tmp_path, seed=1, factor_shapes="5x5", overwrite_output_dir="true")) == 1
+    assert "multiply to 5x5" in capsys.readouterr().err
+    assert (tmp_path / ckpt.WEIGHTS).read_bytes() == before  # bad options delete nothing
+    assert main(options(text_file, tmp_path, seed=1, overwrite_output_dir="true")) == 0
+    assert (tmp_path / ckpt.WEIGHTS).read_bytes() != before
+    assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_damaged_checkpoint(text_file, tmp_path, capsys):
+    assert main(options(text_file, tmp_path)) == 0
+    for name in (ckpt.WEIGHTS, ckpt.OPTIMIZER, ckpt.STATE):
+        path = tmp_path / f"checkpoint-{STEPS}" / name
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 1
+        assert "damaged" in capsys.readouterr().err
+        path.write_bytes(content)
+    assert main(options(text_file, tmp_path, resume_from_checkpoint=str(tmp_path / "nowhere"))) == 1
+    assert "is not a checkpoint folder" in capsys.readouterr().err
+
+
+FULL = """
+import resource, sys
+from training.train import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_disk_full_leaves_nothing_half_written(text_file, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    child = spawn(["-c", FULL], options(text_file, tmp_path, state_size=24 * 8, factor_shapes="4x4,6x6,8x8"))
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1, errors.decode()
+    assert "could not save" in errors.decode()
+    assert "Is the disk full?" in errors.decode()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["training.json"]
+
+
+def test_failed_save_leaves_no_trace(tmp_path):
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    ckpt.write_json(tmp_path / "old.json", {"kept": True})
+    with pytest.raises(ckpt.UserError, match="No space left on device"):
+        ckpt.write_folder(tmp_path / "checkpoint-1", fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["old.json"]
+
+
+def test_early_stopping(text_file, tmp_path, monkeypatch):
+    from training.tasks.char_lm import CharLM
+
+    figures = iter([3.0, 2.0, 2.5, 2.2, 9.0, 9.0])
+    whole = CharLM.metrics
+    monkeypatch.setattr(CharLM, "metrics", lambda self, sums: {**whole(self, sums), "bpc": next(figures)})
+    assert main(options(text_file, tmp_path, early_stopping_patience=2)) == 0
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert (results["steps"], results["best_step"]) == (16, 8)

@@ -1,0 +1,290 @@
+"""Options of a training run: dataclasses, read from a recipe (YAML of the same flat names) and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import UserError
+from .tasks import DataOptions, get_task, task_names
+
+ARCHITECTURES = ("kru", "rnn", "lstm", "gru")
+KRU_ONLY = frozenset(
+    [
+        "factor_size",
+        "factor_shapes",
+        "cell_type",
+        "wiring",
+        "io_rank",
+        "readout_norm",
+        "recurrent_init_scale",
+        "bias_init",
+        "input_scale",
+        "activation",
+        "unitary_loss_coef",
+        "train_factors",
+        "scan_backend",
+        "layer_norm_epsilon",
+        "initializer_range",
+    ]
+)
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help sentence."""
+    return field(default=default, metadata={"help": text})
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise `UserError` naming the option, its value and what is allowed."""
+    if not condition:
+        raise UserError(f"{name}={value!r} is not valid: it must be {allowed}")
+
+
+@dataclass
+class ModelOptions:
+    """What is trained. An option left at None keeps the model's own default."""
+
+    architecture: str = option("kru", f"Kind of network: {', '.join(ARCHITECTURES)}.")
+    model: str | None = option(None, "Trained folder or Hub id to go on from, instead of a new model.")
+    state_size: int | None = option(None, "Units of the state: N complex ones for kru, the hidden size for others.")
+    factor_size: int | None = option(None, "Size of the square Kronecker factors, from which their shapes are planned.")
+    factor_shapes: str | None = option(None, "Shapes of the Kronecker factors: 7x7,8x8,9x9 or [[7,7],[8,8],[9,9]].")
+    cell_type: str | None = option(None, "Recurrent cell of a kru model.")
+    num_hidden_layers: int | None = option(None, "Number of recurrent layers.")
+    hidden_size: int | None = option(None, "Width of the real features between layers, and of the embedding.")
+    wiring: str | None = option(None, "How kru layers are joined: residual, or plain (the paper's network).")
+    io_rank: int | None = option(None, "Rank of the input and readout maps of a kru model; not given means full.")
+    readout_norm: bool | None = option(None, "Whether the state is normalised where it is read.")
+    recurrent_init_scale: float | None = option(None, "Spectral norm of the recurrent matrix at the start.")
+    bias_init: float | None = option(None, "Start value of the modReLU bias.")
+    input_scale: float | None = option(None, "Standard deviation of the input map at the start.")
+    activation: str | None = option(None, "State activation of a kru model: modrelu or identity.")
+    input_dropout: float | None = option(None, "Dropout after the input map (after the embedding for baselines).")
+    state_dropout: float | None = option(None, "Dropout on the states before they are read.")
+    hidden_dropout: float | None = option(None, "Dropout on the residual branches (between the layers of baselines).")
+    unitary_loss_coef: float | None = option(None, "Weight of the soft unitary penalty in the training loss.")
+    train_factors: bool | None = option(None, "Whether the Kronecker factors are trained; false freezes them.")
+    scan_backend: str | None = option(None, "Engine of the recurrence: auto, reference, torch, cpu or triton.")
+    layer_norm_epsilon: float | None = option(None, "Epsilon of the RMS norms.")
+    initializer_range: float | None = option(None, "Standard deviation of embeddings and readout maps at the start.")
+    use_cache: bool | None = option(None, "Whether the saved model returns its state by default.")
+    tie_word_embeddings: bool | None = option(None, "Whether embedding and output layer share their weights.")
+
+    def __post_init__(self) -> None:
+        require(
+            self.architecture in ARCHITECTURES, "architecture", self.architecture, f"one of {', '.join(ARCHITECTURES)}"
+        )
+        if self.unitary_loss_coef is not None:
+            require(self.unitary_loss_coef >= 0, "unitary_loss_coef", self.unitary_loss_coef, "0 or more")
+        parse_factor_shapes(self.factor_shapes)
+        if self.model is not None and self.config_values():
+            raise UserError(
+                f"model={self.model!r} brings its own configuration; remove {', '.join(sorted(self.config_values()))}"
+            )
+
+    def config_values(self) -> dict[str, Any]:
+        """The config fields that were given, by name."""
+        values = {
+            k: v for k, v in dataclasses.asdict(self).items() if v is not None and k not in ("architecture", "model")
+        }
+        if "factor_shapes" in values:
+            values["factor_shapes"] = parse_factor_shapes(values["factor_shapes"])
+        return values
+
+
+def parse_factor_shapes(text: str | None) -> list[list[int]] | None:
+    """`"7x7,8x8"` or `"[[7, 7], [8, 8]]"` as a list of pairs."""
+    if text is None:
+        return None
+    try:
+        if text.lstrip().startswith("["):
+            shapes = [[int(n) for n in shape] for shape in json.loads(text)]
+        else:
+            shapes = [[int(n) for n in shape.lower().split("x")] for shape in text.split(",")]
+    except (TypeError, ValueError):
+        shapes = []
+    good = bool(shapes) and all(len(shape) == 2 and min(shape) > 0 for shape in shapes)
+    require(good, "factor_shapes", text, "pairs of positive numbers such as 7x7,8x8,9x9")
+    return shapes
+
+
+@dataclass
+class RunOptions:
+    """How it is trained, and where it is kept. Names follow transformers' TrainingArguments."""
+
+    task: str = option("char_lm", "What is trained on: the name of a file of training/tasks.")
+    output_dir: str | None = option(None, "Folder of the run (default: runs/<task>-<architecture>).")
+    overwrite_output_dir: bool = option(False, "Delete an earlier run in the output folder.")
+    resume_from_checkpoint: str | None = option(None, "Go on from 'last' or from a checkpoint folder.")
+    seed: int = option(0, "Seed of initial weights, dropout and data order.")
+    max_steps: int = option(-1, "Optimizer steps; -1 means that num_train_epochs decides.")
+    num_train_epochs: float = option(20.0, "Passes over the training data.")
+    per_device_train_batch_size: int = option(32, "Rows (streams or samples) a process and accumulation step.")
+    gradient_accumulation_steps: int = option(1, "Batches whose gradients are averaged in one optimizer step.")
+    learning_rate: float = option(3e-3, "Peak learning rate.")
+    factor_learning_rate_scale: float = option(0.1, "Learning rate of the factors, as a multiple of learning_rate.")
+    weight_decay: float = option(0.01, "AdamW weight decay; never on biases, norms and recurrent factors.")
+    adam_beta1: float = option(0.9, "AdamW's first momentum.")
+    adam_beta2: float = option(0.98, "AdamW's second momentum.")
+    optimizer: Literal["adamw", "rmsprop"] = option("adamw", "Optimizer; rmsprop has decay 0.9.")
+    lr_scheduler_type: Literal["cosine", "plateau", "constant"] = option("cosine", "Learning rate after the warm-up.")
+    warmup_steps: int = option(100, "Steps of linear warm-up (at most a tenth of the run).")
+    min_learning_rate_ratio: float = option(0.02, "Where the cosine ends, as a multiple of learning_rate.")
+    plateau_factor: float = option(0.3, "Multiplies the learning rate when the validation figure stalls (plateau).")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 turns clipping off.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Precision of matrix products.")
+    use_cpu: bool = option(False, "Train on the CPU even if there is an accelerator.")
+    eval_steps: int = option(200, "Steps between evaluations on the validation data.")
+    save_steps: int = option(200, "Steps between checkpoints.")
+    save_total_limit: int = option(2, "Checkpoints that are kept; 0 keeps all.")
+    logging_steps: int = option(20, "Steps between log entries.")
+    early_stopping_patience: int = option(0, "Stop after that many evaluations without improvement; 0 never does.")
+    report_to: str = option("tensorboard", "Tracker of accelerate that gets the figures, or none.")
+    sample_length: int = option(300, "Length of the sample that is shown at the end.")
+
+    def __post_init__(self) -> None:
+        require(self.task in task_names(), "task", self.task, f"one of {', '.join(task_names())}")
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "eval_steps",
+            "save_steps",
+            "logging_steps",
+        ):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("warmup_steps", "save_total_limit", "early_stopping_patience", "sample_length", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("learning_rate", "num_train_epochs"):
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "positive and finite")
+        for name in ("weight_decay", "max_grad_norm", "factor_learning_rate_scale"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
+        for name in ("min_learning_rate_ratio", "plateau_factor", "adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        require(self.max_steps == -1 or self.max_steps > 0, "max_steps", self.max_steps, "-1 or 1 and more")
+
+
+@dataclass
+class Arguments:
+    """All options of a run; `command` is how to repeat it."""
+
+    run: RunOptions
+    model: ModelOptions
+    data: DataOptions
+    task: Any
+    command: str = ""
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.run.output_dir or f"runs/{self.run.task}-{self.model.architecture}")
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its name."""
+        parts = (self.run, self.model, self.data, self.task)
+        return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are `UserError`, without the page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)`, or an empty string if nothing is near."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The flat mapping of a recipe file."""
+    if not path.is_file():
+        names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise UserError(f"recipe {str(path)!r} does not exist; recipes here: {', '.join(names)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {str(path)!r} must be a mapping of option names to values")
+    return values
+
+
+def recipe_arguments(values: dict[str, Any], known: list[str], source: str) -> list[str]:
+    """A recipe as command-line words, so that both are converted and checked in the same way."""
+    words: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{source}: unknown key {str(name)!r}{nearest(str(name), known)}")
+        if value is None:
+            continue
+        text = json.dumps(value) if isinstance(value, list) else str(value)
+        words.append(f"--{name}={text}")
+    return words
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Options from `[RECIPE.yaml] [--option value …]`; the command line wins over the recipe.
+
+    Without a recipe the defaults of `recipes/<task>.yaml` are used if there is such a file.
+
+    Raises:
+        UserError: an unknown key or option (naming the nearest right one), or a value that is not allowed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    words = argv[1:] if argv and not argv[0].startswith("-") else argv
+    source = Path(argv[0]) if len(words) < len(argv) else None
+    if source is not None and not source.is_file() and (RECIPES / f"{source.name}.yaml").is_file():
+        source = RECIPES / f"{source.name}.yaml"
+    recipe = read_recipe(source) if source is not None else {}
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=recipe.get("task", "char_lm"))
+    task = get_task(first.parse_known_args(words)[0].task)
+    if source is None and (RECIPES / f"{task.name}.yaml").is_file():
+        source = RECIPES / f"{task.name}.yaml"
+        recipe = read_recipe(source)
+
+    classes = [RunOptions, ModelOptions, DataOptions, task.Options]
+    known = [f.name for c in classes for f in dataclasses.fields(c)]
+    # A recipe describes its own kind of network: that is dropped when the command line asks for another kind.
+    given = parse_words(classes, words, "training.train")
+    recipe = {name: value for name, value in recipe.items() if not superseded(name, recipe, given[1], words)}
+    return Arguments(*parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], "training.train"))
+
+
+def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: list[str]) -> bool:
+    """Whether a recipe's key is about another network than the one that the command line names."""
+    if name not in {f.name for f in dataclasses.fields(ModelOptions)}:
+        return False
+    if given.model is not None:
+        return True
+    asked = any(word.split("=")[0].replace("-", "_") == "__architecture" for word in words)
+    return asked and given.architecture != recipe.get("architecture", "kru") and name in (KRU_ONLY | {"architecture"})
+
+
+def parse_words(classes: list[Any], words: list[str], program: str) -> list[Any]:
+    """One object of each dataclass from command-line words."""
+    known = [f.name for c in classes for f in dataclasses.fields(c)]
+    parser = _Parser(classes, prog=program, allow_abbrev=False, description="See README.md.")
+    namespace, rest = parser.parse_known_args(words)
+    for word in rest:
+        if word.startswith("-"):
+            name = word.lstrip("-").split("=")[0].replace("-", "_")
+            raise UserError(f"unknown option {word!r}{nearest(name, known)}")
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: a recipe comes first, then --option value")
+    values = vars(namespace)
+    return [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]

@@ -1,0 +1,243 @@
+"""Files that are complete or absent: everything is written to a temporary folder, synced and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor
+
+from .errors import UserError
+
+TEMPORARY, OLD = ".tmp-", ".old-"
+WEIGHTS, OPTIMIZER, CARRIED, RANDOM, STATE = (
+    "model.safetensors",
+    "optimizer.pt",
+    "carried_state.safetensors",
+    "random_state.safetensors",
+    "trainer_state.json",
+)
+RUN_FILES = ("config.json", "model.safetensors", "all_results.json", "log_history.json", "training.json")
+
+
+@dataclass
+class TrainerState:
+    """All that a run knows besides tensors; `step` is the position in the data as well."""
+
+    step: int = 0
+    best_metric: float | None = None
+    best_step: int = 0
+    stalled: int = 0  # evaluations since the best one
+    plateau_scale: float = 1.0
+    train_seconds: float = 0.0
+    train_elements: int = 0
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0])  # nats and targets since the last log entry
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or the entries of a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync every file below `folder`, then the folders."""
+    paths = [folder, *folder.rglob("*")]
+    for path in [p for p in paths if p.is_file()] + [p for p in paths if p.is_dir()]:
+        sync(path)
+
+
+def fill_temporary(folder: Path, name: str, fill: Callable[[Path], object]) -> Path:
+    """Let `fill` write into a fresh temporary folder of `folder`; nothing stays behind if it fails."""
+    temporary = folder / f"{TEMPORARY}{name}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        fill(temporary)
+        for path in temporary.rglob("*"):  # safetensors writes files that only their owner may read
+            if path.is_file():
+                path.chmod(temporary.stat().st_mode & 0o666)
+        sync_tree(temporary)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"could not save {str(folder / name)!r} ({error}); nothing half-written was left and earlier files are "
+            "untouched. Is the disk full? Make room, then go on with --resume_from_checkpoint last"
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return temporary
+
+
+def write_folder(target: Path, fill: Callable[[Path], object]) -> None:
+    """Make the folder `target` appear at once with what `fill` writes, replacing an older one."""
+    temporary = fill_temporary(target.parent, target.name, fill)
+    old = target.parent / f"{OLD}{target.name}"
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_files(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Replace single files of `folder` by those that `fill` writes; each is whole at any moment."""
+    temporary = fill_temporary(folder, "files", fill)
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    sync(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file at once."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_files(path.parent, lambda folder: (folder / path.name).write_text(text, encoding="utf-8"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*")}
+    return sorted((p for p, match in found.items() if match), key=lambda p: int(p.name.split("-")[1]))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether an earlier run left something in `folder`."""
+    return bool(checkpoints(folder)) or any((folder / name).exists() for name in RUN_FILES)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left half-written; put back a checkpoint that was about to be replaced."""
+    for path in folder.glob(f"{OLD}checkpoint-*"):
+        target = folder / path.name.removeprefix(OLD)
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.replace(path, target)
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def delete_run(folder: Path) -> None:
+    """Remove an earlier run's files and checkpoints from `folder`, and nothing else."""
+    for path in checkpoints(folder):
+        remove_checkpoint(path)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    for name in (*RUN_FILES, "learning_curve.png", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; it is renamed first, so that a half-removed one is never taken for a whole one."""
+    doomed = path.parent / f"{TEMPORARY}{path.name}"
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def prune(folder: Path, limit: int) -> None:
+    """Keep the `limit` newest checkpoints; 0 keeps all."""
+    for path in checkpoints(folder)[:-limit] if limit else []:
+        remove_checkpoint(path)
+
+
+def save_checkpoint(
+    target: Path,
+    *,
+    model: Any,
+    optimizer: dict[str, Any],
+    carried: dict[str, Tensor],
+    random: dict[str, Tensor],
+    state: TrainerState,
+    signature: dict[str, Any],
+) -> None:
+    """Write everything that a run needs to go on bit by bit.
+
+    Args:
+        model: the unwrapped model. optimizer: its and the gradient scaler's state dicts.
+        carried: recurrent states of all rows of the global batch, in their order.
+        random: random generator states, rank first.
+        signature: the configuration that a resumed run must have.
+    """
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        torch.save(optimizer, folder / OPTIMIZER)
+        save_file({key: value.contiguous() for key, value in carried.items()}, folder / CARRIED)
+        save_file(random, folder / RANDOM)
+        text = json.dumps({**asdict(state), "signature": signature}, indent=2, ensure_ascii=False)
+        (folder / STATE).write_text(text, encoding="utf-8")
+
+    write_folder(target, fill)
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that has been read, except for the weights."""
+
+    path: Path
+    state: TrainerState
+    optimizer: dict[str, Any]
+    carried: dict[str, Tensor]
+    random: dict[str, Tensor]
+
+    def load_weights(self, model: torch.nn.Module) -> None:
+        """Put the weights into `model`."""
+        load_weights(model, self.path)
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Put `folder`'s model.safetensors into `model`, exactly."""
+    try:
+        load_model(model, folder / WEIGHTS)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise UserError(f"the weights in {str(folder)!r} are damaged or do not fit: {error}") from error
+
+
+def load_checkpoint(path: Path, signature: dict[str, Any]) -> Checkpoint:
+    """Read a checkpoint of a run with this configuration.
+
+    Raises:
+        UserError: it is not a checkpoint, is damaged, or belongs to another configuration (naming what differs).
+    """
+    if not (path / STATE).is_file():
+        raise UserError(f"resume_from_checkpoint={str(path)!r} is not a checkpoint folder: it has no {STATE}")
+    try:
+        values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        saved = values.pop("signature")
+        state = TrainerState(**values)
+        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        carried, random = load_file(path / CARRIED), load_file(path / RANDOM)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"the checkpoint {str(path)!r} is damaged: {error}") from error
+    now = json.loads(json.dumps(signature))
+    different = sorted(key for key in {*saved, *now} if saved.get(key) != now.get(key))
+    if different:
+        shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now.get(key)!r}" for key in different)
+        raise UserError(f"the checkpoint {str(path)!r} is of another configuration: {shown}")
+    return Checkpoint(path, state, optimizer, carried, random)
+
+
+def find_checkpoint(option: str, folder: Path) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means; None if it is "last" and none has been written yet."""
+    if option == "last":
+        found = checkpoints(folder)
+        return found[-1] if found else None
+    return Path(option)

@@ -1,0 +1,17 @@
+"""Errors that a user can act on: printed as one line without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input or a run that cannot go on; the message names the field, the value and what is allowed."""
+
+    exit_code = 1
+
+
+class Interrupted(UserError):
+    """The run was asked to stop (SIGTERM, Ctrl-C); a checkpoint has been written. `exit_code` is 128 + signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,128 @@
+"""Evaluate a trained model: `python -m training.evaluate --model PATH_OR_ID [--dataset …] --split test`.
+
+Prints a table, then one line of JSON with the figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from accelerate import Accelerator
+from huggingface_hub import hf_hub_download
+
+from .arguments import option, parse_words
+from .errors import UserError
+from .evaluation import evaluate
+from .models import load_model
+from .tasks import DataOptions, Task, get_task
+
+RECORD = "training.json"
+
+
+@dataclass
+class EvaluateOptions:
+    """What is evaluated."""
+
+    model: str | None = option(None, "Trained folder or Hub id.")
+    split: Literal["validation", "test"] = option("test", "Part of the data.")
+    use_cpu: bool = option(False, "Evaluate on the CPU even if there is an accelerator.")
+    allow_other_dataset: bool = option(False, "Accept data that differ from what the model was trained on.")
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            raise UserError("model is missing: pass --model FOLDER or a Hub id")
+
+
+def read_record(model: str) -> dict[str, Any]:
+    """`training.json` of a trained folder or Hub id: options and data of its run."""
+    try:
+        local = Path(model)
+        path = local / RECORD if local.exists() else Path(hf_hub_download(model, RECORD))
+        return json.loads(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the Hub client has no common base class
+        raise UserError(f"model={model!r} has no readable {RECORD}, which says how it was trained ({error})") from error
+
+
+def choose_data(data: DataOptions, record: dict[str, Any]) -> DataOptions:
+    """The data that were asked for, or those of the training run, found by their name."""
+    if data.dataset is not None:
+        return data
+    known = {f.name for f in dataclasses.fields(DataOptions)}
+    values = {key: value for key, value in record["dataset"].items() if key in known}
+    return DataOptions(**{**values, "dataset": record["dataset"]["name"]})
+
+
+def load_task(options: EvaluateOptions, data: DataOptions, tokenizer: Any, record: dict[str, Any]) -> Task:
+    """The task with the data; an error if they are not those of the training run where they should be."""
+    task_class = get_task(record["options"]["task"])
+    known = {f.name for f in dataclasses.fields(task_class.Options)}
+    task_options = task_class.Options(**{k: v for k, v in record["options"].items() if k in known})
+    task = task_class(task_options, choose_data(data, record), record["options"]["seed"])
+    trained_on = record["dataset"]
+    try:
+        task.load(tokenizer)
+    except UserError as error:
+        if data.dataset is not None:
+            raise
+        raise UserError(
+            f"the data that the model was trained on, {trained_on['name']!r}, cannot be found here; "
+            f"pass --dataset PATH_OR_ID of data with SHA-256 {trained_on['sha256']} ({error})"
+        ) from error
+    now = task.dataset_record()
+    if now["sha256"] != trained_on["sha256"] and not options.allow_other_dataset:
+        if now["name"] == trained_on["name"]:
+            raise UserError(
+                f"dataset={now['name']!r} differs from what the model was trained on: SHA-256 {now['sha256']} instead "
+                f"of {trained_on['sha256']}; pass the original with --dataset, or --allow_other_dataset true"
+            )
+        print(f"note: the model was trained on {trained_on['name']!r}; this is other data", file=sys.stderr)
+    return task
+
+
+def run(argv: list[str]) -> dict[str, float]:
+    """Evaluate as the options say; returns the figures."""
+    options, data = parse_words([EvaluateOptions, DataOptions], argv, "training.evaluate")
+    record = read_record(options.model)
+    task_class = get_task(record["options"]["task"])
+    model, tokenizer = load_model(options.model, task_class.head)
+    task = load_task(options, data, tokenizer, record)
+    accelerator = Accelerator(cpu=options.use_cpu)
+    figures = evaluate(task, model.to(accelerator.device), options.split, accelerator)
+    if accelerator.is_main_process:
+        print_table(options, task, model, figures)
+        print(json.dumps(figures))
+    return figures
+
+
+def print_table(options: EvaluateOptions, task: Task, model: Any, figures: dict[str, float]) -> None:
+    """The figures for people."""
+    rows = [
+        ("model", str(options.model)),
+        ("parameters", f"{model.num_parameters():,} ({model.num_recurrent_parameters():,} recurrent)"),
+        ("data", f"{task.dataset_record()['name']}, {options.split}"),
+        *((name, f"{value:.4f}") for name, value in figures.items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""From options to a model, new or trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+import kru_hf
+
+from .arguments import ModelOptions
+from .baselines import CELLS, BaselineConfig
+from .errors import UserError
+
+# Head -> Auto class: the model classes of every architecture are registered there under the type of their config.
+HEADS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "piano_roll": "AutoModel",
+}
+
+
+def model_class(head: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that has that head for that config."""
+    import transformers
+
+    if head == "piano_roll" and config.model_type == "kru":
+        return kru_hf.KRUForPianoRoll
+    try:
+        return getattr(transformers, HEADS[head])._model_mapping[type(config)]
+    except KeyError as error:
+        raise UserError(f"there is no {config.model_type} model with the head {head!r} yet") from error
+
+
+def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedModel:
+    """A new model with random weights.
+
+    Args:
+        head: a key of HEADS.
+        options: architecture and config fields.
+        fixed: config fields that the data decides, such as vocab_size.
+    """
+    values = {**options.config_values(), **fixed}
+    config_type: Any = kru_hf.KRUConfig
+    if options.architecture in CELLS:
+        config_type = BaselineConfig
+        allowed = {f.name for f in dataclasses.fields(BaselineConfig)}
+        foreign = sorted(name for name in options.config_values() if name not in allowed)
+        if foreign:
+            raise UserError(
+                f"{', '.join(foreign)} cannot be given with architecture={options.architecture!r}: for kru only"
+            )
+        values["cell"] = options.architecture
+    try:
+        config = config_type(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model options: {_root_cause(error)}") from error
+    model = model_class(head, config)(config)
+    register_code(model)
+    return model
+
+
+def _root_cause(error: BaseException) -> str:
+    """The message of the innermost error: strict configs wrap the one that says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
+
+
+def register_code(model: PreTrainedModel) -> None:
+    """Have `save_pretrained` put the modelling files of a KRU model beside the weights, for `trust_remote_code`."""
+    if model.config.model_type != "kru":
+        return
+    type(model.config).register_for_auto_class()
+    head = next((auto for name, auto in HEADS.items() if name in _snake(type(model).__name__)), "AutoModel")
+    type(model).register_for_auto_class(head)
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() else c for c in name.replace("LM", "Lm"))
+
+
+def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer (or None) of a trained folder or Hub id; pushed code is never executed.
+
+    Raises:
+        UserError: it does not exist, is incomplete or damaged, or model and tokenizer do not fit together.
+    """
+    local = Path(folder)
+    if local.exists() and not (local / "config.json").is_file():
+        raise UserError(f"model={folder!r} is not a model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model = model_class(head, config).from_pretrained(folder, config=config)
+        has_tokenizer = not local.exists() or (local / "tokenizer.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights in {folder!r} are damaged or incomplete ({error}); copy or train them again"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model={folder!r} cannot be loaded: {error}") from error
+    if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
+        raise UserError(
+            f"model={folder!r}: the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
+            f"{model.config.vocab_size}"
+        )
+    register_code(model)
+    return model, tokenizer

@@ -1,0 +1,57 @@
+"""Optimizer groups and the learning rate as a plain function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arguments import RunOptions
+
+
+def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases and norms without; Kronecker factors at their own rate and without.
+
+    `scale` of a group multiplies the learning rate of the schedule. The dense recurrent matrices of the baselines are
+    ordinary matrices.
+    """
+    factors = dict(model.recurrent_parameters()) if model.config.model_type == "kru" else {}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in factors]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": options.weight_decay, "scale": 1.0},
+        {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": 1.0},
+        {
+            "params": [p for p in factors.values() if p.requires_grad],
+            "weight_decay": 0.0,
+            "scale": options.factor_learning_rate_scale,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, options: RunOptions) -> torch.optim.Optimizer:
+    """AdamW, or RMSprop with decay 0.9."""
+    groups = parameter_groups(model, options)
+    if options.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=options.learning_rate, alpha=0.9)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2))
+
+
+def learning_rate(step: int, total_steps: int, options: RunOptions, plateau_scale: float = 1.0) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up, then the chosen schedule."""
+    warmup = min(options.warmup_steps, total_steps // 10)
+    if step < warmup:
+        return options.learning_rate * (step + 1) / warmup
+    if options.lr_scheduler_type == "cosine":
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        floor = options.min_learning_rate_ratio
+        return options.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return options.learning_rate * plateau_scale
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its multiple of `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]

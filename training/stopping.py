@@ -1,0 +1,40 @@
+"""Stopping in order: SIGTERM and Ctrl-C become a request that the loop answers with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """Remembers the first signal; later ones change nothing, because launchers send several.
+
+    Under `accelerate launch` the death of the launcher counts as SIGTERM: it cannot pass the signal on, and a training
+    process that nobody waits for would otherwise run on unnoticed.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self.launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+        self.parent = os.getppid()
+
+    def __enter__(self) -> StopRequest:
+        """Take over SIGTERM and SIGINT."""
+        self.former = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler."""
+        self.signal_number = self.signal_number or number
+
+    def pending(self) -> int:
+        """Number of the signal that asked to stop, or 0."""
+        if self.launched and os.getppid() != self.parent:
+            self.handle(signal.SIGTERM, None)
+        return self.signal_number
