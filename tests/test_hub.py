@@ -1,0 +1,354 @@
+"""Publishing and loading over real HTTP: the client libraries against the server of hub_server.py, over loopback."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from finished_run import TEXT, edit, make_run
+from hub_server import HubServer
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
+
+import kru_hf
+from kru_hf import KRUForCausalLM
+from kru_hf.scan_cpu import is_available as native_engine
+from training.errors import UserError
+from training.publish import Published, auto_map, main, publish_folder
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "The lazy fox "
+# huggingface_hub's own way to send bytes, which its HTTP client deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+LFS = (".safetensors", ".png")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder, for tests that only read it."""
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run's folder that a test may break."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch):
+    """A Hub where "me" may write, "reader" may not and "other" is someone else."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the server speaks LFS
+    with HubServer(lfs=LFS) as server:
+        server.add_user("me", "hf_me", organizations=("lab",))
+        server.add_user("me", "hf_read", can_write=False)
+        server.add_user("other", "hf_other")
+        yield server
+
+
+def client(hub: HubServer, token: str | None = "hf_me") -> HfApi:
+    return HfApi(endpoint=hub.url, token=token or False)
+
+
+def environment(hub: HubServer, home: Path, **extra: str) -> dict[str, str]:
+    """Environment of a process that knows this Hub only, with an empty cache."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH", "TRANSFORMERS_"))}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, **own, **extra}
+
+
+def python(code: str, hub: HubServer, home: Path, **extra: str) -> str:
+    """Run code in a process of its own, outside of the checkout; its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(hub, home, **extra), cwd=home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def module(name: str, arguments: list[str], hub: HubServer, home: Path, **extra: str) -> subprocess.CompletedProcess:
+    """Run a module of the checkout as its users do."""
+    return subprocess.run(
+        [sys.executable, "-m", name, *arguments],
+        env=environment(hub, home, **extra),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+ELSEWHERE = """
+import sys
+sys.modules["kru_hf"] = None  # import kru_hf fails from here on
+import json, torch, transformers
+repo, revision, prompt = {arguments!r}
+options = dict(revision=revision, trust_remote_code=True)
+config = transformers.AutoConfig.from_pretrained(repo, **options)
+tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
+autos = [auto for auto in config.auto_map if auto != "AutoConfig"]
+heads = {{auto: getattr(transformers, auto).from_pretrained(repo, **options) for auto in autos}}
+model = heads["AutoModelForCausalLM"]
+inputs = tokenizer(prompt, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+scan = sys.modules[type(model).__module__.replace("modeling_kru", "scan")]
+print(json.dumps({{
+    "ids": output[0].tolist(),
+    "heads": {{auto: type(head).__name__ for auto, head in heads.items()}},
+    "report": scan.scan_backend_report(),
+}}))
+"""
+
+
+def test_published_model_generates_elsewhere_without_the_package(trained: Path, hub: HubServer, tmp_path: Path) -> None:
+    done = publish_folder(trained, "me/kru", revision_tag="v1", private=True, api=client(hub))
+    assert hub.repos[("model", "me/kru")].private
+    assert any(request.startswith("PUT /lfs/") for request in hub.requests)
+    model = KRUForCausalLM.from_pretrained(trained)
+    tokenizer = kru_hf.char_tokenizer.PreTrainedTokenizerFast.from_pretrained(trained)
+    expected = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=20, do_sample=False)[0].tolist()
+
+    code = ELSEWHERE.format(arguments=("me/kru", done.commit, PROMPT))
+    seen = json.loads(python(code, hub, tmp_path, HF_TOKEN="hf_me").splitlines()[-1])
+    assert seen["ids"] == expected
+    config = json.loads(hub.files("me/kru")["config.json"])
+    assert config["auto_map"] == auto_map(config)
+    assert seen["heads"].items() >= {"AutoModel": "KRUModel", "AutoModelForCausalLM": "KRUForCausalLM"}.items()
+    assert "cpu: not available" in seen["report"]
+    assert any(request.startswith("GET /lfs/") for request in hub.requests)
+
+
+def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(
+    folder: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    hub.lfs = ()  # everything as regular files
+    options = ["--model", str(folder), "--repo_id", "lab/kru", "--revision_tag", "v1"]
+    done = module("training.publish", options, hub, tmp_path, HF_TOKEN="hf_me")
+    assert done.returncode == 0, done.stdout + done.stderr
+    commit = hub.repos[("model", "lab/kru")].tags["v1"]
+    assert f'pin it with revision="{commit}"' in done.stdout
+    assert f"address: {hub.url}/lab/kru" in done.stdout
+    assert not any("/lfs/" in request for request in hub.requests)
+
+    card = ModelCard(hub.files("lab/kru")["README.md"].decode())
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    assert 'revision = "v1"' in snippet
+    report = (
+        "import sys\nprint(sys.modules[type(model).__module__.replace('modeling_kru', 'scan')].scan_backend_report())"
+    )
+    said = python(f"{snippet}\n{report}", hub, tmp_path, PYTHONPATH=str(ROOT))
+    assert said.startswith("The ")
+    assert ("cpu: available" in said) == native_engine()
+
+
+def test_train_on_a_hub_data_set_and_publish(hub: HubServer, tmp_path: Path) -> None:
+    lines = (TEXT * 60).encode()
+    files = {"train.txt": lines * 2, "validation.txt": lines, "test.txt": lines}
+    hub.add_repo("other/corpus", files, kind="dataset")
+    run = tmp_path / "trained"
+    words = f"--task char_lm --dataset other/corpus --output_dir {run} --max_steps 2"
+    small = "--state_size 16 --factor_shapes 4x4,4x4 --per_device_train_batch_size 4 --sequence_length 16 "
+    small += "--sample_length 0 --report_to none --use_cpu true"
+    done = module("training.train", [*words.split(), *small.split()], hub, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.raises(UserError, match="--data_license"):
+        publish_folder(run, "me/kru", api=client(hub))
+    publish_folder(run, "me/kru", data_license="CC0-1.0", api=client(hub))
+    card = ModelCard(hub.files("me/kru")["README.md"].decode())
+    assert card.data.datasets == ["other/corpus"]
+    results = json.loads((run / "all_results.json").read_text())
+    bpc = {r.dataset_split: r.metric_value for r in card.data.eval_results if r.metric_type == "bpc"}
+    assert bpc == {"validation": results["validation_bpc"], "test": results["test_bpc"]}
+    assert f"{results['num_parameters']:,}" in card.text
+    assert str(tmp_path) not in "".join(
+        data.decode() for name, data in hub.files("me/kru").items() if name.endswith((".json", ".md"))
+    )
+
+
+def test_published_piano_roll_model_loads_elsewhere(folder: Path, hub: HubServer, tmp_path: Path) -> None:
+    config = kru_hf.KRUConfig(state_size=16, factor_size=4, hidden_size=8, input_size=88)
+    kru_hf.KRUForPianoRoll(config).save_pretrained(folder)
+    edit(folder / "training.json", dataset={"name": "bach_chorales"})
+    publish_folder(folder, "me/notes", api=client(hub))
+    card = ModelCard(hub.files("me/notes")["README.md"].decode())
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    code = f'import sys\nsys.modules["kru_hf"] = None\n{snippet}'
+    assert "KRUForPianoRoll(" in python(code, hub, tmp_path)
+
+
+# Once more, and other versions
+
+
+def test_publishing_again_changes_nothing(trained: Path, hub: HubServer) -> None:
+    first = publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
+    again = publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
+    assert again.unchanged
+    assert not first.unchanged
+    assert (again.commit, again.tag) == (first.commit, "v1")
+    assert len(hub.repos[("model", "me/kru")].commits) == 2  # the empty one of the creation, and ours
+
+
+def test_new_version_replaces_its_own_files_alone_and_keeps_the_old_tag(folder: Path, hub: HubServer) -> None:
+    hub.add_repo("me/kru", {"special_tokens_map.json": b"{}", "comparison.json": b"{}", "handler.py": b"mine"})
+    edit(folder / "config.json", scan_backend="cpu")  # the choice of this machine, which others may not have
+    first = publish_folder(folder, "me/kru", revision_tag="v1", api=client(hub))
+    assert json.loads(hub.files("me/kru")["config.json"])["scan_backend"] == "auto"
+    assert {"special_tokens_map.json", "comparison.json"}.isdisjoint(hub.files("me/kru"))
+    assert hub.files("me/kru")["handler.py"] == b"mine"
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="revision_tag='v1' already exists"):
+        publish_folder(folder, "me/kru", revision_tag="v1", api=client(hub))
+    second = publish_folder(folder, "me/kru", revision_tag="v2", api=client(hub))
+    assert second.commit != first.commit
+    assert hub.repos[("model", "me/kru")].tags == {"v1": first.commit, "v2": second.commit}
+    # The first version is still there under its tag.
+    assert hub.files("me/kru", "v1")["model.safetensors"] != (folder / "model.safetensors").read_bytes()
+
+
+def test_pull_request_to_the_repository_of_someone_else(trained: Path, hub: HubServer) -> None:
+    hub.add_repo("other/kru", {"README.md": b"theirs"})
+    done = publish_folder(trained, "other/kru", create_pr=True, api=client(hub))
+    assert done.pull_request == f"{hub.url}/other/kru/discussions/1"
+    assert hub.files("other/kru")["README.md"] == b"theirs"
+    assert "model.safetensors" in hub.files("other/kru", "refs/pr/1")
+    with pytest.raises(UserError, match="--revision_tag cannot be given with --create_pr"):
+        publish_folder(trained, "other/kru", create_pr=True, revision_tag="v1", api=client(hub))
+    with pytest.raises(UserError, match="needs an existing repository"):
+        publish_folder(trained, "other/none", create_pr=True, api=client(hub))
+
+
+# Failures: a clear message, nothing half-published, the same command again finishes
+
+
+@pytest.mark.parametrize(
+    ("step", "status", "message"),
+    [
+        ("create", 503, "the Hub answered 503"),
+        ("preupload", 400, "the Hub answered 400"),
+        ("lfs_put", 507, "the upload was interrupted"),
+        ("commit", 0, "the Hub cannot be reached"),
+        ("commit", 500, "the Hub answered 500"),
+        ("commit", 412, "changed by someone else"),
+    ],
+)
+def test_interrupted_upload_publishes_nothing_and_the_next_run_finishes(
+    trained: Path, hub: HubServer, step: str, status: int, message: str
+) -> None:
+    hub.fail[step] = status
+    with pytest.raises(UserError, match=message) as caught:
+        publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
+    assert "again" in str(caught.value)
+    repo = hub.repos.get(("model", "me/kru"))
+    assert repo is None or (set(hub.files("me/kru")) == {".gitattributes"} and not repo.tags)
+    assert not hub.fail
+    done = publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
+    assert hub.repos[("model", "me/kru")].tags == {"v1": done.commit}
+    assert "model.safetensors" in hub.files("me/kru", "v1")
+
+
+def test_interrupted_tag_is_set_by_the_next_run(trained: Path, hub: HubServer) -> None:
+    hub.fail["tag"] = 0
+    with pytest.raises(UserError, match="tagging v1; the files are there already"):
+        publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
+    commit = hub.repos[("model", "me/kru")].refs["main"]
+    done = publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
+    assert (done.commit, hub.repos[("model", "me/kru")].tags) == (commit, {"v1": commit})
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        ("hf_wrong", "me/kru", "does not accept the token"),
+        ("hf_read", "me/kru", "no permission to write"),
+        ("hf_me", "other/kru", "is taken: it belongs to 'other', and you are 'me': choose me/kru, or .* --create_pr"),
+        ("hf_me", "other/new", "is in the namespace of 'other', and you are 'me': choose me/new"),
+        ("hf_me", "me/bert", "is taken: it holds a model of the type 'bert'"),
+        ("hf_me", "kru", "must be ME/NAME"),
+        ("hf_me", "me/k r u", "must be ME/NAME"),
+    ],
+)
+def test_refusals_say_what_to_do(trained: Path, hub: HubServer, token: str, repo_id: str, message: str) -> None:
+    hub.add_repo("other/kru")
+    hub.add_repo("me/bert", {"config.json": b'{"model_type": "bert"}'})
+    before = {key: dict(repo.refs) for key, repo in hub.repos.items()}
+    with pytest.raises(UserError, match=message):
+        publish_folder(trained, repo_id, api=client(hub, token))
+    assert {key: dict(repo.refs) for key, repo in hub.repos.items()} == before
+
+
+def test_without_a_token(trained: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="hf auth login"):
+        publish_folder(trained, "me/kru", api=client(hub, token=None))
+    assert not hub.requests
+
+
+def test_without_a_network(trained: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer() as gone:
+        pass
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        publish_folder(trained, "me/kru", api=client(gone))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        publish_folder(trained, "me/kru", api=client(hub))
+
+
+def test_dry_run_sends_nothing(trained: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(trained), "--repo_id", "me/kru", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "modeling_kru.py" in said
+    assert "dry run: nothing was sent" in said
+    assert not hub.requests
+
+
+# The folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: (f / "all_results.json").unlink(), "has no all_results.json"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "do not load"),
+        (lambda f: edit(f / "config.json", state_size=16, factor_shapes=[[4, 4], [4, 4]], hidden_size=32), "do not"),
+        (lambda f: edit(f / "config.json", model_type="kru_baseline"), "only 'kru' models"),
+        (lambda f: edit(f / "all_results.json", num_parameters=None), "num_parameters"),
+        (lambda f: edit(f / "training.json", dataset={"name": "mine"}), "--data_license"),
+        (lambda f: (f / "training.json").write_text("{"), "training.json"),
+        (lambda f: (f / "tokenizer.json").unlink(), "without tokenizer.json"),
+        (shutil.rmtree, "is not a folder"),
+    ],
+)
+def test_incomplete_folder_is_refused_before_anything_is_sent(
+    folder: Path, hub: HubServer, damage, message: str
+) -> None:
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        publish_folder(folder, "me/kru", api=client(hub))
+    assert not hub.requests
+
+
+def test_weights_that_lack_a_tensor_or_are_not_finite_are_refused(folder: Path, hub: HubServer) -> None:
+    weights = load_file(folder / "model.safetensors")
+    spoilt = {**weights, "lm_head.bias": torch.full_like(weights["lm_head.bias"], torch.nan)}
+    save_file(spoilt, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="not finite: lm_head.bias"):
+        publish_folder(folder, "me/kru", api=client(hub))
+    del weights["lm_head.bias"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="missing keys: lm_head.bias"):
+        publish_folder(folder, "me/kru", api=client(hub))
+    assert not hub.requests
+
+
+def test_dry_run_result_lists_names_and_sizes(trained: Path) -> None:
+    done = publish_folder(trained, "me/kru", dry_run=True)
+    assert isinstance(done, Published)
+    assert done.url is None
+    assert done.files["model.safetensors"] == (trained / "model.safetensors").stat().st_size
