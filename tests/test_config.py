@@ -1,0 +1,89 @@
+"""Options of a model: defaults, validation, round trips."""
+
+import pytest
+from helpers import tiny_config
+from transformers import AutoConfig
+
+from kru_hf import KRUConfig
+
+
+def test_defaults_are_valid():
+    config = KRUConfig()
+    assert config.state_size == 504 and config.factor_shapes == [[7, 7], [8, 8], [9, 9]]
+    assert config.layer_types == ["kru"] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"state_size": 64, "factor_size": 2},
+        {"factor_shapes": [(2, 3), (3, 2)], "wiring": "plain"},
+        {"wiring": "plain", "io_rank": 4, "state_size": 12},
+        {"activation": "identity", "train_factors": False, "unitary_loss_coef": 0},
+    ],
+)
+def test_round_trip(options, tmp_path):
+    config = KRUConfig(**options)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+
+
+def test_plain_width_is_the_state():
+    assert KRUConfig(wiring="plain", state_size=12).hidden_size == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"state_size": 10, "factor_shapes": [[2, 2], [3, 3]]}, "state_size = 10"),
+        ({"factor_shapes": [[2, 3]]}, "multiply to 2x3"),
+        ({"factor_shapes": []}, "at least one pair"),
+        ({"factor_shapes": [[2, 2, 2]]}, "pairs"),
+        ({"factor_shapes": [[0, 2]]}, "positive integers"),
+        ({"factor_shapes": [[2, 2]], "factor_size": 2}, "not both"),
+        ({"state_size": -3}, "-3"),
+        ({"state_size": 8, "factor_size": 1}, "factor_size"),
+        ({"unitary_loss_coef": -0.1}, "unitary_loss_coef"),
+        ({"unitary_loss_coef": float("nan")}, "unitary_loss_coef"),
+        ({"cell_type": "gru"}, "cell_type"),
+        ({"scan_backend": "numba"}, "scan_backend"),
+        ({"wiring": "ring"}, "wiring"),
+        ({"activation": "relu"}, "activation"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"io_rank": 0}, "io_rank"),
+        ({"input_dropout": 1.0}, "input_dropout"),
+        ({"recurrent_init_scale": 0.0}, "recurrent_init_scale"),
+        ({"bias_init": float("inf")}, "bias_init"),
+        ({"wiring": "plain", "num_hidden_layers": 2}, "one layer"),
+        ({"wiring": "plain", "hidden_size": 7}, "hidden_size"),
+    ],
+)
+def test_bad_values_are_named(options, message):
+    with pytest.raises(Exception, match=message) as caught:
+        KRUConfig(**options)
+    assert isinstance(caught.value, ValueError) or isinstance(caught.value.__cause__, ValueError)
+
+
+def test_wrong_type_is_named():
+    with pytest.raises(Exception, match="vocab_size"):
+        KRUConfig(vocab_size="many")
+
+
+def test_misspelt_option_names_the_nearest():
+    with pytest.raises(TypeError, match="did you mean 'state_size'"):
+        KRUConfig(statesize=64)
+
+
+def test_zero_factor_size_is_not_the_default():
+    with pytest.raises(ValueError, match="factor_size must be at least 2, got 0"):
+        KRUConfig(state_size=8, factor_size=0)
+
+
+def test_bad_value_set_later_is_not_saved(tmp_path):
+    config = tiny_config()
+    with pytest.raises(Exception, match="unitary_loss_coef"):
+        config.unitary_loss_coef = -1.0
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()

@@ -1,0 +1,102 @@
+"""generate() in the modes that a recurrent language model has."""
+
+import pytest
+import torch
+from helpers import LOGITS, WIRINGS, assert_near, tiny_model
+
+EVERY = pytest.mark.parametrize("wiring", WIRINGS, ids=lambda w: "-".join(map(str, w.values())))
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+NEW = {"max_new_tokens": 8, "do_sample": False}
+
+
+def greedy_without_cache(model, ids, steps):
+    for _ in range(steps):
+        ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    return ids
+
+
+@EVERY
+def test_greedy_with_and_without_cache(wiring):
+    model = tiny_model(**wiring)
+    expected = greedy_without_cache(model, IDS, 8)
+    assert torch.equal(model.generate(IDS, **NEW), expected)
+    assert torch.equal(model.generate(IDS, use_cache=False, **NEW), expected)
+    assert torch.equal(model.generate(IDS, **NEW), expected), "a second call must not see the first one's state"
+
+
+@EVERY
+def test_left_padded_batch_equals_single_runs(wiring):
+    model = tiny_model(**wiring)
+    padded = torch.tensor([[0, 0, 0, 7, 2], [3, 1, 4, 1, 5]])
+    mask = (padded != 0).long()
+    batch = model.generate(padded, attention_mask=mask, **NEW)
+    assert torch.equal(batch[:1, 3:], model.generate(padded[:1, 3:], **NEW))
+    assert torch.equal(batch[1:], model.generate(padded[1:], **NEW))
+
+
+@EVERY
+def test_continue_from_a_returned_cache(wiring):
+    model = tiny_model(**wiring)
+    first = model.generate(IDS, return_dict_in_generate=True, max_new_tokens=3, do_sample=False)
+    rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, do_sample=False)
+    assert torch.equal(rest, model.generate(IDS, **NEW))
+
+
+@EVERY
+def test_beams_rank_by_the_model(wiring):
+    model = tiny_model(**wiring)
+    output = model.generate(
+        IDS, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True, **NEW
+    )
+    logp = model(output.sequences[:, :-1]).logits.log_softmax(-1)
+    tokens = output.sequences[:, 1:, None]
+    scores = logp.gather(-1, tokens)[:, IDS.shape[1] - 1 :, 0].mean(-1)
+    assert_near(output.sequences_scores, scores, LOGITS)
+    assert torch.equal(model.generate(IDS, num_beams=3, use_cache=False, **NEW), output.sequences[::3])
+
+
+def test_sampling():
+    model = tiny_model()
+    torch.manual_seed(0)
+    with_cache = model.generate(IDS, do_sample=True, num_return_sequences=2, max_new_tokens=6, top_k=5)
+    torch.manual_seed(0)
+    without = model.generate(IDS, do_sample=True, num_return_sequences=2, max_new_tokens=6, top_k=5, use_cache=False)
+    assert with_cache.shape == (4, 12) and torch.equal(with_cache, without)
+
+
+def test_chunked_prefill():
+    model = tiny_model()
+    assert torch.equal(model.generate(IDS, prefill_chunk_size=2, **NEW), model.generate(IDS, **NEW))
+
+
+def test_prefill_in_chunks_by_hand():
+    model = tiny_model()
+    cache, pieces = None, []
+    for piece in IDS.split(2, 1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    assert_near(torch.cat(pieces, 1), model(IDS).logits, LOGITS)
+    assert cache.get_seq_length() == 6
+
+
+def test_generate_from_embeddings():
+    model = tiny_model()
+    embeds = model.get_input_embeddings()(IDS)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **NEW), model.generate(IDS, **NEW)[:, 6:])
+
+
+@pytest.mark.parametrize("options", [{"assistant_model": "itself"}, {"prompt_lookup_num_tokens": 2}])
+def test_assisted_decoding_is_refused(options):
+    model = tiny_model()
+    if "assistant_model" in options:
+        options = {"assistant_model": tiny_model()}
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(IDS[:1], **options, **NEW)
+
+
+def test_stops_at_the_end_token():
+    model = tiny_model()
+    end = int(model.generate(IDS[:1], **NEW)[0, 7])
+    output = model.generate(IDS[:1], eos_token_id=end, **NEW)
+    assert output[0, -1] == end and output.shape[1] <= 8

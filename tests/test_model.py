@@ -1,0 +1,229 @@
+"""The language model behaves as transformers' own models do."""
+
+import pytest
+import torch
+from helpers import LOGITS, RELATIVE, WIRINGS, assert_near, tiny_config, tiny_model
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from kru_hf import KRUCache, KRUForCausalLM, KRUModel
+
+EVERY = pytest.mark.parametrize("wiring", WIRINGS, ids=lambda w: "-".join(map(str, w.values())))
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@EVERY
+def test_save_and_load(wiring, tmp_path):
+    model = tiny_model(**wiring)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+    body, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(body, KRUModel) and not info["missing_keys"]
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_in_a_dtype_is_trainable_with_an_fp32_recurrence(wiring, dtype, tmp_path):
+    tiny_model(**wiring).save_pretrained(tmp_path)
+    model = KRUForCausalLM.from_pretrained(tmp_path, dtype=dtype).train()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad and not parameter.is_complex()
+        assert parameter.dtype == (torch.float32 if "recurrence" in name else dtype)
+    output = model(IDS, labels=IDS, use_cache=True)
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(state.dtype == torch.float32 for state in output.past_key_values.states)
+    reference = KRUForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_near(model.eval()(IDS).logits.float(), reference(IDS).logits, RELATIVE[dtype])
+
+
+@EVERY
+def test_autocast(wiring):
+    model = tiny_model(**wiring).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(IDS, labels=IDS, use_cache=True)
+    output.loss.backward()
+    assert all(state.dtype == torch.float32 for state in output.past_key_values.states)
+    assert_near(output.logits.float(), model(IDS).logits, RELATIVE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@EVERY
+def test_resize_embeddings(wiring, tied, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied, **wiring)
+    before = model(IDS).logits
+    model.resize_token_embeddings(15)
+    after = model(IDS).logits
+    assert after.shape[-1] == 15 and model.config.vocab_size == 15
+    assert_near(after[..., :11], before, LOGITS)
+    model.save_pretrained(tmp_path)
+    loaded = KRUForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, after)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+@EVERY
+def test_gradient_checkpointing_has_equal_gradients(wiring):
+    model = tiny_model(**wiring).train()
+    plain = gradients(model, input_ids=IDS, labels=IDS)
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients(model, input_ids=IDS, labels=IDS)
+    assert plain.keys() == checkpointed.keys() == dict(model.named_parameters()).keys()
+    for name, grad in plain.items():
+        assert_near(checkpointed[name], grad, RELATIVE[torch.float32])
+
+
+@EVERY
+def test_hidden_states_embeds_and_tuple(wiring):
+    model = tiny_model(**wiring)
+    output = model(IDS, output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    assert all(hidden.shape[:2] == IDS.shape for hidden in output.hidden_states)
+    embeds = model.get_input_embeddings()(IDS)
+    assert torch.equal(model(inputs_embeds=embeds).logits, output.logits)
+    assert torch.equal(model(IDS, return_dict=False)[0], output.logits)
+    assert_near(model(IDS, logits_to_keep=1).logits, output.logits[:, -1:], LOGITS)
+
+
+@EVERY
+def test_batch_equals_single_rows(wiring):
+    model = tiny_model(**wiring)
+    batch = model(IDS).logits
+    for row in range(2):
+        assert_near(model(IDS[row : row + 1]).logits, batch[row : row + 1], LOGITS)
+
+
+@EVERY
+def test_left_padding_equals_single(wiring):
+    model = tiny_model(**wiring)
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), IDS), 1)
+    mask = torch.cat((torch.zeros(2, 3), torch.ones(2, 6)), 1).long()
+    assert_near(model(padded, attention_mask=mask).logits[:, 3:], model(IDS).logits, LOGITS)
+    assert (model(padded).logits[:, 3:] - model(IDS).logits).abs().max() > LOGITS
+
+
+@EVERY
+def test_state_carries_and_is_differentiable(wiring):
+    model = tiny_model(**wiring)
+    whole = model(IDS, use_cache=True)
+    first = model(IDS[:, :2], use_cache=True)
+    start = [state.detach().requires_grad_() for state in first.past_key_values.states]
+    kept = [state.detach().clone() for state in start]
+    rest = model(IDS[:, 2:], past_key_values=KRUCache.from_states(start), use_cache=True)
+    assert_near(rest.logits, whole.logits[:, 2:], LOGITS)
+    assert all(torch.equal(a, b) for a, b in zip(start, kept, strict=True))
+    sum(state.sum() for state in rest.past_key_values.states).backward()
+    assert all(state.grad.abs().sum() > 0 for state in start)
+    assert not any(state.requires_grad for state in rest.past_key_values.detach().states)
+
+
+def test_gradient_through_windows_is_that_of_the_whole():
+    model = tiny_model()
+    targets = IDS.roll(-1, 1)
+    expected = gradients(model, input_ids=IDS, labels=targets, shift_labels=targets)
+    model.zero_grad()
+    first = model(IDS[:, :3], labels=targets[:, :3], shift_labels=targets[:, :3], use_cache=True)
+    second = model(
+        IDS[:, 3:], labels=targets[:, 3:], shift_labels=targets[:, 3:], past_key_values=first.past_key_values
+    )
+    ((first.loss + second.loss) / 2).backward()
+    for name, parameter in model.named_parameters():
+        assert_near(parameter.grad, expected[name], RELATIVE[torch.float32])
+
+
+@EVERY
+def test_loss_and_penalty(wiring):
+    model = tiny_model(unitary_loss_coef=0.5, **wiring)
+    output = model(IDS, labels=IDS)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    assert_near(output.loss, expected, RELATIVE[torch.float32])
+    assert output.unitary_loss > 0
+    trained = model.train()(IDS, labels=IDS)
+    assert_near(trained.loss, expected + 0.5 * output.unitary_loss, RELATIVE[torch.float32])
+
+
+class Sequences(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ids = (torch.arange(6) * (index + 1)) % 10 + 1
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_stock_trainer_counts_the_penalty_once_a_step(accumulation, tmp_path):
+    """One SGD step over the 8 sequences: the update does not depend on how they are split."""
+    model = tiny_model(unitary_loss_coef=0.5, initializer_range=0.02).train()
+    batch = [Sequences()[index] for index in range(8)]
+    ids = torch.stack([row["input_ids"] for row in batch])
+    expected = gradients(model, input_ids=ids, labels=ids)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model, arguments, train_dataset=Sequences()).train()
+    for name, parameter in model.named_parameters():
+        assert_near((before[name] - parameter) / 0.1, expected[name], LOGITS)
+
+
+def test_trainer_with_defaults_saves_and_evaluates(tmp_path):
+    arguments = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(tiny_model(), arguments, train_dataset=Sequences(), eval_dataset=Sequences())
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("bad", [-1, 11])
+def test_ids_out_of_range(bad):
+    with pytest.raises(ValueError, match=rf"input_ids must be in \[0, 11\), got {bad}"):
+        tiny_model()(torch.tensor([[1, bad]]))
+
+
+def test_bad_inputs_are_named():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="exactly one of"):
+        model()
+    with pytest.raises(ValueError, match="at least one token"):
+        model(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="holds a state of the shape"):
+        model(IDS, past_key_values=model(IDS[:1], use_cache=True).past_key_values)
+
+
+def test_frozen_factors_and_counts():
+    model = KRUForCausalLM(tiny_config(wiring="plain", train_factors=False))
+    assert not any(p.requires_grad for _, p in model.recurrent_parameters())
+    assert model.num_recurrent_parameters() == 2 * (4 + 9)
+    # The paper's counts: complex input map, N biases, factors, real readout with its bias.
+    assert sum(p.numel() for p in model.parameters()) == 11 * 12 + 6 + 26 + 12 * 11 + 11
+
+
+def test_calls_leak_nothing():
+    model = tiny_model()
+    first = model(IDS).logits
+    model(IDS.flip(0), use_cache=True)
+    assert torch.equal(model(IDS).logits, first)
