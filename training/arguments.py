@@ -145,6 +145,7 @@ class RunOptions:
     plateau_factor: float = option(0.3, "Multiplies the learning rate when the validation figure stalls (plateau).")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0 turns clipping off.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Precision of matrix products.")
+    num_threads: int = option(0, "CPU threads a process; 0 shares the cores out among this machine's processes.")
     use_cpu: bool = option(False, "Train on the CPU even if there is an accelerator.")
     eval_steps: int = option(200, "Steps between evaluations on the validation data.")
     save_steps: int = option(200, "Steps between checkpoints.")
@@ -153,6 +154,11 @@ class RunOptions:
     early_stopping_patience: int = option(0, "Stop after that many evaluations without improvement; 0 never does.")
     report_to: str = option("tensorboard", "Tracker of accelerate that gets the figures, or none.")
     sample_length: int = option(300, "Length of the sample that is shown at the end.")
+    evaluate_test: bool = option(True, "Score the test split at the end; false while models are still being chosen.")
+    push_to_hub: bool = option(False, "Publish the folder at the end, as training.publish does.")
+    hub_model_id: str | None = option(None, "ME/NAME of the repository to publish to.")
+    hub_private_repo: bool = option(False, "Make that repository private.")
+    data_license: str | None = option(None, "Licence of the data set, for the card; built-in sets bring their own.")
 
     def __post_init__(self) -> None:
         require(self.task in task_names(), "task", self.task, f"one of {', '.join(task_names())}")
@@ -164,7 +170,14 @@ class RunOptions:
             "logging_steps",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("warmup_steps", "save_total_limit", "early_stopping_patience", "sample_length", "seed"):
+        for name in (
+            "warmup_steps",
+            "save_total_limit",
+            "early_stopping_patience",
+            "sample_length",
+            "seed",
+            "num_threads",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("learning_rate", "num_train_epochs"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "positive and finite")
@@ -172,6 +185,9 @@ class RunOptions:
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
         for name in ("min_learning_rate_ratio", "plateau_factor", "adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        if self.push_to_hub:
+            ok = self.hub_model_id is not None and self.hub_model_id.count("/") == 1
+            require(ok, "hub_model_id", self.hub_model_id, "ME/NAME where push_to_hub is true")
         require(self.max_steps == -1 or self.max_steps > 0, "max_steps", self.max_steps, "-1 or 1 and more")
 
 
@@ -270,6 +286,11 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
     if name not in {f.name for f in dataclasses.fields(ModelOptions)}:
         return False
     if given.model is not None:
+        return True
+    # Another size, or other factors, than the recipe's: its own would contradict them.
+    if name in ("factor_shapes", "factor_size") and (given.state_size or given.factor_shapes or given.factor_size):
+        return True
+    if name == "state_size" and given.factor_shapes is not None:
         return True
     asked = any(word.split("=")[0].replace("-", "_") == "__architecture" for word in words)
     return asked and given.architecture != recipe.get("architecture", "kru") and name in (KRU_ONLY | {"architecture"})

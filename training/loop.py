@@ -23,7 +23,8 @@ from .tasks import Layout, Task
 # Options that change neither the weights nor which ones are the best: a resumed run may change them.
 FREE_OPTIONS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "save_steps", "save_total_limit",
-    "logging_steps", "sample_length", "use_cpu", "dataset", "per_device_train_batch_size",
+    "logging_steps", "sample_length", "use_cpu", "num_threads", "evaluate_test", "push_to_hub", "hub_model_id",
+    "hub_private_repo", "data_license", "dataset", "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }  # fmt: skip
 FREE_CONFIG = {"transformers_version", "_name_or_path", "auto_map", "architectures", "dtype"}

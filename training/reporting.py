@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from . import checkpoint as ckpt
+from .cards import render_card
 from .tasks import Task
 
 
@@ -86,29 +87,10 @@ def results(task: Task, model: Any, state: ckpt.TrainerState, metrics: dict[str,
     }
 
 
-def simple_card(task: Task, model: Any, figures: dict[str, Any], data: dict[str, Any]) -> str:
-    """A first model card."""
-    tags = ["kru", "recurrent-neural-network"] if model.config.model_type == "kru" else ["recurrent-neural-network"]
-    pipeline = "text-generation" if task.head == "causal_lm" else "other"
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {pipeline}\ntags:\n"
-        + "".join(f"- {tag}\n" for tag in tags)
-        + f"---\n\n# {type(model).__name__} trained on {data['name']}\n\n"
-        f"Task `{task.name}`, data `{data['name']}` (SHA-256 `{data['sha256']}`).\n\n"
-        f"| figure | value |\n| --- | --- |\n{rows}\n"
-    )
-
-
 def write_results(folder: Path, task: Task, model: Any, state: ckpt.TrainerState, figures: dict[str, Any]) -> None:
     """`all_results.json`, `log_history.json`, `learning_curve.png` and the card, each complete or absent."""
     ckpt.write_json(folder / "log_history.json", state.history)
     ckpt.write_files(folder, lambda t: learning_curve(state.history, task.metric, t / "learning_curve.png"))
     ckpt.write_json(folder / "all_results.json", figures)
-    try:
-        from .cards import render_card
-    except ImportError:
-        card = simple_card(task, model, figures, task.dataset_record())
-    else:
-        card = render_card(folder)
+    card = render_card(folder)
     ckpt.write_files(folder, lambda t: (t / "README.md").write_text(card, encoding="utf-8"))

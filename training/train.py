@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from huggingface_hub import HfApi
 
 import kru_hf
 
@@ -24,6 +25,8 @@ from .errors import Interrupted, UserError
 from .evaluation import evaluate
 from .loop import TrainingLoop
 from .models import build_model, load_model
+from .publish import check_token, publish_folder
+from .publish import report as publish_report
 from .reporting import Progress, results, write_results
 from .stopping import StopRequest
 from .tasks import Task, get_task
@@ -102,11 +105,20 @@ def start_folder(arguments: Arguments, task: Task) -> None:
     )
 
 
+def share_cores(num_threads: int) -> None:
+    """Use `num_threads` CPU threads, or this process's share of the cores if 0: launchers leave it one unasked."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(num_threads or max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
+
+
 def run(arguments: Arguments, stop: StopRequest) -> dict[str, Any]:
     """Train, evaluate and write the folder; returns the figures of `all_results.json`."""
     torch.use_deterministic_algorithms(not torch.cuda.is_available())  # costs nothing on a CPU
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    share_cores(arguments.run.num_threads)
     accelerator = build_accelerator(arguments)
+    if arguments.run.push_to_hub and accelerator.is_main_process:
+        check_token(HfApi())  # before hours of work, not after
     with accelerator.main_process_first():
         found = check_folder(arguments)
         task, model = prepare_task(arguments)
@@ -138,7 +150,8 @@ def finish(arguments: Arguments, task: Task, loop: TrainingLoop) -> dict[str, An
     accelerator.wait_for_everyone()
     ckpt.load_weights(model, folder)
     model.eval()
-    metrics = {split: evaluate(task, model, split, accelerator) for split in ("validation", "test")}
+    splits = ("validation", "test") if arguments.run.evaluate_test else ("validation",)
+    metrics = {split: evaluate(task, model, split, accelerator) for split in splits}
     figures = results(task, model, loop.state, metrics)
     if accelerator.is_main_process:
         write_results(folder, task, model, loop.state, figures)
@@ -148,6 +161,14 @@ def finish(arguments: Arguments, task: Task, loop: TrainingLoop) -> dict[str, An
         if sample:
             print(f"sample:\n{sample}")
         print(f"folder: {folder}")
+        if arguments.run.push_to_hub and arguments.run.hub_model_id is not None:
+            published = publish_folder(
+                folder,
+                arguments.run.hub_model_id,
+                private=arguments.run.hub_private_repo,
+                data_license=arguments.run.data_license,
+            )
+            print(publish_report(published))
     accelerator.wait_for_everyone()
     return figures
 
