@@ -26,7 +26,7 @@ class _NormedLinear(torch.autograd.Function):
         scaled = grad * scale  # (M, out)
         # ds/dx = -s³ x / width, and ⟨grad, x Aᵀ⟩ s³ = ⟨grad, y⟩ s²
         radial = (grad * y).sum(-1, keepdim=True) * scale.square() / x.shape[-1]  # (M, 1)
-        grad_x = torch.addcmul(scaled @ weight, x, radial, value=-1)  # (M, in)
+        grad_x = (scaled @ weight).addcmul_(x, radial, value=-1)  # (M, in)
         return grad_x, scaled.mT @ x, None
 
 
