@@ -56,7 +56,7 @@ class KRUConfig(PreTrainedConfig):
         readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
         recurrent_init_scale: spectral norm of W at the start (0.95; gated 0.7); each factor gets its F-th root.
         bias_init: modReLU's b at the start.
-        input_scale: standard deviation of the input map at the start.
+        input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants).
         activation: "modrelu" or "identity" (the linear network).
         input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
             the residual branches.
@@ -87,7 +87,7 @@ class KRUConfig(PreTrainedConfig):
     readout_norm: bool = True
     recurrent_init_scale: float | int | None = None
     bias_init: float | int = -0.1
-    input_scale: float | int = 0.1
+    input_scale: float | int | None = None
     activation: str = "modrelu"
     input_dropout: float | int = 0.0
     state_dropout: float | int = 0.0
@@ -115,6 +115,8 @@ class KRUConfig(PreTrainedConfig):
             self.hidden_size = self.feature_planes * int(self.state_size or 0) if plain else 128
         if self.recurrent_init_scale is None:
             self.recurrent_init_scale = 0.7 if self.gated else 0.95
+        if self.input_scale is None:
+            self.input_scale = 1.0 if self.gated else 0.1
         super().__post_init__(**kwargs)
         if self.architectures is None:
             self.architectures = []  # AutoModel looks here for which of two classes a folder holds

@@ -227,3 +227,14 @@ def test_calls_leak_nothing():
     first = model(IDS).logits
     model(IDS.flip(0), use_cache=True)
     assert torch.equal(model(IDS).logits, first)
+
+
+@pytest.mark.parametrize("options", [{"wiring": "residual"}, {"wiring": "plain", "io_rank": 3}], ids=str)
+def test_compiles_without_a_break(options):
+    model = tiny_model(**options).train()
+    expected = gradients(model, input_ids=IDS, labels=IDS)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    compiled(input_ids=IDS, labels=IDS).loss.backward()
+    for name, value in expected.items():
+        assert_near(model.get_parameter(name).grad, value, LOGITS)
