@@ -10,6 +10,7 @@ from .scan_cpu import is_available as cpu_is_available
 from .scan_cpu import kru_scan_cpu
 from .scan_cpu import supports as cpu_supports
 from .scan_cpu import unavailable_reason as cpu_unavailable_reason
+from .scan_gated import gated_backend_report
 from .scan_reference import ACTIVATIONS, kru_scan_reference
 from .scan_torch import kru_scan_torch
 from .scan_triton import is_available as triton_is_available
@@ -60,6 +61,7 @@ def scan_backend_report() -> str:
     on_cpu = "cpu" if cpu_is_available() else "torch"
     on_gpu = "triton" if triton_is_available() else "torch"
     lines.append(f"auto: {on_cpu} for float32 on the CPU, {on_gpu} on a GPU, torch where those do not fit")
+    lines.append(gated_backend_report())
     return "\n".join(lines)
 
 

@@ -155,7 +155,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _run(call: Callable[[int, object], int], plan: _Plan, args: _Args, work: float) -> None:
+def _run(call: Callable[[int, object], int], handle: int, args: ctypes.Structure, work: float) -> None:
     """Run ``call`` on as many threads as the work deserves; they share the chunks out among themselves."""
     global _pool, _pool_size
     threads = min(torch.get_num_threads(), args.chunks) if work > THREADS_FROM else 1
@@ -167,8 +167,8 @@ def _run(call: Callable[[int, object], int], plan: _Plan, args: _Args, work: flo
         with _pool_lock:
             if _pool is None or _pool_size < threads - 1:
                 _pool, _pool_size = ThreadPoolExecutor(threads - 1, "kru_scan"), threads - 1
-            helpers = [_pool.submit(call, plan.handle, reference) for _ in range(threads - 1)]
-    status = call(plan.handle, reference)
+            helpers = [_pool.submit(call, handle, reference) for _ in range(threads - 1)]
+    status = call(handle, reference)
     results = [helper.result() for helper in helpers]  # all of them have to end before the tensors may go
     if any(results) or status:
         raise MemoryError("the native engine could not allocate its workspace")
@@ -189,7 +189,7 @@ def _fresh(*size: int) -> Tensor:
     return tensor
 
 
-def _point(args: _Args, **tensors: Tensor | None) -> None:
+def _point(args: ctypes.Structure, **tensors: Tensor | None) -> None:
     """Set pointers of ``args``; the caller keeps the tensors alive."""
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -228,7 +228,7 @@ def _forward(
     args = _Args(batch, length, modrelu, chunks)
     _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask)
     _point(args, states=states, final_state=final_state)
-    _run(_library.kru_forward, plan, args, plan.work * batch * length)
+    _run(_library.kru_forward, plan.handle, args, plan.work * batch * length)
     return states, final_state
 
 
@@ -260,7 +260,7 @@ def _backward(
     args = _Args(batch, length, modrelu, chunks)
     _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
     _point(args, d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
-    _run(_library.kru_backward, plan, args, 4 * plan.work * batch * length)
+    _run(_library.kru_backward, plan.handle, args, 4 * plan.work * batch * length)
     places = plan.pointers(*[piece.data_ptr() for piece in _split(d_factors, kept)])
     if _library.kru_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()):
         raise MemoryError("the native engine could not allocate its workspace")

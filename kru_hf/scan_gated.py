@@ -4,10 +4,12 @@
     GRU, gates r z n:     n = tanh(u_n + b_n + r (W_n h_{t-1} + b'_n)),  h_t = (1 − z) n + z h_{t-1}
 
 Letters: G gates (4 or 3), S planes of the state (2: h and c, or 1: h), M rows of a batch of states.
-Engines: "reference" (a loop that autograd differentiates) and "torch" (analytic backward, no graph over time).
+Engines: "reference" (a loop that autograd differentiates), "torch" (analytic backward, no graph over time) and "cpu"
+(the native kernel).
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 
@@ -15,10 +17,16 @@ import torch
 from torch import Tensor
 
 from .kronecker import apply_order, group_factors, kron_apply_complex
+from .scan_gated_cpu import is_available as cpu_is_available
+from .scan_gated_cpu import kru_gated_scan_cpu
+from .scan_gated_cpu import supports as cpu_supports
+from .scan_gated_cpu import unavailable_reason as cpu_unavailable_reason
+
+logger = logging.getLogger(__name__)
 
 # cell: (gates G, rows of the bias, planes S of the state). The GRU's fourth bias is the candidate's recurrent one.
 GATED_CELLS = {"lstm": (4, 4, 2), "gru": (3, 4, 1)}
-GATED_BACKENDS = ("auto", "reference", "torch")
+GATED_BACKENDS = ("auto", "reference", "torch", "cpu")
 # Steps whose products for the weight gradients are made at once: bounds the memory, amortises the calls.
 CHUNK = 16
 
@@ -220,7 +228,23 @@ def kru_gated_scan_torch(
     return _GatedScan.apply(inputs, bias, initial_state, mask, cell, *merge_gated_groups(factors))
 
 
-_ENGINES = {"reference": kru_gated_scan_reference, "torch": kru_gated_scan_torch}
+_ENGINES = {"reference": kru_gated_scan_reference, "torch": kru_gated_scan_torch, "cpu": kru_gated_scan_cpu}
+_told: set[str] = set()
+
+
+def choose_gated_backend(inputs: Tensor, factors: Sequence[Tensor]) -> tuple[str, str]:
+    """The engine that "auto" takes for these tensors, and why: "cpu" if it can, else "torch"."""
+    obstacle = cpu_supports(inputs, factors) if cpu_is_available() else cpu_unavailable_reason()
+    if obstacle is None:
+        return "cpu", f"the cpu engine runs {inputs.dtype} on {inputs.device.type}"
+    return "torch", f"the cpu engine cannot run: {obstacle}"
+
+
+def gated_backend_report() -> str:
+    """A line that says which engine gated cells get here, and why not the native one if it is not that."""
+    if cpu_is_available():
+        return "gated cells: cpu for float32 on the CPU, torch elsewhere"
+    return f"gated cells: torch (cpu: not available ({cpu_unavailable_reason()}))"
 
 
 def _check(
@@ -242,7 +266,7 @@ def _check(
     batch, length, _, units = inputs.shape
     if not factors or any(factor.dim() != 3 or factor.shape[0] != gates for factor in factors):
         raise ValueError(f"factors must be ({gates}, P, Q) tensors, got {[tuple(factor.shape) for factor in factors]}")
-    sizes = math.prod(factor.shape[1] for factor in factors), math.prod(factor.shape[2] for factor in factors)
+    sizes = math.prod([factor.shape[1] for factor in factors]), math.prod([factor.shape[2] for factor in factors])
     if sizes != (units, units):
         raise ValueError(f"factors multiply to {sizes[0]}x{sizes[1]}, but the inputs have N = {units} units")
     expected = [("bias", bias, (rows, units)), ("initial_state", initial_state, (batch, planes, units))]
@@ -277,7 +301,8 @@ def kru_gated_scan(
         bias: (4, N): of i f g o, or of r z n and the candidate's recurrent bias, which the reset gate multiplies.
         initial_state: (B, 2, N) = [h; c] for "lstm", (B, 1, N) = [h] for "gru"; zeros if None.
         mask: (B, T) bool; False holds the state at that step, whatever the input.
-        cell: "lstm" or "gru". backend: "auto", "reference" or "torch".
+        cell: "lstm" or "gru".
+        backend: "auto", or one of "reference", "torch", "cpu": an engine that cannot run is an error.
 
     Returns:
         states h_t (B, T, N) and final_state (B, S, N), a copy. Differentiable once in inputs, factors, bias and
@@ -285,10 +310,16 @@ def kru_gated_scan(
 
     Raises:
         ValueError: a shape or an option that does not fit. TypeError: a dtype or device that does not.
+        RuntimeError: the named backend cannot run here.
     """
     if backend not in GATED_BACKENDS:
         raise ValueError(f"backend of a gated cell must be one of {', '.join(GATED_BACKENDS)}, got {backend!r}")
     _check(inputs, factors, bias, initial_state, mask, cell)
-    # A native engine is to be chosen here, where it can run these tensors.
-    engine = _ENGINES["torch" if backend == "auto" else backend]
-    return engine(inputs, factors, bias, initial_state, mask, cell=cell)
+    if backend in ("auto", "cpu"):
+        wanted, (backend, reason) = backend, choose_gated_backend(inputs, factors)
+        if wanted == "cpu" != backend:
+            raise RuntimeError(f"backend 'cpu' of a gated cell cannot run: {reason.partition(': ')[2]}")
+        if not torch.compiler.is_compiling() and reason not in _told:
+            _told.add(reason)
+            logger.info("kru_gated_scan uses the %s engine: %s", backend, reason)
+    return _ENGINES[backend](inputs, factors, bias, initial_state, mask, cell=cell)

@@ -1,5 +1,6 @@
 /* Native CPU engine of the Kronecker recurrence: h_t = modReLU((W_0 x ... x W_{F-1}) h_{t-1} + inputs_t, bias),
- * complex numbers as two float planes, whole sequences in one call, forward and backward.
+ * complex numbers as two float planes, whole sequences in one call, forward and backward. kru_gated*.h: the same for an
+ * LSTM and a GRU whose gates have real factors.
  *
  * Called from kru_hf/scan_cpu.py through ctypes: no torch headers, no Python API, no threads of its own (each calling
  * thread takes chunks of the batch from a shared counter). One object holds every vector width; the widest that
@@ -17,6 +18,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "kru_gated_plan.h"
 #include "kru_plan.h"
 
 #define KRU_ABI 2
@@ -34,6 +36,19 @@ typedef struct {
     int64_t *counter;                /* next chunk, shared by the calling threads, starts at 0 */
 } kru_args;
 
+/* The gated cells: inputs (B,T,G,N), one plane of states (B,T,N), states at the ends (B,S,N) with S = 2 for the LSTM. */
+typedef struct {
+    int64_t B, T, lstm, chunks;
+    const float *packed, *inputs, *bias, *initial_state;
+    const uint8_t *mask;
+    float *states, *final_state;
+    float *cells; /* B*T*N floats, (T,N,samples) for each group: c_t; NULL in a forward that no backward follows */
+    const float *d_states, *d_final;
+    float *d_inputs, *d_initial;
+    float *chunk_grads; /* (chunks, dense + 4N) */
+    int64_t *counter;
+} gated_args;
+
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)
 
@@ -44,6 +59,8 @@ typedef struct {
 #define TARGET __attribute__((target("avx512f,avx512dq,avx2,fma")))
 #include "kru_kernel.h"
 #include "kru_sequence.h"
+#include "kru_gated_kernel.h"
+#include "kru_gated_sequence.h"
 #include "kru_undef.h"
 
 #define VL 8
@@ -52,6 +69,8 @@ typedef struct {
 #define TARGET __attribute__((target("avx2,fma")))
 #include "kru_kernel.h"
 #include "kru_sequence.h"
+#include "kru_gated_kernel.h"
+#include "kru_gated_sequence.h"
 #include "kru_undef.h"
 #endif
 
@@ -61,6 +80,8 @@ typedef struct {
 #define TARGET
 #include "kru_kernel.h"
 #include "kru_sequence.h"
+#include "kru_gated_kernel.h"
+#include "kru_gated_sequence.h"
 #include "kru_undef.h"
 
 static int best_lanes(void) {
@@ -111,22 +132,36 @@ KRU_EXPORT int kru_pack(const kru_plan *plan, const float *const *factors, float
     return 0;
 }
 
-static int run(const kru_plan *plan, const kru_args *args, int backward) {
-    int status;
+/* Decaying states end in subnormal numbers, which cost a hundred cycles each: flush them, for one call only. */
+static unsigned int flush_subnormals(void) {
 #if KRU_X86
-    /* Decaying states end in subnormal numbers, which cost a hundred cycles each: flush them, for this call only. */
     unsigned int mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040);
+    return mode;
+#else
+    return 0;
+#endif
+}
+static void restore_mode(unsigned int mode) {
+#if KRU_X86
+    _mm_setcsr(mode);
+#else
+    (void)mode;
+#endif
+}
+
+static int run(const kru_plan *plan, const kru_args *args, int backward) {
+    int status;
+    unsigned int mode = flush_subnormals();
+#if KRU_X86
     if (plan->lanes == 16)
         status = run_avx512(plan, args, backward);
     else if (plan->lanes == 8)
         status = run_avx2(plan, args, backward);
     else
-        status = run_generic(plan, args, backward);
-    _mm_setcsr(mode);
-#else
-    status = run_generic(plan, args, backward);
 #endif
+        status = run_generic(plan, args, backward);
+    restore_mode(mode);
     return status;
 }
 
@@ -163,6 +198,8 @@ KRU_EXPORT int kru_reduce(const kru_plan *plan, const float *const *factors, int
     free(sum);
     return 0;
 }
+
+#include "kru_gated.h"
 
 /* setuptools' extension build on some platforms demands this symbol; the library is never imported as a module. */
 KRU_EXPORT void *PyInit__native(void) { return NULL; }

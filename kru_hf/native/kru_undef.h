@@ -16,3 +16,12 @@
 #undef ROWS_MB
 #undef ROWS_CASE
 #undef ROUTER_CASE
+#undef LOW_HALVES
+#undef HIGH_HALVES
+#undef ROW_CASES
+#undef ROW_CASE
+#undef GRAD_MAX
+#undef GRAD_CASES
+#undef GRAD_CASE
+#undef LARGE_ROWS
+#undef STATES

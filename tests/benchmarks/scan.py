@@ -4,7 +4,8 @@
 
 Every case gives all contenders the same number of units, batch and length, runs them in turn (so that whatever else
 the machine does hits all alike) and prints medians. Inputs of ours are U x_t (B, T, 2, N), those of nn.RNN and nn.LSTM
-are N real features, as wide as their state.
+are N real features, as wide as their state. The rows of gated cells that name a number of features are whole layers,
+input map included, all with inputs of that width; where it is large, the input map costs more than the recurrence.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import kru_hf
-from kru_hf.kronecker import random_unitary
+from kru_hf.kronecker import random_orthogonal, random_unitary
 
 # name: B, T, N, factor sizes, whether the backward is measured too
 CASES = {
@@ -32,6 +33,14 @@ CASES = {
     "S6": (1, 1000, 512, [2] * 9, False),
     "3·137": (128, 100, 411, [3, 137], True),
 }
+# name: cell, B, T, N, factor sizes, features of a whole layer (None: the recurrence alone, like the cases above)
+GATED_CASES: dict[str, tuple[str, int, int, int, list[int], int | None]] = {
+    "KRULSTM": ("lstm", 128, 100, 900, [9, 10, 10], None),
+    "KRUGRU": ("gru", 128, 100, 900, [9, 10, 10], None),
+    "KRULSTM 128": ("lstm", 128, 100, 900, [9, 10, 10], 128),
+    "KRUGRU 128": ("gru", 128, 100, 900, [9, 10, 10], 128),
+    "KRULSTM 900": ("lstm", 128, 100, 900, [9, 10, 10], 900),
+}
 # Ratios that issue "The recurrence at hardware speed" asks for: (against nn.LSTM, against nn.RNN).
 TARGETS = {
     "S1": (8, 1.5),
@@ -41,6 +50,7 @@ TARGETS = {
     "S4": (3, 0.6),
     "S5": (4, 1),
     "S6": (20, 5),
+    "KRULSTM": (4, None),
 }
 GPU_CASE = (16, 1024, 512, [2] * 9)
 
@@ -63,10 +73,27 @@ def make_scan(
     return step
 
 
-def make_torch_nn(kind: type, batch: int, length: int, units: int, backward: bool, device: str) -> Callable:
-    """The same for nn.RNN or nn.LSTM of as many units."""
-    module = kind(units, units, batch_first=True).to(device)
-    inputs = torch.randn(batch, length, units, device=device).mul_(0.1).requires_grad_(backward)  # (B, T, N)
+def make_gated_scan(backend: str, cell: str, batch: int, length: int, units: int, sizes: list[int]) -> Callable:
+    """The same for a gated cell, with its backward."""
+    gates = 4 if cell == "lstm" else 3
+    factors = [
+        torch.stack([random_orthogonal(size, size) for _ in range(gates)]).requires_grad_() for size in sizes
+    ]  # (G, P, P)
+    inputs = torch.randn(batch, length, gates, units).requires_grad_()  # (B, T, G, N)
+    bias = torch.zeros(4, units).requires_grad_()  # (4, N)
+    grad = torch.randn(batch, length, units)  # (B, T, N)
+
+    def step() -> None:
+        states, _ = kru_hf.kru_gated_scan(inputs, factors, bias, cell=cell, backend=backend)
+        torch.autograd.grad(states, [inputs, bias, *factors], grad)
+
+    return step
+
+
+def make_module(module: nn.Module, batch: int, length: int, features: int, units: int, backward: bool, device: str):
+    """The same for a layer with the arguments of nn.RNN."""
+    module = module.to(device)
+    inputs = torch.randn(batch, length, features, device=device).mul_(0.1).requires_grad_(backward)  # (B, T, D)
     grad = torch.randn(batch, length, units, device=device)  # (B, T, N)
 
     def step() -> None:
@@ -76,6 +103,14 @@ def make_torch_nn(kind: type, batch: int, length: int, units: int, backward: boo
             torch.autograd.grad(states, [inputs, *module.parameters()], grad)
 
     return step
+
+
+def make_torch_nn(
+    kind: type, batch: int, length: int, units: int, backward: bool, device: str, features: int | None = None
+) -> Callable:
+    """The same for nn.RNN, nn.LSTM or nn.GRU of as many units."""
+    features = features or units
+    return make_module(kind(features, units, batch_first=True), batch, length, features, units, backward, device)
 
 
 def measure(steps: dict[str, Callable], repeats: int, device: str, once: tuple[str, ...] = ()) -> dict[str, float]:
@@ -110,6 +145,30 @@ def run_case(name: str, repeats: int, slow: bool) -> dict:
     return {
         "case": name,
         "shape": f"{batch}, {length}, {units}",
+        "ms": times,
+        "faster_than": {other: times[other] / times["kru"] for other in times if other != "kru"},
+        "target": TARGETS.get(name),
+    }
+
+
+def run_gated_case(name: str, repeats: int, slow: bool) -> dict:
+    cell, batch, length, units, sizes, features = GATED_CASES[name]
+    if features is None:
+        steps = {"kru": make_gated_scan("auto", cell, batch, length, units, sizes)}
+    else:
+        kind = kru_hf.KRULSTM if cell == "lstm" else kru_hf.KRUGRU
+        layer = kind(features, units, batch_first=True, factor_shapes=[(size, size) for size in sizes])
+        steps = {"kru": make_module(layer, batch, length, features, units, True, "cpu")}
+    for other, kind in (("rnn", nn.RNN), ("lstm", nn.LSTM)) + ((("gru", nn.GRU),) if cell == "gru" else ()):
+        steps[other] = make_torch_nn(kind, batch, length, units, True, "cpu", features)
+    if slow and features is None:
+        steps["torch engine"] = make_gated_scan("torch", cell, batch, length, units, sizes)
+        steps["reference"] = make_gated_scan("reference", cell, batch, length, units, sizes)
+    times = measure(steps, repeats, "cpu", ("torch engine", "reference"))
+    return {
+        "case": name,
+        "shape": f"{batch}, {length}, {units}",
+        "features": features,
         "ms": times,
         "faster_than": {other: times[other] / times["kru"] for other in times if other != "kru"},
         "target": TARGETS.get(name),
@@ -171,7 +230,8 @@ def plot(growth: dict[str, dict[int, float]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="*", default=list(CASES), help=f"among {', '.join(CASES)}")
+    names = [*CASES, *GATED_CASES]
+    parser.add_argument("--cases", nargs="*", default=names, help=f"among {', '.join(names)}")
     parser.add_argument("--repeats", type=int, default=7, help="rounds whose median is taken")
     parser.add_argument("--fast", action="store_true", help="leave out the torch engine and the reference")
     parser.add_argument("--growth", action="store_true", help="also measure growth in N, T and B")
@@ -182,17 +242,19 @@ def main() -> None:
     print(kru_hf.scan_backend_report())
     print(f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}\n")
     heads = " ".join(f"{head:>8}" for head in ("ms", "x RNN", "x LSTM", "x torch", "x ref."))
-    print(f"{'case':10} {'B, T, N':>15} {heads}   wanted: RNN, LSTM")
+    print(f"{'case':11} {'B, T, N':>15} {heads}   wanted: RNN, LSTM")
     results: dict = {"cases": [], "gpu": None, "growth": None}
-    for name in CASES:
+    for name in names:
         if not any(name.startswith(wanted) for wanted in options.cases):
             continue
-        case = run_case(name, options.repeats, not options.fast)
+        case = (run_case if name in CASES else run_gated_case)(name, options.repeats, not options.fast)
         results["cases"].append(case)
         ratio = [case["faster_than"].get(other) for other in ("rnn", "lstm", "torch engine", "reference")]
         cells = " ".join(f"{value:8.1f}" if value else f"{'-':>8}" for value in ratio)
-        target = f"{case['target'][1]}, {case['target'][0]}" if case["target"] else "-"
-        print(f"{name:10} {case['shape']:>15} {case['ms']['kru']:8.1f} {cells}   {target}", flush=True)
+        target = f"{case['target'][1] or '-'}, {case['target'][0]}" if case["target"] else "-"
+        if "gru" in case["ms"]:
+            target += f"   ({case['faster_than']['gru']:.1f} x GRU)"
+        print(f"{name:11} {case['shape']:>15} {case['ms']['kru']:8.1f} {cells}   {target}", flush=True)
     results["gpu"] = run_gpu(options.repeats)
     print("\nGPU:", json.dumps(results["gpu"], indent=1) if results["gpu"] else "not measured (no CUDA device)")
     if options.growth or options.plot:

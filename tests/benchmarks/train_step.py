@@ -1,6 +1,6 @@
 """Cost of a whole training step of `char_lm`, ours against torch's own layers in the same loop, in one run.
 
-    python tests/benchmarks/train_step.py [--state_size 512] [--batch 128] [--length 100] [--repeats 7] [--json out.json]
+    python tests/benchmarks/train_step.py [--state_size 512] [--batch 128] [--length 100] [--repeats 7] [--json FILE]
 
 Each contender is the training loop itself (`training.loop.TrainingLoop.train_step`: batch, forward, backward, clipping,
 AdamW) on the embedded text, with as many units as the others; the steps run in turn and medians are printed.
@@ -10,6 +10,7 @@ AdamW) on the embedded text, with as many units as the others; the steps run in 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `training` is part of the checkout, not of what is installed
 
 import kru_hf
 from training.arguments import parse_arguments
