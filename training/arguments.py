@@ -16,9 +16,10 @@ import yaml
 from transformers import HfArgumentParser
 
 from .errors import UserError
+from .machine import shown_command
 from .tasks import DataOptions, get_task, task_names
 
-ARCHITECTURES = ("kru", "rnn", "lstm", "gru")
+ARCHITECTURES = ("kru", "rnn", "lstm", "gru", "orthogonal", "low_rank", "unitary")
 KRU_ONLY = frozenset(
     [
         "factor_size",
@@ -38,6 +39,7 @@ KRU_ONLY = frozenset(
         "initializer_range",
     ]
 )
+SOFT_ONLY = frozenset(["cell_type", "recurrent_init_scale", "unitary_loss_coef"])  # not of a strictly unitary kru
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -58,6 +60,9 @@ class ModelOptions:
 
     architecture: str = option("kru", f"Kind of network: {', '.join(ARCHITECTURES)}.")
     model: str | None = option(None, "Trained folder or Hub id to go on from, instead of a new model.")
+    parameter_budget: int | None = option(
+        None, "Most real parameters of the whole model: the size that is not given is chosen to come near it."
+    )
     state_size: int | None = option(None, "Units of the state: N complex ones for kru, the hidden size for others.")
     factor_size: int | None = option(None, "Size of the square Kronecker factors, from which their shapes are planned.")
     factor_shapes: str | None = option(None, "Shapes of the Kronecker factors: 7x7,8x8,9x9 or [[7,7],[8,8],[9,9]].")
@@ -67,6 +72,7 @@ class ModelOptions:
     wiring: str | None = option(None, "How kru layers are joined: residual, or plain (the paper's network).")
     io_rank: int | None = option(None, "Rank of the input and readout maps of a kru model; not given means full.")
     readout_norm: bool | None = option(None, "Whether the state is normalised where it is read.")
+    recurrent_rank: int | None = option(None, "Rank of the recurrent matrix of low_rank; default: state_size / 8.")
     recurrent_init_scale: float | None = option(None, "Spectral norm of the recurrent matrix at the start.")
     bias_init: float | None = option(None, "Start value of the modReLU bias.")
     input_scale: float | None = option(None, "Standard deviation of the input map at the start.")
@@ -88,7 +94,11 @@ class ModelOptions:
         )
         if self.unitary_loss_coef is not None:
             require(self.unitary_loss_coef >= 0, "unitary_loss_coef", self.unitary_loss_coef, "0 or more")
+        if self.parameter_budget is not None:
+            require(self.parameter_budget >= 1, "parameter_budget", self.parameter_budget, "1 or more")
         parse_factor_shapes(self.factor_shapes)
+        if self.model is not None and self.parameter_budget is not None:
+            raise UserError(f"model={self.model!r} has its size already; remove parameter_budget")
         if self.model is not None and self.config_values():
             raise UserError(
                 f"model={self.model!r} brings its own configuration; remove {', '.join(sorted(self.config_values()))}"
@@ -96,9 +106,8 @@ class ModelOptions:
 
     def config_values(self) -> dict[str, Any]:
         """The config fields that were given, by name."""
-        values = {
-            k: v for k, v in dataclasses.asdict(self).items() if v is not None and k not in ("architecture", "model")
-        }
+        others = ("architecture", "model", "parameter_budget")
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k not in others}
         if "factor_shapes" in values:
             values["factor_shapes"] = parse_factor_shapes(values["factor_shapes"])
         return values
@@ -278,7 +287,11 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     # A recipe describes its own kind of network: that is dropped when the command line asks for another kind.
     given = parse_words(classes, words, "training.train")
     recipe = {name: value for name, value in recipe.items() if not superseded(name, recipe, given[1], words)}
-    return Arguments(*parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], "training.train"))
+    arguments = Arguments(
+        *parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], "training.train")
+    )
+    arguments.command = shown_command(argv)
+    return arguments
 
 
 def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: list[str]) -> bool:
@@ -288,12 +301,20 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
     if given.model is not None:
         return True
     # Another size, or other factors, than the recipe's: its own would contradict them.
+    if name in ("state_size", "factor_shapes") and given.parameter_budget is not None:
+        return True
+    if name == "parameter_budget" and (given.state_size or given.factor_shapes):
+        return True
     if name in ("factor_shapes", "factor_size") and (given.state_size or given.factor_shapes or given.factor_size):
         return True
     if name == "state_size" and given.factor_shapes is not None:
         return True
+    # Another wiring is another network: the plain one has a single layer, and its width follows from the state.
+    if name in ("num_hidden_layers", "hidden_size", "io_rank") and given.wiring not in (None, recipe.get("wiring")):
+        return True
     asked = any(word.split("=")[0].replace("-", "_") == "__architecture" for word in words)
-    return asked and given.architecture != recipe.get("architecture", "kru") and name in (KRU_ONLY | {"architecture"})
+    foreign = SOFT_ONLY if given.architecture == "unitary" else KRU_ONLY
+    return asked and given.architecture != recipe.get("architecture", "kru") and name in (foreign | {"architecture"})
 
 
 def parse_words(classes: list[Any], words: list[str], program: str) -> list[Any]:

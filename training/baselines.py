@@ -1,8 +1,8 @@
-"""Baselines with the interface of the KRU models: torch's RNN, LSTM and GRU as transformers language models."""
+"""Baselines with the interface of the KRU models: RNN, LSTM, GRU, orthogonal and low-rank RNN for transformers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -12,9 +12,13 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
 from kru_hf.cache_kru import KRUCache, initial_state
+from kru_hf.kroneckerize import kroneckerize
 from kru_hf.modeling_kru import KRUCausalLMOutput, KRUModelOutput
 
-CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+from .structured_rnn import STRUCTURES, LowRankMatrix, OrthogonalMatrix, StructuredRNN
+
+TORCH_CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+CELLS = (*TORCH_CELLS, *STRUCTURES)
 
 
 @strict
@@ -22,9 +26,12 @@ class BaselineConfig(PreTrainedConfig):
     """Options of a baseline. Names are those of KRUConfig where they mean the same.
 
     Args:
-        cell: "rnn" (tanh), "lstm" or "gru".
+        cell: "rnn" (tanh), "lstm", "gru", or a tanh RNN whose recurrent matrix is "orthogonal" or of "low_rank".
         state_size: H, hidden units of each layer.
         hidden_size: D, width of the embedding; None takes state_size.
+        recurrent_rank: rank of the recurrent matrix of "low_rank"; None takes an eighth of state_size.
+        recurrent_factor_shapes: [[P_0, Q_0], …] with products H: the recurrent matrices of each gate are Kronecker
+            products of real factors, see ``kru_hf.kroneckerize``; for "rnn", "lstm" and "gru".
         input_dropout, hidden_dropout, state_dropout: on the embedding, between layers, and before the readout.
         forget_bias: start of the LSTM's forget-gate bias.
     """
@@ -38,6 +45,8 @@ class BaselineConfig(PreTrainedConfig):
     hidden_size: int | None = None
     num_hidden_layers: int = 1
     input_size: int | None = None
+    recurrent_rank: int | None = None
+    recurrent_factor_shapes: list | None = None
     input_dropout: float | int = 0.0
     state_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -52,6 +61,8 @@ class BaselineConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_size is None:
             self.hidden_size = self.state_size
+        if self.cell == "low_rank" and self.recurrent_rank is None:
+            self.recurrent_rank = max(1, self.state_size // 8)
         kwargs.pop("layer_types", None)
         super().__post_init__(**kwargs)
 
@@ -70,6 +81,16 @@ class BaselineConfig(PreTrainedConfig):
         for name in ("vocab_size", "state_size", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.recurrent_rank is not None and self.cell != "low_rank":
+            raise ValueError(
+                f"recurrent_rank is for cell 'low_rank' only, got {self.recurrent_rank} with {self.cell!r}"
+            )
+        if self.recurrent_rank is not None and not 1 <= self.recurrent_rank <= self.state_size:
+            raise ValueError(
+                f"recurrent_rank must be in [1, state_size = {self.state_size}], got {self.recurrent_rank}"
+            )
+        if self.recurrent_factor_shapes is not None and self.cell not in TORCH_CELLS:
+            raise ValueError(f"recurrent_factor_shapes is for {', '.join(TORCH_CELLS)} only, got cell {self.cell!r}")
         for name in ("input_dropout", "state_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -90,9 +111,15 @@ class BaselinePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, LowRankMatrix):
+            module.reset()
+        if (limit := getattr(module, "init_bound", None)) is not None:
+            init.uniform_(cast(Tensor, module.weight), -limit, limit)
         if isinstance(module, nn.RNNBase):
             bound = module.hidden_size**-0.5
             for name, parameter in module.named_parameters():
+                if name.startswith("parametrizations"):
+                    continue  # kroneckerize has drawn fresh factors
                 if "bias" not in name:
                     init.uniform_(parameter, -bound, bound)
                     continue
@@ -103,12 +130,36 @@ class BaselinePreTrainedModel(PreTrainedModel):
                     init.copy_(parameter, start)
 
     def recurrent_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The hidden-to-hidden matrices with their names."""
-        return [(name, parameter) for name, parameter in self.named_parameters() if ".weight_hh_" in f".{name}"]
+        """The stored parameters of the hidden-to-hidden matrices with their names."""
+        marks = (".weight_hh_", ".matrices.", ".parametrizations.weight_hh_")
+        return [(name, p) for name, p in self.named_parameters() if any(mark in f".{name}" for mark in marks)]
 
     def num_recurrent_parameters(self) -> int:
         """Real parameters of the recurrent matrices."""
-        return sum(parameter.numel() for _, parameter in self.recurrent_parameters())
+        return sum(parameter.numel() for _, parameter in self.recurrent_parameters()) - self.num_unread()
+
+    def num_parameters(self, *args: Any, **kwargs: Any) -> int:
+        """As in transformers, without the entries that an orthogonal parametrization stores but never reads."""
+        return super().num_parameters(*args, **kwargs) - self.num_unread()
+
+    def num_unread(self) -> int:
+        """Stored numbers that are no parameters."""
+        matrices = [m for m in self.modules() if isinstance(m, (OrthogonalMatrix, LowRankMatrix))]
+        return sum(matrix.num_unread for matrix in matrices)
+
+
+def build_recurrent(config: BaselineConfig) -> Any:
+    """The recurrent layers that ``config.cell`` names: a module called like ``nn.RNN(batch_first=True)``."""
+    width = int(config.hidden_size if config.input_size is None else config.input_size)
+    dropout = float(config.hidden_dropout) if config.num_hidden_layers > 1 else 0.0
+    layers = config.num_hidden_layers
+    if config.cell in STRUCTURES:
+        return StructuredRNN(config.cell, width, config.state_size, layers, dropout, config.recurrent_rank)
+    if config.recurrent_factor_shapes is None:
+        return TORCH_CELLS[config.cell](width, config.state_size, layers, batch_first=True, dropout=dropout)
+    with torch.device("cpu"):  # the fit to the start values needs real ones, also while transformers loads weights
+        module = TORCH_CELLS[config.cell](width, config.state_size, layers, batch_first=True, dropout=dropout)
+        return kroneckerize(module, config.recurrent_factor_shapes, init="fresh")[0]
 
 
 class BaselineModel(BaselinePreTrainedModel):
@@ -119,13 +170,7 @@ class BaselineModel(BaselinePreTrainedModel):
         width = int(config.hidden_size or config.state_size)
         self.embed_tokens: Any = nn.Embedding(config.vocab_size, width) if config.input_size is None else None
         self.dropout = nn.Dropout(config.input_dropout)
-        self.recurrent = CELLS[config.cell](
-            width if config.input_size is None else config.input_size,
-            config.state_size,
-            config.num_hidden_layers,
-            batch_first=True,
-            dropout=config.hidden_dropout if config.num_hidden_layers > 1 else 0.0,
-        )
+        self.recurrent = build_recurrent(config)
         self.post_init()
 
     def get_input_embeddings(self) -> Any:

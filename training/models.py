@@ -6,14 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import kru_hf
 
+from . import processes
 from .arguments import ModelOptions
 from .baselines import CELLS, BaselineConfig
 from .errors import UserError
+from .sizing import fit_to_budget
+from .unitary import UnitaryKRUConfig
 
 # Head -> Auto class: the model classes of every architecture are registered there under the type of their config.
 HEADS = {
@@ -46,22 +51,46 @@ def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedMod
     """
     values = {**options.config_values(), **fixed}
     config_type: Any = kru_hf.KRUConfig
+    if options.architecture == "unitary":
+        config_type = UnitaryKRUConfig
     if options.architecture in CELLS:
         config_type = BaselineConfig
-        allowed = {f.name for f in dataclasses.fields(BaselineConfig)}
-        foreign = sorted(name for name in options.config_values() if name not in allowed)
-        if foreign:
-            raise UserError(
-                f"{', '.join(foreign)} cannot be given with architecture={options.architecture!r}: for kru only"
-            )
         values["cell"] = options.architecture
-    try:
-        config = config_type(**values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model options: {_root_cause(error)}") from error
+    allowed = {f.name for f in dataclasses.fields(config_type)}
+    foreign = sorted(name for name in options.config_values() if name not in allowed)
+    if foreign:
+        raise UserError(
+            f"{', '.join(foreign)} cannot be given with architecture={options.architecture!r}: only with others"
+        )
+    if options.parameter_budget is not None:
+        values = within_budget(head, config_type, options, values)
+    config = make_config(config_type, values)
     model = model_class(head, config)(config)
+    if options.parameter_budget is not None and processes.rank() == 0:
+        names = ("state_size", "factor_shapes", "io_rank", "hidden_size", "recurrent_rank")
+        sizes = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name, None) is not None]
+        print(f"sized: {options.architecture} with {', '.join(sizes)}: {model.num_parameters():,} parameters")
     register_code(model)
     return model
+
+
+def make_config(config_type: Any, values: dict[str, Any]) -> PreTrainedConfig:
+    """A config of these values; `UserError` says which of them is not allowed."""
+    try:
+        return config_type(**values)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"model options: {_root_cause(error)}") from error
+
+
+def within_budget(head: str, config_type: Any, options: ModelOptions, values: dict[str, Any]) -> dict[str, Any]:
+    """Config values of the largest model within `options.parameter_budget`."""
+
+    def count(trial: dict[str, Any]) -> int:
+        config = make_config(config_type, trial)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return model_class(head, config)(config).num_parameters()
+
+    return fit_to_budget(int(options.parameter_budget or 0), options.architecture, values, count).values
 
 
 def _root_cause(error: BaseException) -> str:

@@ -14,10 +14,12 @@ from .arguments import RunOptions
 def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases and norms without; Kronecker factors at their own rate and without.
 
-    `scale` of a group multiplies the learning rate of the schedule. The dense recurrent matrices of the baselines are
-    ordinary matrices.
+    `scale` of a group multiplies the learning rate of the schedule. Generators of unitary and orthogonal matrices are
+    treated as factors are: weight decay would draw the matrix to the identity. The dense and low-rank recurrent
+    matrices of the other baselines are ordinary matrices.
     """
-    factors = dict(model.recurrent_parameters()) if model.config.model_type == "kru" else {}
+    kind = getattr(model.config, "cell", model.config.model_type)
+    factors = dict(model.recurrent_parameters()) if kind in ("kru", "kru_unitary", "orthogonal") else {}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in factors]
     groups: list[dict[str, Any]] = [
         {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": options.weight_decay, "scale": 1.0},

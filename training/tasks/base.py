@@ -174,6 +174,10 @@ class Task(ABC):
     def check_vocabulary(self) -> None:  # noqa: B027 (most tasks have nothing to check)
         """For going on from a trained folder: raise `UserError` if its tokenizer does not cover the training data."""
 
+    def notes(self, splits: tuple[str, ...]) -> list[str]:
+        """What in the data of these splits is not as it should be, a sentence each."""
+        return []
+
     def progress(self, loss: float) -> dict[str, str]:
         """What the progress bar shows for a mean training loss."""
         return {"loss": f"{loss:.4f}"}

@@ -93,6 +93,14 @@ class CharLM(Task):
                 f"model's vocabulary ({shown}); train a new model or remove them"
             )
 
+    def notes(self, splits: tuple[str, ...]) -> list[str]:
+        return [
+            f"{count:,} of {len(self.ids[split]):,} characters of the {split} split are not in the vocabulary; "
+            "they are read and scored as the unknown character"
+            for split, count in self.unknown_characters.items()
+            if count and split in splits
+        ]
+
     def dataset_record(self) -> dict[str, Any]:
         names = ("dataset_config", "dataset_revision", "text_column")
         hub = {name: getattr(self.data, name) for name in names}

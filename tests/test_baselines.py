@@ -1,0 +1,261 @@
+"""Baselines whose recurrent matrix is constrained: the constraint holds in training, and they train like all others."""
+
+import json
+import random
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from kru_hf import KRUConfig, KRUForCausalLM, kron_dense, random_unitary
+from training.arguments import ModelOptions, parse_arguments
+from training.baselines import BaselineConfig, BaselineForCausalLM
+from training.errors import UserError
+from training.evaluate import main as evaluate
+from training.models import build_model
+from training.optimization import parameter_groups
+from training.structured_rnn import LowRankMatrix, OrthogonalMatrix
+from training.train import main
+from training.unitary import UnitaryExponential, UnitaryKRUConfig, UnitaryKRUForCausalLM
+
+UNITARY = 5e-6  # largest |entry| of WᴴW − I in fp32
+EQUAL = 1e-5  # two orders of the same fp32 products
+VOCABULARY = 13
+
+
+def options(architecture: str, **values) -> ModelOptions:
+    sizes = (
+        {"factor_shapes": "3x3,4x4", "wiring": "plain"} if architecture in ("kru", "unitary") else {"state_size": 12}
+    )
+    return ModelOptions(architecture=architecture, **{**sizes, **values})
+
+
+def new_model(architecture: str, seed: int = 0, **values):
+    torch.manual_seed(seed)
+    return build_model("causal_lm", options(architecture, **values), vocab_size=VOCABULARY, pad_token_id=0)
+
+
+def train(model, steps: int, rate: float) -> list[float]:
+    """Losses of a few large steps on a fixed batch."""
+    run = parse_arguments([f"--learning_rate={rate}", "--factor_learning_rate_scale=1"]).run
+    optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=rate)
+    tokens = torch.randint(1, VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(1))
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def distance_from_identity(matrix: torch.Tensor) -> float:
+    return float((matrix.mH @ matrix - torch.eye(len(matrix))).abs().max())
+
+
+def unitary_matrix(model) -> torch.Tensor:
+    """The dense W (N, N), complex."""
+    (cell,) = model.cells()
+    return torch.complex(*kron_dense(list(cell.factors)))
+
+
+def test_unitary_stays_unitary_and_learns():
+    model = new_model("unitary")
+    start = unitary_matrix(model).detach().clone()
+    assert distance_from_identity(start) < UNITARY
+    losses = train(model, 30, 0.05)
+    moved = unitary_matrix(model).detach()
+    assert losses[-1] < 0.7 * losses[0]
+    assert float((moved - start).abs().max()) > 0.1
+    assert distance_from_identity(moved) < UNITARY
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_every_unitary_factor_has_a_generator(size):
+    """So the strict model can start where the soft one does: at Haar-random factors."""
+    torch.manual_seed(size)
+    factor = random_unitary(size, size)  # (2, P, P)
+    exponential = UnitaryExponential()
+    torch.testing.assert_close(exponential(exponential.right_inverse(factor)), factor, rtol=0, atol=UNITARY)
+
+
+def test_unitary_counts_as_the_soft_model_does():
+    strict = new_model("unitary")
+    soft = new_model("kru")
+    assert strict.num_parameters() == soft.num_parameters()
+    assert strict.num_recurrent_parameters() == soft.num_recurrent_parameters() == 2 * (9 + 16)
+
+
+def test_unitary_forward_is_the_soft_models_with_its_factors():
+    strict = new_model("unitary").eval()
+    (cell,) = strict.cells()
+    soft = KRUForCausalLM(KRUConfig(vocab_size=VOCABULARY, factor_shapes=[[3, 3], [4, 4]], wiring="plain")).eval()
+    weights = {name: value for name, value in strict.state_dict().items() if "parametrizations" not in name}
+    factors = {f"model.layers.0.recurrence.factors.{i}": factor.detach() for i, factor in enumerate(cell.factors)}
+    soft.load_state_dict({**weights, **factors})
+    tokens = torch.randint(1, VOCABULARY, (2, 9))
+    torch.testing.assert_close(strict(tokens).logits, soft(tokens).logits, rtol=0, atol=EQUAL)
+
+
+def test_orthogonal_stays_orthogonal_and_learns():
+    model = new_model("orthogonal", num_hidden_layers=2)
+    matrices = [m for m in model.modules() if isinstance(m, OrthogonalMatrix)]
+    starts = [m.weight.detach().clone() for m in matrices]
+    angles = torch.linalg.eigvals(starts[0]).angle()
+    assert float(angles.std()) > 1.0  # uniform on the circle: 1.8, near the identity: 0
+    losses = train(model, 30, 0.05)
+    assert losses[-1] < 0.7 * losses[0]
+    assert len(matrices) == 2
+    for matrix, start in zip(matrices, starts, strict=True):
+        assert distance_from_identity(start) < UNITARY
+        assert distance_from_identity(matrix.weight.detach()) < UNITARY
+        assert float((matrix.weight - start).detach().abs().max()) > 0.1
+    unread = 2 * 12 * 13 // 2
+    assert model.num_recurrent_parameters() == 2 * 12 * 12 - unread
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters()) - unread
+
+
+def test_low_rank_keeps_its_rank_and_learns():
+    model = new_model("low_rank", recurrent_rank=3)
+    (matrix,) = [m for m in model.modules() if isinstance(m, LowRankMatrix)]
+    losses = train(model, 30, 0.05)
+    assert losses[-1] < 0.7 * losses[0]
+    values = torch.linalg.svdvals(matrix.weight.detach())
+    assert values[2] > 1e-2 * values[0]
+    assert values[3] < UNITARY * values[0]
+    assert model.num_recurrent_parameters() == 2 * 12 * 3
+
+
+@pytest.mark.parametrize("architecture", ["orthogonal", "low_rank"])
+def test_structured_rnn_is_torchs_rnn_with_its_matrices(architecture):
+    model = new_model(architecture, num_hidden_layers=2, hidden_size=5)
+    structured = model.model.recurrent
+    plain = nn.RNN(5, 12, 2, batch_first=True)
+    with torch.no_grad():
+        for layer in range(2):
+            for name, value in {
+                "weight_ih": structured.input_maps[layer].weight,
+                "weight_hh": structured.matrices[layer].weight,
+                "bias_ih": structured.input_maps[layer].bias.normal_(),
+                "bias_hh": torch.zeros(12),
+            }.items():
+                getattr(plain, f"{name}_l{layer}").copy_(value)
+    x, initial = torch.randn(3, 7, 5), torch.randn(2, 3, 12)
+    for ours, theirs in zip(structured(x, initial), plain(x, initial), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=EQUAL)
+    torch.testing.assert_close(structured(x)[0], plain(x)[0], rtol=0, atol=EQUAL)
+
+
+@pytest.mark.parametrize("architecture", ["unitary", "orthogonal", "low_rank"])
+def test_state_goes_on_from_call_to_call(architecture):
+    model = new_model(architecture).eval()
+    tokens = torch.randint(1, VOCABULARY, (2, 12))
+    whole = model(tokens).logits
+    first = model(tokens[:, :5], use_cache=True)
+    second = model(tokens[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=0, atol=EQUAL)
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 15)
+
+
+@pytest.mark.parametrize("architecture", ["unitary", "orthogonal", "low_rank", "kroneckerized"])
+def test_saved_folder_loads_with_equal_outputs(architecture, tmp_path):
+    if architecture == "kroneckerized":
+        torch.manual_seed(0)
+        shapes = [[3, 3], [4, 4]]
+        config = BaselineConfig(vocab_size=VOCABULARY, cell="lstm", state_size=12, recurrent_factor_shapes=shapes)
+        model = BaselineForCausalLM(config)
+        assert model.num_recurrent_parameters() == 4 * (9 + 16)
+    else:
+        model = new_model(architecture)
+    train(model, 2, 0.05)
+    model.eval().save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    tokens = torch.randint(1, VOCABULARY, (2, 9))
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert loaded.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("head", ["piano_roll", "sequence_classification", "token_classification"])
+def test_unitary_has_every_head(head):
+    model = build_model(head, options("unitary"), vocab_size=1, input_size=5)
+    values = torch.rand(2, 6, 5).round()
+    assert model(input_values=values).logits.isfinite().all()
+    assert distance_from_identity(unitary_matrix(model).detach()) < UNITARY
+
+
+def test_generators_have_the_factors_rate_and_no_decay():
+    run = parse_arguments(["--weight_decay", "0.1", "--factor_learning_rate_scale", "0.2"]).run
+    for architecture in ("unitary", "orthogonal"):
+        model = new_model(architecture)
+        group = parameter_groups(model, run)[-1]
+        assert {id(p) for p in group["params"]} == {id(p) for _, p in model.recurrent_parameters()}
+        assert (group["scale"], group["weight_decay"]) == (0.2, 0.0)
+    low_rank = new_model("low_rank")
+    ordinary = {id(p) for p in parameter_groups(low_rank, run)[0]["params"]}
+    assert {id(p) for _, p in low_rank.recurrent_parameters()} <= ordinary
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "message"),
+    [
+        ("unitary", {"unitary_loss_coef": 0.1}, "unitary_loss_coef of a strictly unitary model must be 0, got 0.1"),
+        ("unitary", {"recurrent_init_scale": 0.9}, "must be 1, got 0.9"),
+        ("unitary", {"cell_type": "kru_lstm"}, "must be 'kru', got 'kru_lstm'"),
+        ("unitary", {"factor_shapes": "3x4,4x3"}, "must be square"),
+        ("low_rank", {"recurrent_rank": 13}, r"recurrent_rank must be in \[1, state_size = 12\], got 13"),
+        ("lstm", {"recurrent_rank": 2}, "recurrent_rank is for cell 'low_rank' only"),
+        ("kru", {"recurrent_rank": 2}, "recurrent_rank cannot be given with architecture='kru'"),
+        ("orthogonal", {"io_rank": 2}, "io_rank cannot be given with architecture='orthogonal'"),
+    ],
+)
+def test_options_that_do_not_fit(architecture, values, message):
+    with pytest.raises(UserError, match=message):
+        new_model(architecture, **values)
+
+
+def test_kroneckerized_config_is_for_gated_and_plain_cells():
+    with pytest.raises(Exception, match="recurrent_factor_shapes is for rnn, lstm, gru only"):
+        BaselineConfig(cell="low_rank", recurrent_factor_shapes=[[2, 2]])
+    assert isinstance(UnitaryKRUConfig().layer_types, list)
+    assert UnitaryKRUForCausalLM.config_class is UnitaryKRUConfig
+
+
+def test_another_architecture_than_the_recipes(tmp_path):
+    """What a recipe says of factors holds for the strictly unitary model, what it says of λ does not."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("state_size: 12\nfactor_shapes: 3x3,4x4\nunitary_loss_coef: 0.1\nio_rank: 4\n")
+    model = parse_arguments([str(recipe), "--architecture", "unitary"]).model
+    assert (model.factor_shapes, model.unitary_loss_coef, model.io_rank) == ("3x3,4x4", None, 4)
+    model = parse_arguments([str(recipe), "--architecture", "orthogonal"]).model
+    assert (model.state_size, model.factor_shapes, model.io_rank) == (12, None, None)
+
+
+@pytest.mark.parametrize("architecture", ["unitary", "orthogonal", "low_rank"])
+def test_train_resume_and_evaluate(architecture, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(random.Random(0).choices(["the ", "state ", "of a ", "unit.\n"], k=400)))
+    common = [f"--dataset={text}", f"--architecture={architecture}", "--max_steps=6", "--eval_steps=3", "--use_cpu"]
+    common += ["--save_steps=3", "--per_device_train_batch_size=2", "--sequence_length=16", "--sample_length=5"]
+    common += ["--state_size=12", "--report_to=none", "--num_threads=1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*common, f"--output_dir={whole}"]) == 0
+    assert main([*common, f"--output_dir={cut}"]) == 0
+    for path in (cut / "checkpoint-6").iterdir():
+        path.unlink()
+    (cut / "checkpoint-6").rmdir()
+    assert main([*common, f"--output_dir={cut}", "--resume_from_checkpoint=last"]) == 0
+    results = [json.loads((folder / "all_results.json").read_text()) for folder in (whole, cut)]
+    assert results[0]["test_bpc"] == results[1]["test_bpc"]
+    record = json.loads((whole / "training.json").read_text())
+    assert f"--architecture={architecture}" in record["command"]
+    assert str(tmp_path) not in json.dumps(record)
+    assert record["machine"]["device"] == "cpu"
+    assert json.loads((cut / "training.json").read_text())["command"] == record["command"].replace("=whole", "=cut")
+    capsys.readouterr()
+    assert evaluate([f"--model={cut}", f"--dataset={text}", "--use_cpu"]) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["bpc"] == results[0]["test_bpc"]

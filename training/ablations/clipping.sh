@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Soft unitary constraint against gradient clipping: each alone, both, neither (max_grad_norm 0 turns clipping off).
+. "$(dirname "$0")/common.sh"
+for seed in 0 1 2; do
+    for weight in 0 0.1; do
+        for norm in 0 1; do
+            train "soft-$weight-clip-$norm-$seed" --unitary_loss_coef $weight --max_grad_norm $norm --seed $seed
+        done
+    done
+done
+report

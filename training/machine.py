@@ -1,0 +1,67 @@
+"""What a run's record says about where and how it was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+UNSHOWN = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run went on, not what it was
+
+
+def machine_record(accelerator: Accelerator) -> dict[str, Any]:
+    """Device, processor, cores, threads and processes: flat, JSON, without names that people gave."""
+    gpu = accelerator.device.type == "cuda"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": torch.cuda.get_device_name(accelerator.device) if gpu else accelerator.device.type,
+        "processor": processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    """The processor's name: Linux keeps it where Python's own function does not look."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def shown_command(argv: list[str]) -> str:
+    """The command of a run, to make it again: of paths outside of the checkout only the last part.
+
+    Args:
+        argv: what follows `training.train`.
+    """
+    words: list[str] = []
+    skip = False
+    for index, word in enumerate(argv):
+        if skip:
+            skip = False
+            continue
+        name, equals, value = word.partition("=")
+        if name.startswith("-") and name.lstrip("-").replace("-", "_") in UNSHOWN:
+            follows = index + 1 < len(argv) and not argv[index + 1].startswith("-")
+            skip = not equals and follows
+            continue
+        words.append(f"{name}={shown_path(value)}" if equals and name.startswith("-") else shown_path(word))
+    return f"accelerate launch -m training.train {shlex.join(words)}".rstrip()
+
+
+def shown_path(text: str) -> str:
+    """`text`, or the last part of it where it is a path that leaves the current folder."""
+    if Path(text).is_absolute() or text.startswith((".." + os.sep, "~")):
+        return Path(text).name
+    return text

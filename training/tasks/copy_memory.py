@@ -1,0 +1,106 @@
+"""Copy memory: ten symbols have to be recalled after T blanks (Hochreiter & Schmidhuber 1997).
+
+As Arjovsky et al. 2016 and Jose et al. 2018 set it: tokens 0 … 7 are symbols, 8 is the blank and 9 the delimiter. A
+sequence of T + 20 tokens is 10 symbols, T - 1 blanks, the delimiter, 10 blanks; its targets are T + 10 blanks and then
+the symbols. The loss is the mean cross-entropy over all T + 20 steps in 9 classes; a model without memory gets
+10 · ln 8 / (T + 20) at best. `accuracy` is that of the 10 recalled symbols alone (chance: 1/8).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
+from ..errors import UserError
+from ..sequences import SPLITS, GeneratedOptions, SequenceTask, check_generated, classification_sums, fingerprint
+from .base import Batch
+
+SYMBOLS = 8
+RECALLED = 10
+BLANK, DELIMITER = 8, 9
+VOCABULARY = 10  # symbols, blank and delimiter
+CLASSES = 9  # symbols and blank
+
+
+@dataclass
+class CopyMemoryOptions(GeneratedOptions):
+    """Options of the copy memory task; its sequences are T + 20 steps long."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total = sum(self.samples(split) for split in SPLITS)
+        if total > SYMBOLS**RECALLED // 100:
+            raise UserError(
+                f"train_samples + validation_samples + test_samples = {total} is not valid: at most "
+                f"{SYMBOLS**RECALLED // 100:,}, for that all differ"
+            )
+
+
+class CopyMemory(SequenceTask):
+    """No sequence occurs twice, within a split or in two of them."""
+
+    name = "copy_memory"
+    head = "token_classification"
+    default_dataset = "copy_memory"
+    Options = CopyMemoryOptions
+
+    symbols: dict[str, np.ndarray]
+
+    def load(self, tokenizer: Any = None) -> None:
+        check_generated(self.name, self.data.dataset)
+        sizes = [self.samples(split) for split in SPLITS]
+        random = np.random.default_rng(self.options.data_seed)
+        codes = random.choice(SYMBOLS**RECALLED, sum(sizes), replace=False)  # (S,)
+        digits = (codes[:, None] >> 3 * np.arange(RECALLED)) & 7  # (S, 10): the code in base 8
+        parts = np.split(digits.astype(np.uint8), np.cumsum(sizes)[:-1])
+        self.symbols = dict(zip(SPLITS, parts, strict=True))
+
+    def samples(self, split: str) -> int:
+        return self.options.samples(split)
+
+    def dataset_record(self) -> dict[str, Any]:
+        symbols = [self.symbols[split] for split in SPLITS]
+        sizes = {f"{split}_samples": self.samples(split) for split in SPLITS}
+        return {"name": self.name, "sha256": fingerprint(self.options.sequence_length, *symbols), **sizes}
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {"vocab_size": VOCABULARY, "num_labels": CLASSES, "problem_type": "single_label_classification"}
+
+    def batch(self, split: str, indices: np.ndarray) -> Batch:
+        symbols = torch.from_numpy(self.symbols[split][indices]).long()  # (B, 10)
+        rows, length = len(symbols), self.options.sequence_length
+        tokens = torch.full((rows, length + 2 * RECALLED), BLANK)  # (B, T + 20)
+        targets = tokens.clone()  # (B, T + 20)
+        tokens[:, :RECALLED] = symbols
+        tokens[:, length + RECALLED - 1] = DELIMITER
+        targets[:, -RECALLED:] = symbols
+        return Batch({"input_ids": tokens, "labels": targets}, num_elements=tokens.numel())
+
+    def sums(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        labels = batch.inputs["labels"]  # (B, T + 20)
+        recalled = classification_sums(logits[:, -RECALLED:], labels[:, -RECALLED:])
+        return {
+            **classification_sums(logits, labels),
+            "right": recalled["right"],
+            "recalled": recalled["count"],
+        }
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["count"], "accuracy": sums["right"] / sums["recalled"]}
+
+    def progress(self, loss: float) -> dict[str, str]:
+        return {"loss": f"{loss:.5f}", "of memoryless": f"{loss / memoryless_loss(self.options.sequence_length):.3f}"}
+
+
+def memoryless_loss(length: int) -> float:
+    """10 · ln 8 / (T + 20): the best mean cross-entropy without memory, in nats."""
+    return RECALLED * math.log(SYMBOLS) / (length + 2 * RECALLED)
+
+
+TASK = CopyMemory

@@ -1,0 +1,150 @@
+"""Framewise phonemes: the phone that is spoken, at every 10 ms of an utterance (TIMIT, or speech made by espeak-ng)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
+from ..errors import UserError
+from ..espeak import load_espeak
+from ..sequences import IGNORED, SPLITS, SequenceTask, check_at_least, fingerprint
+from ..speech import FEATURES, Utterance, features, frame_labels, load_timit, phone_classes
+from .base import Batch, Layout
+
+ESPEAK = "espeak"
+LENGTH_NOISE = 0.1  # spread of the log lengths by which utterances are put together: other company in every pass
+
+
+@dataclass
+class PhonemeOptions:
+    """Options of framewise phoneme classification."""
+
+    phone_set: int | None = field(
+        default=None, metadata={"help": "Classes of TIMIT: 61 (default), or 39 with its standard folding."}
+    )
+    test_split: str | None = field(
+        default=None, metadata={"help": "TIMIT's test speakers: core (24, the default) or complete (168)."}
+    )
+    eval_batch_size: int = field(default=8, metadata={"help": "Utterances in one evaluation call; changes no figure."})
+
+    def __post_init__(self) -> None:
+        if self.phone_set not in (None, 61, 39):
+            raise UserError(f"phone_set={self.phone_set} is not valid: it must be 61 or 39")
+        if self.test_split not in (None, "core", "complete"):
+            raise UserError(f"test_split={self.test_split!r} is not valid: it must be core or complete")
+        check_at_least(self, eval_batch_size=1)
+
+
+class Phonemes(SequenceTask):
+    """Whole utterances, of similar length in a batch; features are standardised by the training frames' statistics."""
+
+    name = "phonemes"
+    head = "token_classification"
+    unit = "frames"
+    metric = "accuracy"
+    greater_is_better = True
+    default_dataset = ESPEAK
+    Options = PhonemeOptions
+
+    frames: dict[str, list[np.ndarray]]
+    labels: dict[str, list[np.ndarray]]
+
+    def load(self, tokenizer: Any = None) -> None:
+        source = self.data.dataset or ESPEAK
+        extra: dict[str, Any] = {}
+        classes: dict[str, int | None]
+        if source == ESPEAK:
+            for name in ("phone_set", "test_split"):
+                if getattr(self.options, name) is not None:
+                    raise UserError(f"{name}={getattr(self.options, name)!r} is for TIMIT: leave it out with {source}")
+            splits, version = load_espeak()
+            self.classes = sorted({s.phone for split in SPLITS for u in splits[split] for s in u.segments})
+            classes = {name: index for index, name in enumerate(self.classes)}
+            extra["espeak_ng"] = version
+        elif Path(source).is_dir():
+            extra = {"phone_set": self.options.phone_set or 61, "test_split": self.options.test_split or "core"}
+            splits = load_timit(Path(source), extra["test_split"])
+            self.classes, classes = phone_classes(extra["phone_set"])
+        else:
+            raise UserError(f"dataset={source!r} is not a folder; pass a folder with TIMIT's layout, or {ESPEAK}")
+        self.frames, self.labels = {}, {}
+        for split in SPLITS:
+            self.frames[split], self.labels[split] = labelled(splits[split], classes)
+            if not any((labels != IGNORED).any() for labels in self.labels[split]):
+                raise UserError(f"dataset={source!r}: the {split} part has no frame with a phone")
+        self.standardise()
+        name = source if source == ESPEAK else Path(source).resolve().name
+        audio = [u.samples for split in SPLITS for u in splits[split]]
+        sizes = {f"{split}_utterances": len(splits[split]) for split in SPLITS}
+        digest = fingerprint(*audio, *(labels for split in SPLITS for labels in self.labels[split]))
+        self.record = {"name": name, "sha256": digest, **sizes, **extra}
+
+    def standardise(self) -> None:
+        """Zero mean and unit variance of each feature over the training frames."""
+        training = np.concatenate(self.frames["train"])  # (S, 26)
+        mean, scale = training.mean(0), training.std(0) + 1e-6  # (26,)
+        self.frames = {split: [(x - mean) / scale for x in listed] for split, listed in self.frames.items()}
+
+    def dataset_record(self) -> dict[str, Any]:
+        return self.record
+
+    def samples(self, split: str) -> int:
+        return len(self.frames[split])
+
+    def model_kwargs(self) -> dict[str, Any]:
+        return {
+            "vocab_size": 1,
+            "input_size": FEATURES,
+            "num_labels": len(self.classes),
+            "problem_type": "single_label_classification",
+        }
+
+    def train_indices(self, index: int, layout: Layout) -> np.ndarray:
+        """Utterances (G,) of similar length: sorted by noisy lengths, cut into batches, the batches shuffled."""
+        epoch, position = divmod(index, self.num_batches(layout))
+        random = np.random.default_rng([self.seed, epoch])
+        lengths = np.array([len(x) for x in self.frames["train"]])  # (S,)
+        order = np.argsort(np.log(lengths) + LENGTH_NOISE * random.standard_normal(len(lengths)))  # (S,)
+        batches, rows = self.num_batches(layout), layout.global_batch_size
+        spare = int(random.integers(len(order) - batches * rows + 1))
+        return order[spare:][: batches * rows].reshape(batches, rows)[random.permutation(batches)[position]]
+
+    def train_batch(self, index: int, slot: int, layout: Layout) -> Batch:
+        group = self.train_indices(index, layout)  # (G,)
+        batch = self.batch("train", group[np.array(layout.rows(slot))])
+        scored = sum(int((self.labels["train"][i] != IGNORED).sum()) for i in group)
+        own = int((batch.inputs["labels"] != IGNORED).sum())
+        batch.loss_weight = own * layout.num_slots / max(1, scored)
+        return batch
+
+    def eval_order(self, split: str) -> np.ndarray:
+        """By length, so that little is padded."""
+        return np.argsort([len(x) for x in self.frames[split]], kind="stable")
+
+    def batch(self, split: str, indices: np.ndarray) -> Batch:
+        parts = [(self.frames[split][i], self.labels[split][i]) for i in indices]
+        length = max(len(x) for x, _ in parts)
+        frames = torch.zeros(len(parts), length, FEATURES)  # (B, T, 26)
+        labels = torch.full((len(parts), length), IGNORED)  # (B, T): padding is not scored
+        for row, (x, y) in enumerate(parts):
+            frames[row, : len(x)], labels[row, : len(y)] = torch.from_numpy(x), torch.from_numpy(y)
+        return Batch({"input_values": frames, "labels": labels}, num_elements=sum(len(x) for x, _ in parts))
+
+
+def labelled(utterances: list[Utterance], classes: dict[str, int | None]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Features (T, 26) and labels (T,) of each utterance; what is shorter than a window is left out."""
+    frames, labels = [], []
+    for utterance in utterances:
+        x = features(utterance.samples) if len(utterance.samples) >= 400 else np.zeros((0, FEATURES), np.float32)
+        if len(x):
+            frames.append(x)
+            labels.append(frame_labels(utterance.segments, len(x), classes, utterance.name))
+    return frames, labels
+
+
+TASK = Phonemes

@@ -1,0 +1,75 @@
+"""Pictures read pixel by pixel and classified at the last one: sequential and permuted MNIST.
+
+A step is one pixel in [0, 1], row by row or in a fixed permutation of the whole picture (`training.pixels` says which).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
+from ..pixels import DIGITS, Pictures, fixed_permutation, load_pictures
+from ..sequences import SequenceTask, check_at_least, fingerprint
+from .base import Batch
+
+
+@dataclass
+class PixelOptions:
+    """Options of classification pixel by pixel."""
+
+    permuted: bool = field(default=False, metadata={"help": "Whether the pixels are read in the fixed permutation."})
+    eval_batch_size: int = field(default=50, metadata={"help": "Pictures in one evaluation call; changes no figure."})
+
+    def __post_init__(self) -> None:
+        check_at_least(self, eval_batch_size=1)
+
+
+class PixelMNIST(SequenceTask):
+    """The model of the best validation accuracy is kept, as in the paper."""
+
+    name = "pixel_mnist"
+    head = "sequence_classification"
+    metric = "accuracy"
+    greater_is_better = True
+    default_dataset = DIGITS
+    Options = PixelOptions
+
+    pictures: Pictures
+
+    def load(self, tokenizer: Any = None) -> None:
+        self.pictures = load_pictures(self.data)
+        self.steps = self.pictures.pixels["train"].shape[1]  # P
+        self.permutation = fixed_permutation(self.steps) if self.options.permuted else np.arange(self.steps)  # (P,)
+        self.record = self.pictures.record()
+
+    def dataset_record(self) -> dict[str, Any]:
+        names = ("dataset_config", "dataset_revision")
+        hub = {name: getattr(self.data, name) for name in names if getattr(self.data, name) is not None}
+        if not self.options.permuted:
+            return {**self.record, **hub}
+        return {**self.record, **hub, "permutation_sha256": fingerprint(self.permutation.astype(np.int64))}
+
+    def samples(self, split: str) -> int:
+        return len(self.pictures.labels[split])
+
+    def model_kwargs(self) -> dict[str, Any]:
+        classes = int(self.pictures.labels["train"].max()) + 1
+        return {
+            "vocab_size": 1,
+            "input_size": 1,
+            "num_labels": classes,
+            "problem_type": "single_label_classification",
+        }
+
+    def batch(self, split: str, indices: np.ndarray) -> Batch:
+        pixels = torch.from_numpy(self.pictures.pixels[split][indices][:, self.permutation])  # (B, P)
+        labels = torch.from_numpy(self.pictures.labels[split][indices])  # (B,)
+        values = (pixels.float() / self.pictures.white)[..., None]  # (B, P, 1)
+        return Batch({"input_values": values, "labels": labels}, num_elements=pixels.numel())
+
+
+TASK = PixelMNIST

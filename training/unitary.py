@@ -1,0 +1,121 @@
+"""The strictly unitary KRU: every factor is exp(A − Aᴴ), so W is unitary to rounding at every step of training.
+
+The same network and heads as :mod:`kru_hf`, for comparison with its soft constraint. The parameters are the generators
+A, real planes (2, P, P) as everywhere; they stand where the soft model keeps its factors, and count as its factors do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers import initialization as init
+
+from kru_hf import (
+    KRUConfig,
+    KRUForCausalLM,
+    KRUForPianoRoll,
+    KRUForSequenceClassification,
+    KRUForTokenClassification,
+)
+from kru_hf.cells import KRURecurrence
+from kru_hf.kronecker import to_complex, to_planes
+
+# Options of the soft model that mean nothing here.
+SOFT_ONLY = frozenset(["unitary_loss_coef", "recurrent_init_scale", "cell_type"])
+
+
+@strict
+class UnitaryKRUConfig(KRUConfig):
+    """Options of KRUConfig with square factors, λ = 0 and a spectral norm of exactly 1: other values are errors."""
+
+    model_type = "kru_unitary"
+
+    unitary_loss_coef: float | int = 0.0
+    recurrent_init_scale: float | int | None = 1.0
+
+    def validate_unitary_options(self) -> None:
+        """What a strictly unitary recurrence cannot have."""
+        if any(p != q for p, q in self.factor_shapes or []):
+            raise ValueError(f"factor_shapes of a unitary model must be square, got {self.factor_shapes}")
+        for name, allowed in (("unitary_loss_coef", 0), ("recurrent_init_scale", 1), ("cell_type", "kru")):
+            if getattr(self, name) != allowed:
+                raise ValueError(f"{name} of a strictly unitary model must be {allowed!r}, got {getattr(self, name)!r}")
+
+
+class UnitaryExponential(nn.Module):
+    """Parametrization of a factor (2, P, P): generator A (2, P, P) to exp(A − Aᴴ)."""
+
+    def forward(self, generator: Tensor) -> Tensor:
+        """A (2, P, P) to a unitary factor (2, P, P); in fp32 at least, also under autocast."""
+        a = to_complex(generator, 0)  # (P, P)
+        return to_planes(torch.matrix_exp(a - a.mH), 0)  # (2, P, P)
+
+    def right_inverse(self, factor: Tensor) -> Tensor:
+        """A unitary factor (2, P, P) to A = log(W) / 2 (2, P, P); W is Haar-random, so its eigenvalues differ."""
+        values, vectors = torch.linalg.eig(to_complex(factor.double(), 0))  # (P,), (P, P)
+        log = vectors @ torch.diag(1j * values.angle()) @ torch.linalg.inv(vectors)  # (P, P)
+        return to_planes((log - log.mH) / 4, 0).to(factor.dtype)  # (2, P, P)
+
+
+class StrictlyUnitary:
+    """Puts generators in place of the factors of a KRU model; first in the list of bases."""
+
+    def __init__(self, config: UnitaryKRUConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for cell in self.cells():
+            for index in range(len(cell.factors)):
+                parametrize.register_parametrization(cell.factors, str(index), UnitaryExponential())
+
+    def cells(self) -> list[KRURecurrence]:
+        """The recurrences of all layers."""
+        return [module for module in cast(nn.Module, self).modules() if isinstance(module, KRURecurrence)]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, KRURecurrence) and parametrize.is_parametrized(module.factors):
+            generators: Any = module.factors.parametrizations
+            for index, start in enumerate(module.initial_factors()):
+                init.copy_(generators[str(index)].original, UnitaryExponential().right_inverse(start))
+
+
+class UnitaryKRUForCausalLM(StrictlyUnitary, KRUForCausalLM):
+    """KRUForCausalLM with a strictly unitary W."""
+
+    config_class = UnitaryKRUConfig
+
+
+class UnitaryKRUForSequenceClassification(StrictlyUnitary, KRUForSequenceClassification):
+    """KRUForSequenceClassification with a strictly unitary W."""
+
+    config_class = UnitaryKRUConfig
+
+
+class UnitaryKRUForTokenClassification(StrictlyUnitary, KRUForTokenClassification):
+    """KRUForTokenClassification with a strictly unitary W."""
+
+    config_class = UnitaryKRUConfig
+
+
+class UnitaryKRUForPianoRoll(StrictlyUnitary, KRUForPianoRoll):
+    """KRUForPianoRoll with a strictly unitary W."""
+
+    config_class = UnitaryKRUConfig
+
+
+AutoConfig.register("kru_unitary", UnitaryKRUConfig, exist_ok=True)
+AutoModel.register(UnitaryKRUConfig, UnitaryKRUForPianoRoll, exist_ok=True)
+AutoModelForCausalLM.register(UnitaryKRUConfig, UnitaryKRUForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(UnitaryKRUConfig, UnitaryKRUForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(UnitaryKRUConfig, UnitaryKRUForTokenClassification, exist_ok=True)
