@@ -1,0 +1,249 @@
+"""Shrink a trained language model: `python -m training.kroneckerize_lm --model LSTM_RUN --output_dir FOLDER`.
+
+The recurrent matrices of an `--architecture lstm` (gru, rnn) run become Kronecker products at several ratios; each is
+scored as it is and after a short fine-tune with the run's own loop, data and batches. The dense model gets the same
+fine-tune, as the control. Prints a table and writes `kroneckerize.json`; every fine-tuned model is a run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+
+from kru_hf import kroneckerize
+
+from . import checkpoint as ckpt
+from . import processes
+from .arguments import Arguments, ModelOptions, RunOptions, option, parse_words, require
+from .baselines import TORCH_CELLS
+from .errors import UserError
+from .evaluate import EvaluateOptions, load_task, read_record
+from .evaluation import evaluate
+from .loop import TrainingLoop
+from .machine import shown_command
+from .models import load_model
+from .report import table
+from .reporting import Progress
+from .results import factors
+from .stopping import StopRequest
+from .tasks import DataOptions, Task
+from .train import check_folder, finish, start_folder
+
+RESULT = "kroneckerize.json"
+
+
+@dataclass
+class KroneckerizeOptions:
+    """What is shrunk, how far, and how it is trained afterwards."""
+
+    model: str | None = option(None, "Trained folder or Hub id of a language model with torch's RNN, LSTM or GRU.")
+    output_dir: str | None = option(None, "Folder for the table and a run's folder for each ratio.")
+    overwrite_output_dir: bool = option(False, "Delete earlier runs in the output folder.")
+    ratios: str = option("5,20,100", "How many times fewer recurrent parameters, separated by commas.")
+    max_steps: int = option(300, "Steps of the fine-tune; 0 leaves it out.")
+    learning_rate: float | None = option(None, "Peak learning rate of the fine-tune; default: that of the run.")
+    use_cpu: bool = option(False, "Train on the CPU even if there is an accelerator.")
+
+    def __post_init__(self) -> None:
+        for name in ("model", "output_dir"):
+            if getattr(self, name) is None:
+                raise UserError(f"{name} is missing: pass --{name} FOLDER")
+        require(self.max_steps >= 0, "max_steps", self.max_steps, "0 or more")
+        if self.learning_rate is not None:
+            require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "positive and finite")
+        self.wanted()
+
+    def wanted(self) -> list[float]:
+        """The ratios as numbers."""
+        try:
+            ratios = [float(word) for word in self.ratios.split(",")]
+        except ValueError:
+            ratios = []
+        good = bool(ratios) and all(1 < ratio < math.inf for ratio in ratios)
+        require(good, "ratios", self.ratios, "numbers above 1, separated by commas, such as 5,20,100")
+        return ratios
+
+
+def square_factorings(size: int, least: int = 2) -> list[tuple[int, ...]]:
+    """All ways to write N = `size` as a product of sizes from `least` on, in ascending order; N alone among them."""
+    found: list[tuple[int, ...]] = [(size,)]
+    for divisor in range(least, math.isqrt(size) + 1):
+        if size % divisor == 0:
+            found += [(divisor, *rest) for rest in square_factorings(size // divisor, divisor)]
+    return found
+
+
+def nearest_shapes(state_size: int, ratio: float) -> list[list[int]]:
+    """Square factors of N = `state_size` whose compression N² / Σ P_f² is nearest to `ratio`, the fewer at a tie.
+
+    Raises:
+        UserError: N is prime.
+    """
+    choices = [sizes for sizes in square_factorings(state_size) if len(sizes) > 1]
+    if not choices:
+        raise UserError(f"state_size={state_size} of the model is prime: it has no Kronecker factors")
+
+    def distance(sizes: tuple[int, ...]) -> tuple[float, int]:
+        return abs(math.log(state_size**2 / sum(n * n for n in sizes) / ratio)), len(sizes)
+
+    return [[n, n] for n in min(choices, key=distance)]
+
+
+class Shrinker:
+    """One trained model, and the rows of the table that are made of it."""
+
+    def __init__(self, options: KroneckerizeOptions, data: DataOptions, command: str, stop: StopRequest) -> None:
+        self.options, self.data, self.command, self.stop = options, data, command, stop
+        self.record = read_record(str(options.model))
+        self.accelerator = Accelerator(cpu=options.use_cpu or not torch.accelerator.is_available())
+        processes.share_cores(self.record["options"].get("num_threads", 0))
+        model, tokenizer = self.fresh()
+        self.state_size = model.config.state_size
+        self.dense = model.num_recurrent_parameters()
+        self.task: Task = load_task(EvaluateOptions(model=options.model), data, tokenizer, self.record)
+
+    def fresh(self) -> tuple[Any, Any]:
+        """Model and tokenizer as they were trained."""
+        model, tokenizer = load_model(str(self.options.model), "causal_lm")
+        cell = getattr(model.config, "cell", model.config.model_type)
+        if cell not in TORCH_CELLS or model.config.recurrent_factor_shapes is not None:
+            raise UserError(
+                f"model={self.options.model!r} is not a dense {', '.join(TORCH_CELLS)}: its recurrent matrices cannot "
+                f"be kroneckerized (cell {cell!r}, factors {getattr(model.config, 'recurrent_factor_shapes', None)})"
+            )
+        return model.to(self.accelerator.device), tokenizer
+
+    def plan(self) -> list[tuple[float | None, list[list[int]] | None]]:
+        """Ratio and shapes of each row, the dense model first; two ratios that give the same shapes are one row."""
+        rows: list[tuple[float | None, list[list[int]] | None]] = [(None, None)]
+        for ratio in self.options.wanted():
+            shapes = nearest_shapes(self.state_size, ratio)
+            if any(shapes == other for _, other in rows):
+                print(f"note: {ratio:g}x is left out: state_size {self.state_size} has nothing nearer than {shapes}")
+                continue
+            rows.append((ratio, shapes))
+        return rows
+
+    def row(self, ratio: float | None, shapes: list[list[int]] | None) -> dict[str, Any]:
+        """Shrink, score, fine-tune, score."""
+        model, _ = self.fresh()
+        name, error = "dense", 0.0
+        if shapes is not None:
+            _, fit = kroneckerize(model.model.recurrent, shapes)
+            model.config.recurrent_factor_shapes = shapes  # so that the saved folder loads again
+            name, error = f"{ratio:g}x", sum(gate.relative_error for gate in fit.gates) / len(fit.gates)
+        row: dict[str, Any] = {
+            "name": name,
+            "factor_shapes": shapes,
+            "num_parameters": model.num_parameters(),
+            "num_recurrent_parameters": model.num_recurrent_parameters(),
+            "compression": round(self.dense / model.num_recurrent_parameters(), 2),
+            "mean_relative_error": round(error, 4),
+            **self.score(model, "before"),
+        }
+        if self.options.max_steps:
+            figures = self.fine_tune(model, name)
+            kept = {f"{split}_bpc_after": figures[f"{split}_bpc"] for split in ("validation", "test")}
+            row |= {**kept, "steps": figures["steps"], "train_runtime": figures["train_runtime"]}
+        return row
+
+    def score(self, model: Any, when: str) -> dict[str, float]:
+        """BPC on both held-out splits."""
+        splits = ("validation", "test")
+        return {f"{s}_bpc_{when}": evaluate(self.task, model, s, self.accelerator)["bpc"] for s in splits}
+
+    def arguments(self, name: str) -> Arguments:
+        """Options of a fine-tune: those of the run, but its length, rate and folder."""
+        known = {f.name for f in dataclasses.fields(RunOptions)}
+        run = RunOptions(**{key: value for key, value in self.record["options"].items() if key in known})
+        steps = self.options.max_steps
+        run = dataclasses.replace(
+            run,
+            output_dir=str(Path(str(self.options.output_dir)) / name),
+            overwrite_output_dir=self.options.overwrite_output_dir,
+            resume_from_checkpoint=None,
+            max_steps=steps,
+            learning_rate=self.options.learning_rate or run.learning_rate,
+            lr_scheduler_type="cosine",
+            eval_steps=max(1, steps // 6),
+            save_steps=max(1, steps),
+            early_stopping_patience=0,
+            report_to="none",
+            sample_length=0,
+            evaluate_test=True,
+            push_to_hub=False,
+        )
+        model = ModelOptions(architecture=self.record["options"].get("architecture", "lstm"))
+        return Arguments(run, model, self.data, self.task.options, self.command)
+
+    def fine_tune(self, model: Any, name: str) -> dict[str, Any]:
+        """Train on with the run's loop; the folder then holds the weights that were best on validation."""
+        arguments = self.arguments(name)
+        loop = TrainingLoop(arguments, self.task, model, self.accelerator, self.stop)
+        start_folder(arguments, self.task, self.accelerator)
+        progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
+        try:
+            loop.run(progress)
+        finally:
+            progress.close()
+        return finish(arguments, self.task, loop)
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head = ("recurrent matrix", "fewer", "recurrent", "parameters", "relative error", "BPC before", "BPC after")
+    lines = []
+    for row in rows:
+        shapes = factors(row["factor_shapes"]) if row["factor_shapes"] else "dense"
+        after = f"{row['test_bpc_after']:.3f}" if "test_bpc_after" in row else ""
+        counts = [f"{row['num_recurrent_parameters']:,}", f"{row['num_parameters']:,}"]
+        error = f"{row['mean_relative_error']:.2f}" if row["factor_shapes"] else ""
+        lines.append([shapes, f"{row['compression']:.1f}x", *counts, error, f"{row['test_bpc_before']:.3f}", after])
+    return table(head, lines)
+
+
+def run(argv: list[str]) -> list[dict[str, Any]]:
+    """All rows; the table is written after each, so that an interrupted one is not lost."""
+    options, data = parse_words([KroneckerizeOptions, DataOptions], argv, "training.kroneckerize_lm")
+    folder = Path(options.output_dir)
+    rows: list[dict[str, Any]] = []
+    with StopRequest() as stop:
+        command = shown_command(argv).replace(
+            "accelerate launch -m training.train", "python -m training.kroneckerize_lm"
+        )
+        shrinker = Shrinker(options, data, command, stop)
+        plan = shrinker.plan()
+        for ratio, _ in plan if options.max_steps else []:
+            check_folder(shrinker.arguments("dense" if ratio is None else f"{ratio:g}x"))
+        for ratio, shapes in plan:
+            rows.append(shrinker.row(ratio, shapes))
+            record = {"model": Path(str(options.model)).name, "dataset": shrinker.task.dataset_record(), "rows": rows}
+            ckpt.write_json(folder / RESULT, {**record, "command": command})
+    print(f"test BPC before and after {options.max_steps} steps:\n{render(rows)}")
+    print(f"folder: {folder}")
+    print(json.dumps(rows))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
