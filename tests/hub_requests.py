@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler
@@ -11,29 +10,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_store import Proposal, Refused, Repo, User, git_oid, sha256
 
 if TYPE_CHECKING:
-    from hub_server import HubServer, Repo, User
+    from hub_server import HubServer
 
 DATE = "2024-01-01T00:00:00.000Z"
-
-
-class Refused(Exception):
-    """An answer that is not a success: status, message and the Hub's error code."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-
-
-def git_oid(data: bytes) -> str:
-    """What git calls a blob of that content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def sha256(data: bytes) -> str:
-    """The LFS name of that content."""
-    return hashlib.sha256(data).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -154,6 +136,7 @@ class Handler(BaseHTTPRequestHandler):
             "tree": self.tree,
             "paths-info": self.paths_info,
             "refs": self.list_refs,
+            "discussions": self.list_proposals,
             "preupload": self.preupload,
             "commit": self.commit,
             "tag": self.tag,
@@ -170,15 +153,14 @@ class Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Refused(401, "Invalid username or password.")
         role = "write" if user.can_write else "read"
-        self.reply(
-            200,
-            {
-                "type": "user",
-                "name": user.name,
-                "orgs": [{"name": name, "roleInOrg": role} for name in user.organizations],
-                "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": role}},
-            },
-        )
+        token: dict[str, Any] = {"displayName": "test", "role": role}
+        if user.fine_grained:
+            allowed = ["repo.content.read", *(["repo.write"] if user.can_write else [])]
+            scope = {"entity": {"type": "user", "name": user.name}, "permissions": allowed}
+            token = {**token, "role": "fineGrained", "fineGrained": {"global": [], "scoped": [scope]}}
+        orgs = [{"name": name, "roleInOrg": role} for name in user.organizations]
+        auth = {"type": "access_token", "accessToken": token}
+        self.reply(200, {"type": "user", "name": user.name, "orgs": orgs, "auth": auth})
 
     def create_repo(self) -> None:
         user, wanted = self.user(), self.json()
@@ -262,11 +244,37 @@ class Handler(BaseHTTPRequestHandler):
             },
         )
 
+    def list_proposals(self, kind: str, repo_id: str, _: str) -> None:
+        repo = self.repo(kind, repo_id)
+        author, status = self.query.get("author"), self.query.get("status", "all")
+        found = [
+            {
+                "num": number,
+                "title": proposal.title,
+                "author": {"name": proposal.author},
+                "status": proposal.status,
+                "createdAt": DATE,
+                "repo": {"name": repo_id, "type": kind},
+                "isPullRequest": True,
+            }
+            for number, proposal in repo.proposals.items()
+            if author in (None, proposal.author) and (status == "all" or (status == "open") == proposal.is_open)
+        ]
+        self.reply(200, {"discussions": found, "count": len(found), "start": 0})
+
     # Writing
 
+    def repo_to_change(self, kind: str, repo_id: str, revision: str) -> Repo:
+        """The repository, if the caller may open a pull request, or commit to the branch or to its own pull request."""
+        propose, user = "create_pr" in self.query, self.user()
+        repo = self.repo(kind, repo_id, propose=propose)
+        number = revision.removeprefix("refs/pr/")
+        proposal = repo.proposals.get(int(number)) if number.isdigit() else None
+        own = proposal is not None and user is not None and user.can_write and proposal.author == user.name
+        return repo if propose or own else self.repo(kind, repo_id, write=True)
+
     def preupload(self, kind: str, repo_id: str, revision: str) -> None:
-        propose = "create_pr" in self.query
-        repo = self.repo(kind, repo_id, write=not propose, propose=propose)
+        repo = self.repo_to_change(kind, repo_id, revision)
         if self.may_fail("preupload"):
             return
         there = repo.commits[repo.resolve(revision)]
@@ -312,16 +320,19 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, kind: str, repo_id: str, revision: str) -> None:
         """All or nothing: the new tree is built first, and becomes a commit only when every line of it is good."""
         propose = "create_pr" in self.query
-        repo = self.repo(kind, repo_id, write=not propose, propose=propose)
+        repo = self.repo_to_change(kind, repo_id, revision)
         if self.may_fail("commit"):
             return
         head = repo.resolve(revision)
         files = dict(repo.commits[head])
+        title = ""
         for line in self.body.splitlines():
             item = json.loads(line)
             key, value = item["key"], item["value"]
-            if key == "header" and value.get("parentCommit", head) != head:
-                raise Refused(412, "A commit has happened since. Please refresh and try again.")
+            if key == "header":
+                title = value["summary"]
+                if value.get("parentCommit", head) != head:
+                    raise Refused(412, "A commit has happened since. Please refresh and try again.")
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
@@ -332,8 +343,12 @@ class Handler(BaseHTTPRequestHandler):
                 files.pop(value["path"], None)
             elif key == "deletedFolder":
                 files = {n: d for n, d in files.items() if not n.startswith(value["path"].rstrip("/") + "/")}
-        number = sum(name.startswith("refs/pr/") for name in repo.refs) + 1
+        number, user = len(repo.proposals) + 1, self.user()
+        if propose and user is not None:
+            repo.proposals[number] = Proposal(user.name, title)
         sha = repo.commit(f"refs/pr/{number}" if propose else revision, files)
+        if self.may_fail("commit_answer"):
+            return
         prefix = "datasets/" if kind == "dataset" else ""
         address = f"{self.hub.url}/{prefix}{repo_id}"
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{address}/commit/{sha}", "hookOutput": ""}

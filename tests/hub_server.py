@@ -7,57 +7,17 @@
 Clients in other processes get ``HF_ENDPOINT=hub.url`` in their environment. What a request may do follows the real Hub:
 401 without or with an unknown token, 403 without the right, 404 with ``X-Error-Code``, 409 for what exists, 412 for a
 parent commit that is no longer the newest. ``hub.fail[step] = status`` makes the next request of a step fail; status 0
-cuts the connection after the request has been read.
+cuts the connection after the request has been read. The step "commit_answer" fails after the commit has been made.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 
-from hub_requests import Handler, Refused
-
-Tree = dict[str, bytes]
-
-
-@dataclass
-class User:
-    """An account: its name, whether its token may write, the organisations it belongs to."""
-
-    name: str
-    can_write: bool = True
-    organizations: tuple[str, ...] = ()
-
-    def owns(self, namespace: str) -> bool:
-        """Whether the user may write to repositories of ``namespace``."""
-        return self.can_write and namespace in (self.name, *self.organizations)
-
-
-@dataclass
-class Repo:
-    """A repository: commits are whole trees; ``refs`` holds branches, tags and pull requests by name."""
-
-    private: bool = False
-    commits: dict[str, Tree] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, ref: str, tree: Tree) -> str:
-        """Make ``tree`` the newest commit of ``ref``."""
-        sha = hashlib.sha1(f"{len(self.commits)} {ref} {sorted(tree)}".encode()).hexdigest()
-        self.commits[sha] = tree
-        self.refs[ref] = sha
-        return sha
-
-    def resolve(self, revision: str) -> str:
-        """The commit that a branch, tag, pull request or commit name means."""
-        sha = self.refs.get(revision) or self.tags.get(revision) or revision
-        if sha not in self.commits:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return sha
+from hub_requests import Handler
+from hub_store import Repo, Tree, User
 
 
 class HubServer:
@@ -81,16 +41,24 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> HubServer:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
 
-    def add_user(self, name: str, token: str, *, can_write: bool = True, organizations: tuple[str, ...] = ()) -> None:
+    def add_user(
+        self,
+        name: str,
+        token: str,
+        *,
+        can_write: bool = True,
+        organizations: tuple[str, ...] = (),
+        fine_grained: bool = False,
+    ) -> None:
         """Register an account with its token."""
-        self.users[token] = User(name, can_write, organizations)
+        self.users[token] = User(name, can_write, organizations, fine_grained)
 
     def add_repo(
         self, repo_id: str, files: Mapping[str, bytes] | None = None, *, kind: str = "model", private: bool = False

@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_imports
 
 from training.cards import missing_fields, render_card
+from training.compare import main as compare
+from training.paper_figures import FIGURES, PTB_SMALL
 from training.publish import auto_map, code_files
 
 # What the pushed files may import beside Python's own library: what `from_pretrained` itself cannot do without.
@@ -57,6 +59,59 @@ def test_card_has_the_results_of_the_run_and_no_invented_field(folder: Path) -> 
     assert "| Bits per character |  | 2.125 |" in bare
     assert "None" not in bare
     assert "dataset.name (training.json)" in missing_fields(folder)
+
+
+def test_card_of_a_gated_model_speaks_of_gates(folder: Path) -> None:
+    edit(folder / "config.json", cell_type="kru_lstm")
+    text = render_card(folder)
+    assert "The gates\nbound the state, so there is no unitary penalty" in text
+    assert "unitary_loss_coef" not in text
+    assert "activation" not in text
+
+
+def test_card_shows_the_options_that_had_an_effect(folder: Path) -> None:
+    record = json.loads((folder / "training.json").read_text())
+    record["options"] |= {"num_train_epochs": 20.0, "lr_scheduler_type": "plateau", "plateau_factor": 0.3}
+    record["options"] |= {"min_learning_rate_ratio": 0.02, "data_license": "CC0-1.0"}
+    record["dataset"]["name"] = "me/own"
+    command = "accelerate launch -m training.train --max_steps 10"
+    edit(folder / "training.json", **record, command=command, machine={"processes": 4})
+    text = render_card(folder)
+    for part in (
+        "| max_steps | 10 |",
+        "| plateau_factor | 0.3 |",
+        "| processes | 4 |",
+        f"    {command}",
+        "| CC0-1.0 |",
+    ):
+        assert part in text, part
+    assert "num_train_epochs" not in text
+    assert "min_learning_rate_ratio" not in text
+    edit(folder / "training.json", options={**record["options"], "max_steps": -1})
+    assert "| num_train_epochs | 20 |" in render_card(folder)
+
+
+def test_comparison_is_put_together_from_other_runs_and_the_paper(folder: Path, tmp_path: Path, capsys) -> None:
+    baseline, other = make_run(tmp_path / "lstm"), make_run(tmp_path / "other")
+    edit(baseline / "all_results.json", test_bpc=2.5, num_parameters=127_000)
+    for run in (folder, baseline):
+        edit(run / "training.json", dataset={"name": "ptb_char", "sha256": "cd" * 32})
+    assert compare(["--model", str(folder), "--beside", str(baseline)]) == 0
+    text = (folder / "README.md").read_text()
+    assert text.index("| **this model** | 2.125 |") < text.index("| 2.5 | 127,000 |")
+    for figure in FIGURES:
+        if figure.setting == PTB_SMALL:
+            assert f"| {figure.name} | {figure.value:.5g} | {figure.num_parameters:,} |" in text
+    before = (folder / "comparison.json").read_text()
+    capsys.readouterr()
+    assert compare(["--model", str(folder), "--beside", str(other)]) == 1
+    assert "not comparable" in capsys.readouterr().err
+    edit(baseline / "all_results.json", test_bpc=None)
+    assert compare(["--model", str(folder), "--beside", str(baseline)]) == 1
+    assert "has no test_bpc" in capsys.readouterr().err
+    assert (folder / "comparison.json").read_text() == before
+    assert compare(["--model", str(folder), "--no_paper"]) == 0
+    assert json.loads((folder / "comparison.json").read_text())["rows"] == []
 
 
 @pytest.mark.parametrize("head", ["KRUForCausalLM", "KRUForPianoRoll"])

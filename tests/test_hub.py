@@ -1,19 +1,19 @@
 """Publishing and loading over real HTTP: the client libraries against the server of hub_server.py, over loopback."""
 
+import ast
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from finished_run import TEXT, edit, make_run
+from finished_run import edit, make_run
+from hub_client import ROOT, client, module, python, served_hub
 from hub_server import HubServer
-from huggingface_hub import HfApi, ModelCard
+from hub_store import Proposal
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import kru_hf
@@ -22,11 +22,9 @@ from kru_hf.scan_cpu import is_available as native_engine
 from training.errors import UserError
 from training.publish import Published, auto_map, main, publish_folder
 
-ROOT = Path(__file__).parent.parent
 PROMPT = "The lazy fox "
 # huggingface_hub's own way to send bytes, which its HTTP client deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-LFS = (".safetensors", ".png")
 
 
 @pytest.fixture(scope="module")
@@ -41,46 +39,10 @@ def folder(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch):
-    """A Hub where "me" may write, "reader" may not and "other" is someone else."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the server speaks LFS
-    with HubServer(lfs=LFS) as server:
-        server.add_user("me", "hf_me", organizations=("lab",))
-        server.add_user("me", "hf_read", can_write=False)
-        server.add_user("other", "hf_other")
+@pytest.fixture(name="hub")
+def hub_fixture():
+    with served_hub() as server:
         yield server
-
-
-def client(hub: HubServer, token: str | None = "hf_me") -> HfApi:
-    return HfApi(endpoint=hub.url, token=token or False)
-
-
-def environment(hub: HubServer, home: Path, **extra: str) -> dict[str, str]:
-    """Environment of a process that knows this Hub only, with an empty cache."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH", "TRANSFORMERS_"))}
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    return {**kept, **own, **extra}
-
-
-def python(code: str, hub: HubServer, home: Path, **extra: str) -> str:
-    """Run code in a process of its own, outside of the checkout; its standard output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(hub, home, **extra), cwd=home, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def module(name: str, arguments: list[str], hub: HubServer, home: Path, **extra: str) -> subprocess.CompletedProcess:
-    """Run a module of the checkout as its users do."""
-    return subprocess.run(
-        [sys.executable, "-m", name, *arguments],
-        env=environment(hub, home, **extra),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
 
 
 ELSEWHERE = """
@@ -146,30 +108,6 @@ def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(
     assert ("cpu: available" in said) == native_engine()
 
 
-def test_train_on_a_hub_data_set_and_publish(hub: HubServer, tmp_path: Path) -> None:
-    lines = (TEXT * 60).encode()
-    files = {"train.txt": lines * 2, "validation.txt": lines, "test.txt": lines}
-    hub.add_repo("other/corpus", files, kind="dataset")
-    run = tmp_path / "trained"
-    words = f"--task char_lm --dataset other/corpus --output_dir {run} --max_steps 2"
-    small = "--state_size 16 --factor_shapes 4x4,4x4 --per_device_train_batch_size 4 --sequence_length 16 "
-    small += "--sample_length 0 --report_to none --use_cpu true"
-    done = module("training.train", [*words.split(), *small.split()], hub, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    with pytest.raises(UserError, match="--data_license"):
-        publish_folder(run, "me/kru", api=client(hub))
-    publish_folder(run, "me/kru", data_license="CC0-1.0", api=client(hub))
-    card = ModelCard(hub.files("me/kru")["README.md"].decode())
-    assert card.data.datasets == ["other/corpus"]
-    results = json.loads((run / "all_results.json").read_text())
-    bpc = {r.dataset_split: r.metric_value for r in card.data.eval_results if r.metric_type == "bpc"}
-    assert bpc == {"validation": results["validation_bpc"], "test": results["test_bpc"]}
-    assert f"{results['num_parameters']:,}" in card.text
-    assert str(tmp_path) not in "".join(
-        data.decode() for name, data in hub.files("me/kru").items() if name.endswith((".json", ".md"))
-    )
-
-
 def test_published_piano_roll_model_loads_elsewhere(folder: Path, hub: HubServer, tmp_path: Path) -> None:
     config = kru_hf.KRUConfig(state_size=16, factor_size=4, hidden_size=8, input_size=88)
     kru_hf.KRUForPianoRoll(config).save_pretrained(folder)
@@ -178,7 +116,10 @@ def test_published_piano_roll_model_loads_elsewhere(folder: Path, hub: HubServer
     card = ModelCard(hub.files("me/notes")["README.md"].decode())
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     code = f'import sys\nsys.modules["kru_hf"] = None\n{snippet}'
-    assert "KRUForPianoRoll(" in python(code, hub, tmp_path)
+    said = python(code, hub, tmp_path).strip().splitlines()[-1]
+    frames = ast.literal_eval(said)
+    assert len(frames) > 1
+    assert all(21 <= pitch <= 108 for frame in frames for pitch in frame)
 
 
 # Once more, and other versions
@@ -223,6 +164,34 @@ def test_pull_request_to_the_repository_of_someone_else(trained: Path, hub: HubS
         publish_folder(trained, "other/none", create_pr=True, api=client(hub))
 
 
+def test_an_open_pull_request_is_used_again(folder: Path, hub: HubServer) -> None:
+    repo = hub.add_repo("other/kru", {"README.md": b"theirs"})
+    repo.proposals[1] = Proposal("me", "Something else")
+    repo.refs["refs/pr/1"] = repo.refs["main"]
+    first = publish_folder(folder, "other/kru", create_pr=True, api=client(hub))
+    again = publish_folder(folder, "other/kru", create_pr=True, api=client(hub))
+    assert again.unchanged
+    assert again.pull_request == first.pull_request == f"{hub.url}/other/kru/discussions/2"
+    edit(folder / "all_results.json", test_bpc=2.0)
+    changed = publish_folder(folder, "other/kru", create_pr=True, api=client(hub))
+    assert (changed.unchanged, changed.pull_request) == (False, first.pull_request)
+    assert json.loads(hub.files("other/kru", "refs/pr/2")["all_results.json"])["test_bpc"] == 2.0
+    assert hub.files("other/kru", "refs/pr/1") == hub.files("other/kru")  # one with another title is not ours
+    # A pull request of someone else cannot be written to, and one that is closed is left alone.
+    edit(folder / "all_results.json", test_bpc=1.9)
+    other = publish_folder(folder, "other/kru", create_pr=True, api=client(hub, "hf_other"))
+    assert other.pull_request == f"{hub.url}/other/kru/discussions/3"
+    repo.proposals[2].status = "closed"
+    new = publish_folder(folder, "other/kru", create_pr=True, api=client(hub))
+    assert new.pull_request == f"{hub.url}/other/kru/discussions/4"
+
+
+def test_private_is_not_ignored_where_the_repository_is_public(trained: Path, hub: HubServer) -> None:
+    hub.add_repo("me/kru")
+    with pytest.raises(UserError, match="a private repository was asked for, but 'me/kru' exists and is public"):
+        publish_folder(trained, "me/kru", private=True, api=client(hub))
+
+
 # Failures: a clear message, nothing half-published, the same command again finishes
 
 
@@ -252,6 +221,17 @@ def test_interrupted_upload_publishes_nothing_and_the_next_run_finishes(
     assert "model.safetensors" in hub.files("me/kru", "v1")
 
 
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_commit_whose_answer_was_lost_is_not_made_twice(trained: Path, hub: HubServer, create_pr: bool) -> None:
+    repo = hub.add_repo("me/kru")
+    hub.fail["commit_answer"] = 0
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        publish_folder(trained, "me/kru", create_pr=create_pr, api=client(hub))
+    assert publish_folder(trained, "me/kru", create_pr=create_pr, api=client(hub)).unchanged
+    assert len(repo.commits) == 2
+    assert len(repo.proposals) == create_pr
+
+
 def test_interrupted_tag_is_set_by_the_next_run(trained: Path, hub: HubServer) -> None:
     hub.fail["tag"] = 0
     with pytest.raises(UserError, match="tagging v1; the files are there already"):
@@ -266,6 +246,7 @@ def test_interrupted_tag_is_set_by_the_next_run(trained: Path, hub: HubServer) -
     [
         ("hf_wrong", "me/kru", "does not accept the token"),
         ("hf_read", "me/kru", "no permission to write"),
+        ("hf_fine", "me/kru", "no permission to write"),
         ("hf_me", "other/kru", "is taken: it belongs to 'other', and you are 'me': choose me/kru, or .* --create_pr"),
         ("hf_me", "other/new", "is in the namespace of 'other', and you are 'me': choose me/new"),
         ("hf_me", "me/bert", "is taken: it holds a model of the type 'bert'"),

@@ -152,6 +152,20 @@ def test_folder_loads_with_auto_classes_and_pipeline(trained):
     assert len(text) == len("the state") + 20
 
 
+def test_characters_that_the_vocabulary_lacks_are_reported(tmp_path, capsys):
+    """A held-out part may have characters that training never saw: said, not passed over."""
+    for split, text in {"train": "abc " * 100, "validation": "abc " * 20, "test": "abcXYX " * 20}.items():
+        (tmp_path / f"{split}.txt").write_text(text)
+    words = [*TINY, f"--dataset={tmp_path}", f"--output_dir={tmp_path / 'run'}", "--report_to=none"]
+    assert main(words) == 0
+    note = "note: 60 of 140 characters of the test split are not in the vocabulary; they are read and scored"
+    said = capsys.readouterr().out
+    assert note in said
+    assert "validation split" not in said
+    assert evaluate([f"--model={tmp_path / 'run'}", f"--dataset={tmp_path}", "--use_cpu"]) == 0
+    assert note in capsys.readouterr().out
+
+
 REMOTE = """
 import sys
 sys.modules["kru_hf"] = None

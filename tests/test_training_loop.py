@@ -212,7 +212,8 @@ def test_accumulation_and_reset_state_and_plateau(text_file, tmp_path):
 def test_two_processes_train_as_one(text_file, tmp_path):
     common = {"input_dropout": 0, "max_steps": 30, "eval_steps": 10}
     assert main(options(text_file, tmp_path / "one", **common)) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "training.train"]
+    config = ROOT / "training" / "accelerate" / "two_cpu_processes.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "training.train"]
     words = options(text_file, tmp_path / "two", per_device_train_batch_size=2, **common)
     child = spawn(launcher, words)
     _, errors = child.communicate(timeout=180)

@@ -231,6 +231,8 @@ def load_checkpoint(path: Path, signature: dict[str, Any]) -> Checkpoint:
     different = sorted(key for key in {*saved, *now} if saved.get(key) != now.get(key))
     if different:
         shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now.get(key)!r}" for key in different)
+        if "global_batch_size" in different:
+            shown += " (per_device_train_batch_size × processes × gradient_accumulation_steps: keep the product)"
         raise UserError(f"the checkpoint {str(path)!r} is of another configuration: {shown}")
     return Checkpoint(path, state, optimizer, carried, random)
 

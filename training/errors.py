@@ -4,14 +4,21 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input or a run that cannot go on; the message names the field, the value and what is allowed."""
+    """Bad input or a run that cannot go on; the message names the field, the value and what is allowed.
+
+    `shared` says that every process of a run raises it, so that one of them saying it is enough.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
 
 
 class Interrupted(UserError):
     """The run was asked to stop (SIGTERM, Ctrl-C); a checkpoint has been written. `exit_code` is 128 + signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, shared=True)
         self.exit_code = 128 + signal_number

@@ -16,6 +16,7 @@ import transformers
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 
+from . import processes
 from .arguments import option, parse_words
 from .errors import UserError
 from .evaluation import evaluate
@@ -92,10 +93,14 @@ def run(argv: list[str]) -> dict[str, float]:
     task_class = get_task(record["options"]["task"])
     model, tokenizer = load_model(options.model, task_class.head)
     task = load_task(options, data, tokenizer, record)
-    accelerator = Accelerator(cpu=options.use_cpu)
+    processes.check_launcher()
+    accelerator = Accelerator(cpu=processes.on_cpu(options.use_cpu))
+    processes.check_world(accelerator)
     figures = evaluate(task, model.to(accelerator.device), options.split, accelerator)
     if accelerator.is_main_process:
         print_table(options, task, model, figures)
+        for note in task.notes((options.split,)):
+            print(f"note: {note}")
         print(json.dumps(figures))
     return figures
 
@@ -119,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        processes.say(error)
         return error.exit_code
     return 0
 

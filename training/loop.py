@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from . import checkpoint as ckpt
-from .arguments import Arguments
+from .arguments import Arguments, RunOptions
 from .errors import Interrupted, UserError
 from .evaluation import evaluate
 from .optimization import build_optimizer, learning_rate, set_learning_rate
@@ -43,9 +44,7 @@ class TrainingLoop:
         self.accumulation = self.options.gradient_accumulation_steps
         slots = accelerator.num_processes * self.accumulation
         self.layout = Layout(self.options.per_device_train_batch_size * slots, slots)
-        per_epoch = task.num_batches(self.layout)
-        epochs = self.options.num_train_epochs
-        self.total_steps = self.options.max_steps if self.options.max_steps > 0 else math.ceil(per_epoch * epochs)
+        self.total_steps = count_steps(self.options, task, self.layout)
         self.bare_model = model
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, self.options))
         self.state = ckpt.TrainerState()
@@ -108,7 +107,7 @@ class TrainingLoop:
         self.pending = []
         watched = figures[:, 2] if self.accelerator.mixed_precision == "fp16" else figures[:, 2:].sum(1)
         for index in (~torch.isfinite(watched)).nonzero().flatten().tolist()[:1]:
-            raise UserError(self.divergence(first + index, figures[index]))
+            raise UserError(self.divergence(first + index, figures[index]), shared=True)
         new = figures[:, :2].sum(0).tolist()
         self.state.window = [self.state.window[0] + new[0], self.state.window[1] + new[1]]
         return signal_number
@@ -172,41 +171,24 @@ class TrainingLoop:
         """Evaluate on the validation data, keep the best weights, and follow the plateau."""
         metrics = evaluate(self.task, self.bare_model, "validation", self.accelerator)
         progress.log(self.state, {f"validation_{name}": value for name, value in metrics.items()})
-        value, best = metrics[self.task.metric], self.state.best_metric
+        value = metrics[self.task.metric]
         if not math.isfinite(value):
-            raise UserError(self.divergence(self.state.step, torch.tensor([0, 0, value, math.nan])))
-        better = best is None or (value > best if self.task.greater_is_better else value < best)
-        if better:
-            self.state.best_metric, self.state.best_step, self.state.stalled = value, self.state.step, 0
+            raise UserError(self.divergence(self.state.step, torch.tensor([0, 0, value, math.nan])), shared=True)
+        if improved(self.state, value, self.task.greater_is_better):
             self.save_best()
-            return
-        self.state.stalled += 1
-        if self.options.lr_scheduler_type == "plateau":
+        elif self.options.lr_scheduler_type == "plateau":
             self.state.plateau_scale *= self.options.plateau_factor
 
     # ---- saving and going on ----
 
     def signature(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
-        config = self.bare_model.config.to_dict()
-        return {
-            **{f"config.{key}": value for key, value in config.items() if key not in FREE_CONFIG},
-            **{key: value for key, value in self.arguments.flat().items() if key not in FREE_OPTIONS},
-            "data": self.task.dataset_record(),
-            "global_batch_size": self.layout.global_batch_size,
-            "total_steps": self.total_steps,
-        }
+        return signature(self.arguments, self.task, self.bare_model, self.layout, self.total_steps)
 
     def save_best(self) -> None:
         """Put model and tokenizer at the top of the folder."""
-
-        def fill(folder: Path) -> None:
-            self.bare_model.save_pretrained(folder)
-            if self.task.tokenizer is not None:
-                self.task.tokenizer.save_pretrained(folder)
-
         if self.accelerator.is_main_process:
-            ckpt.write_files(self.folder, fill)
+            save_best(self.folder, self.bare_model, self.task)
 
     def save(self) -> None:
         """Write a checkpoint of this step; every rank takes part, rank 0 writes."""
@@ -240,6 +222,17 @@ class TrainingLoop:
             states["cuda"] = torch.cuda.get_rng_state(device)
         return {name: self.accelerator.gather(value.to(device)[None]).cpu() for name, value in states.items()}
 
+    def close(self) -> None:
+        """Let go of what torch wrapped around the model, before the processes part.
+
+        A process group that only that wrapper still holds is taken down while Python's lock is held, and its threads
+        may be waiting for that lock: the process would hang now and then.
+        """
+        self.model = self.bare_model
+        if self.accelerator.num_processes > 1:
+            self.accelerator.free_memory()
+            gc.collect()
+
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint: weights, optimizer, state of the streams, random generators, history."""
         loaded = ckpt.load_checkpoint(path, self.signature())
@@ -259,3 +252,45 @@ class TrainingLoop:
                 rows = self.layout.rows(rank * self.accumulation + part)
                 own = [layer[rows.start : rows.stop].to(self.accelerator.device) for layer in layers]
                 self.carried[part] = self.task.state_from_tensors(own)
+
+
+# ---- what both drivers of a run share: this loop and `lightning_module.py` ----
+
+
+def signature(arguments: Arguments, task: Task, model: Any, layout: Layout, total_steps: int) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that goes on from it."""
+    config = model.config.to_dict()
+    return {
+        **{f"config.{key}": value for key, value in config.items() if key not in FREE_CONFIG},
+        **{key: value for key, value in arguments.flat().items() if key not in FREE_OPTIONS},
+        "data": task.dataset_record(),
+        "global_batch_size": layout.global_batch_size,
+        "total_steps": total_steps,
+    }
+
+
+def count_steps(options: RunOptions, task: Task, layout: Layout) -> int:
+    """Optimizer steps of a whole run."""
+    per_epoch = task.num_batches(layout)
+    return options.max_steps if options.max_steps > 0 else math.ceil(per_epoch * options.num_train_epochs)
+
+
+def improved(state: ckpt.TrainerState, value: float, greater_is_better: bool) -> bool:
+    """Whether the validation figure `value` is the best yet; `state` remembers it."""
+    best = state.best_metric
+    if best is None or (value > best if greater_is_better else value < best):
+        state.best_metric, state.best_step, state.stalled = value, state.step, 0
+        return True
+    state.stalled += 1
+    return False
+
+
+def save_best(folder: Path, model: Any, task: Task) -> None:
+    """Put model and tokenizer at the top of the run's folder."""
+
+    def fill(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        if task.tokenizer is not None:
+            task.tokenizer.save_pretrained(temporary)
+
+    ckpt.write_files(folder, fill)

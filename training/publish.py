@@ -8,31 +8,23 @@ finishes. What is already there in the same form is not uploaded twice.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import kru_hf
 
-from .cards import missing_fields, read_json, render_card
+from .cards import DATA_SOURCES, missing_fields, read_json, render_card
 from .errors import UserError
+from .hub import PROPOSAL, check_access, check_name, explained, open_proposal, remote_files, same
 
 PACKAGE = Path(kru_hf.__file__).parent
 WEIGHTS = "model.safetensors"
@@ -45,8 +37,6 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": "KRUForSequenceClassification",
     "AutoModelForTokenClassification": "KRUForTokenClassification",
 }
-# huggingface_hub's error derives from that of its HTTP client: httpx in 1.x, a successor from 2.x on.
-ClientError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 @dataclass
@@ -197,107 +187,21 @@ def content(source: bytes | Path) -> bytes:
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
-# The Hub
-
-
-@contextmanager
-def explained(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into a `UserError` that says what to do."""
-    again = "nothing was half-published; run the same command again to finish"
-    try:
-        yield
-    except OfflineModeIsEnabled as error:
-        raise UserError(f"cannot publish: HF_HUB_OFFLINE is set; unset it, and {again}") from error
-    except HFValidationError as error:
-        raise UserError(f"repo_id={repo_id!r} is not valid: it must be ME/NAME ({error})") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"the repository {repo_id!r} does not exist, or the token may not see it") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        reasons = {
-            401: "the Hub does not accept the token; make one at the Hub's settings/tokens, then: hf auth login",
-            403: f"the token has no permission to write to {repo_id!r}; use a token with the role 'write', a "
-            "repository of your own, or --create_pr",
-            409: f"{repo_id!r} was changed by someone else at the same time; run the same command again",
-            412: f"{repo_id!r} was changed by someone else at the same time; run the same command again",
-        }
-        reason = reasons.get(status, f"the Hub answered {status}: {error.server_message or error}; {again}")
-        raise UserError(f"cannot publish ({doing}): {reason}") from error
-    except (ClientError, ConnectionError, TimeoutError) as error:
-        raise UserError(f"cannot publish ({doing}): the Hub cannot be reached ({error}); {again}") from error
-    except RuntimeError as error:  # what the client makes of a failed upload of a single large file
-        cause = error.__cause__ or error
-        raise UserError(f"cannot publish ({doing}): the upload was interrupted ({cause}); {again}") from error
-
-
-def may_write(api: HfApi, repo_id: str) -> tuple[bool, str]:
-    """Whether the token's owner has the namespace of ``repo_id``, and the owner's name."""
-    me = api.whoami()
-    return repo_id.split("/")[0] in {me["name"], *(group["name"] for group in me.get("orgs", []))}, me["name"]
-
-
-def check_token(api: HfApi) -> None:
-    """An error that says how to log in if there is no token."""
-    import huggingface_hub
-
-    if not (api.token or huggingface_hub.get_token()):
-        raise UserError("there is no Hub token: run `hf auth login`, or set HF_TOKEN to a token with the role 'write'")
-
-
-def remote_files(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
-    """The files of a revision by name."""
-    listing = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    return {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
-
-
-def same(data: bytes, there: RepoFile | None) -> bool:
-    """Whether the Hub holds exactly that content: by SHA-256 for LFS, by git's own name otherwise."""
-    if there is None or there.size != len(data):
-        return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == hashlib.sha256(data).hexdigest()
-    return there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def check_other_model(api: HfApi, repo_id: str, there: dict[str, RepoFile]) -> None:
-    """An error if the repository holds a model of another kind, which the commit would mix with this one."""
-    if "config.json" not in there:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = api.hf_hub_download(repo_id, "config.json", local_dir=folder)
-        model_type = read_json(Path(path)).get("model_type")
-    if model_type != "kru":
-        raise UserError(
-            f"the name {repo_id!r} is taken: it holds a model of the type {model_type!r}; choose another name"
-        )
-
-
-def prepare_repo(api: HfApi, options: PublishOptions) -> None:
-    """Make sure that the repository exists and that the caller may do what was asked."""
-    repo_id = options.repo_id
-    mine, me = may_write(api, repo_id)
-    exists = api.repo_exists(repo_id)
-    if options.create_pr:
-        if not exists:
-            raise UserError(f"--create_pr needs an existing repository, and {repo_id!r} does not exist")
-        return
-    if not mine:
-        state = "is taken: it belongs to" if exists else "is in the namespace of"
-        hint = f"choose {me}/{repo_id.split('/')[1]}" + (", or propose a change with --create_pr" if exists else "")
-        raise UserError(f"the name {repo_id!r} {state} {repo_id.split('/')[0]!r}, and you are {me!r}: {hint}")
-    if not exists:
-        api.create_repo(repo_id, private=options.private, exist_ok=True)
+# The push
 
 
 def push(api: HfApi, files: dict[str, bytes | Path], options: PublishOptions) -> Published:
     """One commit with all files, then the tag; what is already there is left alone."""
     repo_id, tag = options.repo_id, options.revision_tag
     sizes = {name: len(content(source)) for name, source in files.items()}
+    me, exists = check_access(api, repo_id, options.private, options.create_pr)
     with explained(repo_id, "preparing the repository"):
-        prepare_repo(api, options)
-        head = api.repo_info(repo_id).sha
-        there = remote_files(api, repo_id, "main")
-        check_other_model(api, repo_id, there)
+        if not exists:
+            api.create_repo(repo_id, private=options.private, exist_ok=True)
+        proposal = open_proposal(api, repo_id, me) if options.create_pr else None
+        branch = (proposal.git_reference if proposal else None) or "main"
+        head = api.repo_info(repo_id, revision=branch).sha
+        there = remote_files(api, repo_id, branch)
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         changed = [name for name, source in files.items() if not same(content(source), there.get(name))]
         old = [name for name in COPIED_FILES if name in there and name not in files]
@@ -308,7 +212,7 @@ def push(api: HfApi, files: dict[str, bytes | Path], options: PublishOptions) ->
             raise UserError(
                 f"revision_tag={tag!r} already exists in {repo_id!r} at {tags[tag]} with other content; choose another"
             )
-    commit, pull_request = head, None
+    commit, pull_request = head, proposal.url if proposal else None
     if changed or old:
         with explained(repo_id, "uploading"):
             info = api.create_commit(
@@ -317,16 +221,44 @@ def push(api: HfApi, files: dict[str, bytes | Path], options: PublishOptions) ->
                     *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=files[name]) for name in changed),
                     *(CommitOperationDelete(path_in_repo=name) for name in old),
                 ],
-                commit_message=f"Publish {tag}" if tag else "Publish the trained model",
-                create_pr=options.create_pr,
+                commit_message=f"Publish {tag}" if tag else PROPOSAL,
+                create_pr=options.create_pr and proposal is None,
+                revision=branch,
                 parent_commit=head,
             )
-        commit, pull_request = info.oid, info.pr_url
+        commit, pull_request = info.oid, info.pr_url or pull_request
     if tag is not None and tag not in tags:
         with explained(repo_id, f"tagging {tag}; the files are there already"):
             api.create_tag(repo_id, tag=tag, revision=commit)
     unchanged = not changed and not old
     return Published(repo_id, sizes, f"{api.endpoint}/{repo_id}", commit, tag, pull_request, unchanged)
+
+
+def check_before_training(repo_id: str, private: bool, model_type: str, data: str, data_license: str | None) -> None:
+    """Whether a run that is about to start can be published at its end; nothing is changed on the Hub.
+
+    Args:
+        model_type: of the model's config. data: name of the data set. data_license: as given.
+
+    Raises:
+        UserError: what would make the publication fail.
+    """
+    if model_type != "kru":
+        raise UserError(
+            f"push_to_hub: models of the type {model_type!r} have no code to publish; train with --architecture kru, "
+            "or without --push_to_hub"
+        )
+    if data not in DATA_SOURCES and not data_license:
+        raise UserError(f"push_to_hub: the card needs the licence of {data!r}; pass --data_license")
+    check_access(HfApi(), repo_id, private)
+
+
+def publish_command(folder: Path, repo_id: str, private: bool, data_license: str | None) -> str:
+    """The command that publishes a finished run."""
+    words = ["--model", str(folder), "--repo_id", repo_id, *(["--private"] if private else [])]
+    return shlex.join(
+        ["python", "-m", "training.publish", *words, *(["--data_license", data_license] if data_license else [])]
+    )
 
 
 def publish_folder(
@@ -350,17 +282,14 @@ def publish_folder(
         UserError: the folder cannot be published, or the Hub refuses. Running again is always safe.
     """
     options = PublishOptions(str(folder), repo_id, private, revision_tag, create_pr, dry_run, data_license, license)
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise UserError(f"repo_id={repo_id!r} is not valid: it must be ME/NAME")
+    check_name(repo_id)
     if create_pr and revision_tag is not None:
         raise UserError("--revision_tag cannot be given with --create_pr: the owner tags after the merge")
     check_folder(Path(folder), data_license)
     files = collect(Path(folder), options)
     if dry_run:
         return Published(repo_id, {name: len(content(source)) for name, source in files.items()})
-    api = api or HfApi()
-    check_token(api)
-    return push(api, files, options)
+    return push(api or HfApi(), files, options)
 
 
 def report(published: Published) -> str:

@@ -5,8 +5,6 @@ Without arguments: a character language model on the embedded text `python_docs`
 
 from __future__ import annotations
 
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,19 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from huggingface_hub import HfApi
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 import kru_hf
 
 from . import checkpoint as ckpt
+from . import processes
 from .arguments import Arguments, parse_arguments
 from .errors import Interrupted, UserError
 from .evaluation import evaluate
 from .loop import TrainingLoop
+from .machine import machine_record
 from .models import build_model, load_model
-from .publish import check_token, publish_folder
+from .publish import check_before_training, publish_command, publish_folder
 from .publish import report as publish_report
 from .reporting import Progress, results, write_results
 from .stopping import StopRequest
@@ -45,28 +44,21 @@ def prepare_task(arguments: Arguments) -> tuple[Task, Any]:
     return task, model.float()
 
 
-def check_launcher() -> None:
-    """Newer launchers of accelerate start one process for `--cpu --num_processes 2`, without a word."""
-    several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
-    if several and not any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
-        raise UserError(
-            "accelerate launch --cpu started one process although it was asked for several; for several processes on a "
-            "CPU use: torchrun --nproc_per_node 2 -m training.train … --use_cpu true"
-        )
-
-
 def build_accelerator(arguments: Arguments) -> Accelerator:
     """Device, precision and trackers."""
-    check_launcher()
+    processes.check_launcher()
     run = arguments.run
     tracker = None if run.report_to == "none" else run.report_to
     project = ProjectConfiguration(str(arguments.output_dir), logging_dir=str(arguments.output_dir / "tensorboard"))
+    cpu = processes.on_cpu(run.use_cpu)
     try:
-        return Accelerator(
-            cpu=run.use_cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_config=project
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_config=project
         )
     except ValueError as error:
         raise UserError(f"report_to={run.report_to!r}, mixed_precision={run.mixed_precision!r}: {error}") from error
+    processes.check_world(accelerator)
+    return accelerator
 
 
 def check_folder(arguments: Arguments) -> Path | None:
@@ -88,8 +80,8 @@ def check_folder(arguments: Arguments) -> Path | None:
     return None
 
 
-def start_folder(arguments: Arguments, task: Task) -> None:
-    """Clear the output folder if that was asked for, and record options and data in it."""
+def start_folder(arguments: Arguments, task: Task, accelerator: Accelerator) -> None:
+    """Clear the output folder if that was asked for, and record options, data, command and machine in it."""
     folder, run = arguments.output_dir, arguments.run
     if run.overwrite_output_dir and run.resume_from_checkpoint is None:
         ckpt.delete_run(folder)
@@ -100,34 +92,33 @@ def start_folder(arguments: Arguments, task: Task) -> None:
     if options["model"] is not None:
         options["model"] = Path(options["model"]).name if Path(options["model"]).exists() else options["model"]
     versions = {"kru_hf": kru_hf.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    ckpt.write_json(
-        folder / "training.json", {"options": options, "dataset": task.dataset_record(), "versions": versions}
-    )
-
-
-def share_cores(num_threads: int) -> None:
-    """Use `num_threads` CPU threads, or this process's share of the cores if 0: launchers leave it one unasked."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(num_threads or max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
+    record = {
+        "options": options,
+        "dataset": task.dataset_record(),
+        "versions": versions,
+        "command": arguments.command,
+        "machine": machine_record(accelerator),
+    }
+    ckpt.write_json(folder / "training.json", record)
 
 
 def run(arguments: Arguments, stop: StopRequest) -> dict[str, Any]:
     """Train, evaluate and write the folder; returns the figures of `all_results.json`."""
     torch.use_deterministic_algorithms(not torch.cuda.is_available())  # costs nothing on a CPU
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    share_cores(arguments.run.num_threads)
+    processes.share_cores(arguments.run.num_threads)
     accelerator = build_accelerator(arguments)
-    if arguments.run.push_to_hub and accelerator.is_main_process:
-        check_token(HfApi())  # before hours of work, not after
-    with accelerator.main_process_first():
-        found = check_folder(arguments)
-        task, model = prepare_task(arguments)
+    is_main = accelerator.is_main_process
+    found = processes.together(accelerator, lambda: check_folder(arguments) if is_main else None)
+    (found,) = broadcast_object_list([found])
+    task, model = processes.together(accelerator, lambda: prepare_task(arguments))
+    processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
     loop = TrainingLoop(arguments, task, model, accelerator, stop)
     if found is not None:
-        loop.resume(found)
+        processes.together(accelerator, lambda: loop.resume(found))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        start_folder(arguments, task)
+        start_folder(arguments, task, accelerator)
         describe(arguments, task, model, loop, found)
     accelerator.wait_for_everyone()
     if arguments.run.report_to != "none":
@@ -140,15 +131,19 @@ def run(arguments: Arguments, stop: StopRequest) -> dict[str, Any]:
     finally:
         progress.close()
     figures = finish(arguments, task, loop)
+    loop.close()
     accelerator.end_training()
+    if is_main and arguments.run.push_to_hub:
+        publish(arguments)  # the other processes have ended: none waits for the upload
     return figures
 
 
 def finish(arguments: Arguments, task: Task, loop: TrainingLoop) -> dict[str, Any]:
     """Evaluate the best weights and write the results."""
     accelerator, folder, model = loop.accelerator, arguments.output_dir, loop.bare_model
-    accelerator.wait_for_everyone()
-    ckpt.load_weights(model, folder)
+    if accelerator.is_main_process:
+        ckpt.load_weights(model, folder)
+    processes.from_main(accelerator, model)
     model.eval()
     splits = ("validation", "test") if arguments.run.evaluate_test else ("validation",)
     metrics = {split: evaluate(task, model, split, accelerator) for split in splits}
@@ -161,16 +156,30 @@ def finish(arguments: Arguments, task: Task, loop: TrainingLoop) -> dict[str, An
         if sample:
             print(f"sample:\n{sample}")
         print(f"folder: {folder}")
-        if arguments.run.push_to_hub and arguments.run.hub_model_id is not None:
-            published = publish_folder(
-                folder,
-                arguments.run.hub_model_id,
-                private=arguments.run.hub_private_repo,
-                data_license=arguments.run.data_license,
-            )
-            print(publish_report(published))
     accelerator.wait_for_everyone()
     return figures
+
+
+def check_publishing(arguments: Arguments, task: Task, model: Any) -> None:
+    """What would make `--push_to_hub` fail at the end is an error before hours of work, not after."""
+    run = arguments.run
+    if run.push_to_hub and run.hub_model_id is not None:
+        name, kind = task.dataset_record()["name"], model.config.model_type
+        check_before_training(run.hub_model_id, run.hub_private_repo, kind, name, run.data_license)
+
+
+def publish(arguments: Arguments) -> None:
+    """Publish the finished folder; it stays whole whatever happens, and can be published by itself."""
+    folder, run = arguments.output_dir, arguments.run
+    where = (str(run.hub_model_id), run.hub_private_repo, run.data_license)
+    try:
+        done = publish_folder(folder, where[0], private=where[1], data_license=where[2])
+    except UserError as error:
+        raise UserError(
+            f"the run is complete in {str(folder)!r}, but it has not been published: {error}\n"
+            f"publish it with: {publish_command(folder, *where)}"
+        ) from error
+    print(publish_report(done))
 
 
 def describe(arguments: Arguments, task: Task, model: Any, loop: TrainingLoop, found: Path | None) -> None:
@@ -179,6 +188,9 @@ def describe(arguments: Arguments, task: Task, model: Any, loop: TrainingLoop, f
     print(
         f"data: {record['name']}, SHA-256 {record['sha256'][:12]}…; one pass is {task.num_batches(loop.layout)} steps"
     )
+    splits = ("train", "validation", *(["test"] if arguments.run.evaluate_test else []))
+    for note in task.notes(splits):
+        print(f"note: {note}")
     print(
         f"model: {type(model).__name__} ({arguments.model.architecture}), {model.num_parameters():,} parameters, "
         f"{model.num_recurrent_parameters():,} of them recurrent"
@@ -190,36 +202,24 @@ def describe(arguments: Arguments, task: Task, model: Any, loop: TrainingLoop, f
         print("no checkpoint had been written yet")
 
 
-def how_to_go_on(argv: list[str]) -> str:
-    """The command that goes on with this run."""
-    words = [word for word in argv if not word.startswith("--overwrite_output_dir=")]
-    if "--overwrite_output_dir" in words:
-        at = words.index("--overwrite_output_dir")
-        follows_value = at + 1 < len(words) and not words[at + 1].startswith("-")
-        del words[at : at + 1 + follows_value]
-    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        launcher = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', os.environ['WORLD_SIZE'])}"
-    if not any(word.startswith("--resume_from_checkpoint") for word in words):
-        words += ["--resume_from_checkpoint", "last"]
-    return f"{launcher} -m training.train {shlex.join(words)}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 1 for errors, 130/143 after Ctrl-C/SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()  # bars for single files would break the training's own
-    speak = os.environ.get("RANK", "0") == "0"
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         with StopRequest() as stop:
             run(parse_arguments(argv), stop)
     except UserError as error:
-        if speak:
-            print(f"error: {error}", file=sys.stderr)
-        if speak and isinstance(error, Interrupted):
-            print(f"go on with: {how_to_go_on(argv)}", file=sys.stderr)
+        processes.say(error)
+        if isinstance(error, Interrupted) and processes.rank() == 0:
+            print(f"go on with: {processes.how_to_go_on(argv)}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if not processes.lost_others(error):
+            raise
+        processes.say(UserError(f"{processes.what_was_lost(error)}\ngo on with: {processes.how_to_go_on(argv)}"))
+        return 1
     finally:
         torch.use_deterministic_algorithms(deterministic)
     return 0

@@ -1,0 +1,133 @@
+"""`training.train` and the Hub: data by Hub id, `--push_to_hub` at the end, and what is refused before the start."""
+
+import json
+import shlex
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from finished_run import TEXT
+from hub_client import client, module, served_hub
+from hub_server import HubServer
+from huggingface_hub import HfApi, ModelCard
+
+from training import publish
+from training.publish import publish_folder
+from training.train import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+SMALL = ["--max_steps=2", "--state_size=16", "--per_device_train_batch_size=4", "--sequence_length=16"]
+SMALL += ["--sample_length=0", "--report_to=none", "--use_cpu"]
+
+
+@pytest.fixture(name="hub")
+def hub_fixture():
+    with served_hub() as server:
+        lines = (TEXT * 60).encode()
+        files = {"train.txt": lines * 2, "validation.txt": lines, "test.txt": lines}
+        server.add_repo("other/corpus", files, kind="dataset")
+        yield server
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT * 60)
+    return path
+
+
+def push(*words: str) -> list[str]:
+    return ["--push_to_hub", "true", "--hub_model_id", "me/kru", *words]
+
+
+def test_train_on_a_hub_data_set_and_push(hub: HubServer, tmp_path: Path) -> None:
+    run = tmp_path / "trained"
+    words = [*SMALL, "--dataset", "other/corpus", "--output_dir", str(run)]
+    words += push("--hub_private_repo", "true", "--data_license", "CC0-1.0")
+    done = module("training.train", words, hub, tmp_path, HF_TOKEN="hf_me")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any("/datasets/other/corpus/" in request for request in hub.requests)
+    repo = hub.repos[("model", "me/kru")]
+    assert repo.private
+    assert f'pin it with revision="{repo.refs["main"]}"' in done.stdout
+    files = hub.files("me/kru")
+    assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.datasets == ["other/corpus"]
+    results = json.loads((run / "all_results.json").read_text())
+    bpc = {r.dataset_split: r.metric_value for r in card.data.eval_results if r.metric_type == "bpc"}
+    assert bpc == {"validation": results["validation_bpc"], "test": results["test_bpc"]}
+    assert f"{results['num_parameters']:,}" in card.text
+    texts = [data.decode() for name, data in files.items() if name.endswith((".json", ".md"))]
+    assert str(tmp_path) not in "".join(texts)
+    # The same as training.publish does; the licence of the data is in the run's own record.
+    assert publish_folder(run, "me/kru", api=client(hub)).unchanged
+
+
+def test_push_that_fails_at_the_end_names_the_command_that_finishes(
+    hub: HubServer, text_file: Path, tmp_path: Path
+) -> None:
+    hub.fail["commit"] = 500
+    words = [*SMALL, "--dataset", str(text_file), "--output_dir", str(tmp_path / "run"), *push("--data_license", "own")]
+    done = module("training.train", words, hub, tmp_path, HF_TOKEN="hf_me")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "has not been published: cannot publish (uploading): the Hub answered 500" in done.stderr
+    assert (tmp_path / "run" / "all_results.json").exists()
+    assert set(hub.files("me/kru")) == {".gitattributes"}
+    command = shlex.split(done.stderr.split("publish it with: ")[1].splitlines()[0])
+    assert command[:3] == ["python", "-m", "training.publish"]
+    finished = module(command[2], command[3:], hub, tmp_path, HF_TOKEN="hf_me")
+    assert finished.returncode == 0, finished.stderr
+    assert "model.safetensors" in hub.files("me/kru")
+
+
+def test_push_without_a_token_ends_before_training(hub: HubServer, text_file: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "--dataset", str(text_file), "--output_dir", str(tmp_path / "run"), *push("--data_license", "own")]
+    done = module("training.train", words, hub, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no Hub token: run `hf auth login`")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "words", "message"),
+    [
+        ("hf_wrong", "me/kru", (), "the Hub does not accept the token"),
+        ("hf_read", "me/kru", (), "no permission to write"),
+        ("hf_fine", "me/kru", (), "no permission to write"),
+        ("hf_me", "other/kru", (), "is taken: it belongs to 'other', and you are 'me'"),
+        ("hf_me", "me/bert", (), "is taken: it holds a model of the type 'bert'"),
+        ("hf_me", "me/public", ("--hub_private_repo", "true"), "'me/public' exists and is public"),
+        ("hf_me", "me/kru", ("--data_license", ""), "the card needs the licence of 'corpus.txt'; pass --data_license"),
+        ("hf_me", "me/kru", ("--architecture", "lstm"), "models of the type 'kru_baseline' have no code to publish"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_before_the_start(
+    hub: HubServer, text_file: Path, tmp_path: Path, monkeypatch, capsys, token, repo_id, words, message
+) -> None:
+    hub.add_repo("other/kru")
+    hub.add_repo("me/public")
+    hub.add_repo("me/bert", {"config.json": b'{"model_type": "bert"}'})
+    before = {key: dict(repo.refs) for key, repo in hub.repos.items()}
+    monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint=hub.url, token=token))
+    arguments = [*SMALL, "--dataset", str(text_file), "--output_dir", str(tmp_path / "run"), *push()]
+    arguments += ["--hub_model_id", repo_id, "--data_license", "own", *words]
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert {key: dict(repo.refs) for key, repo in hub.repos.items()} == before
+
+
+def test_push_without_a_network_ends_before_training(hub, text_file, tmp_path, monkeypatch, capsys) -> None:
+    arguments = [*SMALL, "--dataset", str(text_file), "--output_dir", str(tmp_path / "run"), *push()]
+    with HubServer() as gone:
+        pass
+    monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint=gone.url, token="hf_me"))
+    assert main([*arguments, "--data_license", "own"]) == 1
+    assert "the Hub cannot be reached" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main([*arguments, "--data_license", "own"]) == 1
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
