@@ -49,9 +49,13 @@ class KRUConfig(PreTrainedConfig):
         cell_type: "kru", the paper's complex recurrence; "kru_lstm" or "kru_gru", gated cells of N real units, a set
             of real factors a gate and no soft unitary penalty.
         num_hidden_layers: recurrent layers; 1 with the plain wiring (default there), 2 by default otherwise.
-        hidden_size: D, width of the real features between layers (128 by default); 2·N if plain (N for gated cells).
+        hidden_size: D, width of the real features between layers (128 by default); if plain that of the states: 2·N
+            (N for gated cells), twice that if bidirectional.
         wiring: "residual" (pre-norm blocks D → 2N → scan → D) or "plain" (the paper's network in one layer: the
             embedding is the input map U, the head reads [Re h; Im h]).
+        bidirectional: a second recurrence in each layer runs from the end of the sequence, and the features of both are
+            read. Such a model has no state to carry: it classifies, but neither generates nor streams, and
+            ``use_cache`` becomes False.
         io_rank: None for full-rank input and readout maps, else their rank: both pass through that width.
         readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
         recurrent_init_scale: spectral norm of W at the start (0.95; gated 0.7); each factor gets its F-th root.
@@ -83,6 +87,7 @@ class KRUConfig(PreTrainedConfig):
     num_hidden_layers: int | None = None
     hidden_size: int | None = None
     wiring: str = "residual"
+    bidirectional: bool = False
     io_rank: int | None = None
     readout_norm: bool = True
     recurrent_init_scale: float | int | None = None
@@ -117,6 +122,8 @@ class KRUConfig(PreTrainedConfig):
             self.recurrent_init_scale = 0.7 if self.gated else 0.95
         if self.input_scale is None:
             self.input_scale = 1.0 if self.gated else 0.1
+        if self.bidirectional:
+            self.use_cache = False
         super().__post_init__(**kwargs)
         if self.architectures is None:
             self.architectures = []  # AutoModel looks here for which of two classes a folder holds
@@ -174,7 +181,7 @@ class KRUConfig(PreTrainedConfig):
         if self.wiring != "plain":
             return int(self.hidden_size or 0)
         planes, _ = CELL_PLANES.get(self.cell_type, (2, 2))
-        return self.io_rank if self.io_rank is not None else planes * int(self.state_size or 0)
+        return self.io_rank if self.io_rank is not None else self.directions * planes * int(self.state_size or 0)
 
     @property
     def feature_size(self) -> int:
@@ -187,9 +194,14 @@ class KRUConfig(PreTrainedConfig):
         return self.cell_type in ("kru_lstm", "kru_gru")
 
     @property
+    def directions(self) -> int:
+        """Recurrences a layer."""
+        return 2 if self.bidirectional else 1
+
+    @property
     def feature_planes(self) -> int:
-        """Width of the cell's features in multiples of N."""
-        return CELL_PLANES.get(self.cell_type, (2, 2))[1]
+        """Width of a layer's states, of both directions if there are two, in multiples of N."""
+        return self.directions * CELL_PLANES.get(self.cell_type, (2, 2))[1]
 
     def validate_layer_type(self) -> None:
         """The stock check knows attention layers only; ``layer_types`` is computed here and always right."""
@@ -222,6 +234,8 @@ class KRUConfig(PreTrainedConfig):
             raise ValueError(f"bias_init must be finite, got {self.bias_init}")
         if self.gated and self.activation != "modrelu":
             raise ValueError(f"activation of a gated cell must stay 'modrelu' (unused), got {self.activation!r}")
+        if self.gated and self.scan_backend == "triton":
+            raise ValueError("scan_backend of a gated cell must be one of auto, reference, torch, cpu, got 'triton'")
         if self.tie_word_embeddings and self.embedding_size != self.feature_size:
             raise ValueError(
                 f"tie_word_embeddings needs an embedding as wide as what the head reads, got {self.embedding_size} and "

@@ -38,6 +38,13 @@ def last_attended(attention_mask: Tensor | None, batch: int, length: int, device
     return (attention_mask[:, -length:].to(device).bool() * steps).amax(1)  # (B,)
 
 
+def first_attended(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """Index (B,) of the first step that counts: 0 without a mask (B, ≥T), and where no step counts."""
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.long, device=device)
+    return attention_mask[:, -length:].to(device).bool().int().argmax(1)  # (B,)
+
+
 def classification_loss(
     logits: Tensor,
     labels: Tensor,
@@ -89,12 +96,17 @@ def classification_loss(
 class _Classifier(KRUPreTrainedModel):
     """The body and a linear map to K = ``config.num_labels`` logits."""
 
+    @staticmethod
+    def score_size(config: KRUConfig) -> int:
+        """Width of what the linear map reads."""
+        return config.feature_size
+
     def __init__(self, config: KRUConfig) -> None:
         super().__init__(config)
         if config.input_size is not None:
             self.main_input_name = "input_values"
         self.model = KRUModel(config)
-        self.score = nn.Linear(config.feature_size, config.num_labels)
+        self.score = nn.Linear(self.score_size(config), config.num_labels)
         self.post_init()
 
     def _finish(
@@ -124,8 +136,29 @@ class _Classifier(KRUPreTrainedModel):
 class KRUForSequenceClassification(_Classifier):
     """One set of K logits a sequence, read at its last attended step.
 
+    A bidirectional model is read where each direction has seen the whole sequence: the forward one at the last
+    attended step, the reverse one at the first. With the full-rank plain wiring that is one half of the states at
+    either step, together D wide. Where a map has mixed the directions (residual wiring, or ``io_rank``) the features
+    of the two steps are joined, last step first: ``score`` then reads twice as many.
     The loss follows ``config.problem_type``: regression, single_label_classification or multi_label_classification.
     """
+
+    @staticmethod
+    def score_size(config: KRUConfig) -> int:
+        mixed = config.wiring != "plain" or config.io_rank is not None
+        return config.feature_size * (2 if config.bidirectional and mixed else 1)
+
+    def pool(self, features: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Features (B, T, D) to what ``score`` reads of a sequence: (B, D), or (B, 2·D) of both ends."""
+        batch, length, width = features.shape
+        rows = torch.arange(batch, device=features.device)  # (B,)
+        last = features[rows, last_attended(attention_mask, batch, length, features.device)]  # (B, D)
+        if not self.config.bidirectional:
+            return last
+        first = features[rows, first_attended(attention_mask, batch, length, features.device)]  # (B, D)
+        if self.score.in_features == width:  # the directions lie side by side
+            last, first = last[:, : width // 2], first[:, width // 2 :]  # (B, D/2) each
+        return torch.cat((last, first), 1)  # (B, D) or (B, 2·D)
 
     @can_return_tuple
     def forward(
@@ -153,15 +186,15 @@ class KRUForSequenceClassification(_Classifier):
             input_values=input_values,
             **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
-        features = outputs.last_hidden_state  # (B, T, D)
-        batch, length = features.shape[:2]
-        last = last_attended(attention_mask, batch, length, features.device)  # (B,)
-        pooled = features[torch.arange(batch, device=features.device), last]  # (B, D)
+        pooled = self.pool(outputs.last_hidden_state, attention_mask)  # (B, D)
         return self._finish(outputs, self.read(pooled, self.score), labels, None, num_items_in_batch)
 
 
 class KRUForTokenClassification(_Classifier):
-    """K logits a step, each from the steps up to it. The loss follows ``config.problem_type``."""
+    """K logits a step, each from the steps up to it, or from all steps if bidirectional.
+
+    The loss follows ``config.problem_type``.
+    """
 
     @can_return_tuple
     def forward(

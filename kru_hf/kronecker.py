@@ -159,3 +159,25 @@ def group_factors(shapes: Sequence[tuple[int, int]], max_groups: int = 3, overhe
         key=lambda c: (cost(c), c),
     )
     return [b - a for a, b in itertools.pairwise([0, *cuts, count])]
+
+
+def factor_gradients(factors: Sequence[Tensor], group_grads: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients (G, P_f, Q_f) of factors that were merged by :func:`group_factors`, from those of the merged matrices.
+
+    factors: G gates of real or complex (G, P_f, Q_f), each gate a product of its own. group_grads: (G, ∏ P, ∏ Q) a run.
+    """
+    result: list[Tensor] = []
+    for length, grad in zip(group_factors([(f.shape[1], f.shape[2]) for f in factors]), group_grads, strict=True):
+        run = factors[len(result) : len(result) + length]
+        merged = [run[0]]  # (G, P, Q): products of the first one, two, … factors
+        for factor in run[1:-1]:
+            product = torch.einsum("gab,gcd->gacbd", merged[-1], factor)  # (G, P, P', Q, Q')
+            merged.append(product.flatten(3).flatten(1, 2))
+        grads = []
+        for head, last in zip(reversed(merged[: length - 1]), reversed(run[1:]), strict=True):
+            sizes = (head.shape[1], last.shape[1], head.shape[2], last.shape[2])
+            blocks = grad.reshape(-1, *sizes)  # (G, P, P', Q, Q')
+            grads.append(torch.einsum("gacbd,gab->gcd", blocks, head.conj_physical()))  # (G, P', Q')
+            grad = torch.einsum("gacbd,gcd->gab", blocks, last.conj_physical())  # (G, P, Q)
+        result += [grad.reshape(run[0].shape), *reversed(grads)]
+    return result

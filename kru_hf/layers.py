@@ -165,6 +165,9 @@ class _KroneckerLayer(nn.Module):
                 x = nn.functional.dropout(x, self.dropout, self.training)
         return x, torch.stack(finals)
 
+    def flatten_parameters(self) -> None:
+        """Nothing to do: here for code that calls it on torch's layers before each forward."""
+
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.state_size}", f"num_layers={self.num_layers}"]
         parts += [f"{name}=True" for name in ("batch_first", "bidirectional") if getattr(self, name)]

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .bidirectional import KRUBidirectional, refuse_bidirectional, refuse_state
 from .cache_kru import KRUCache, KRUCacheLayer, initial_state
 from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
@@ -57,7 +58,14 @@ def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear
     return module
 
 
-def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
+def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence | KRUBidirectional:
+    """The recurrence of a layer: the cell that ``config.cell_type`` names, or two of them."""
+    if config.bidirectional:
+        return KRUBidirectional(build_cell(config), build_cell(config))
+    return build_cell(config)
+
+
+def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
     """The cell that ``config.cell_type`` names."""
     if config.gated:
         cell_class = KRULSTMRecurrence if config.cell_type == "kru_lstm" else KRUGRURecurrence
@@ -78,7 +86,10 @@ def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
 
 
 class KRUPlainLayer(GradientCheckpointingLayer):
-    """The paper's layer: the embedding is U (through ``io_rank`` if given), the output is [Re h; Im h]."""
+    """The paper's layer: the embedding is U (through ``io_rank`` if given), the output is [Re h; Im h].
+
+    A bidirectional layer has twice as many planes of U x and of the states: those of the reverse direction come second.
+    """
 
     def __init__(self, config: KRUConfig) -> None:
         super().__init__()
@@ -98,7 +109,10 @@ class KRUPlainLayer(GradientCheckpointingLayer):
 
 
 class KRUResidualLayer(GradientCheckpointingLayer):
-    """Pre-norm residual block D → 2N → scan → D; the maps pass through ``io_rank`` if given."""
+    """Pre-norm residual block D → 2N → scan → D; the maps pass through ``io_rank`` if given.
+
+    D → 4N → two scans → D if bidirectional.
+    """
 
     def __init__(self, config: KRUConfig) -> None:
         super().__init__()
@@ -257,7 +271,14 @@ class KRUModel(KRUPreTrainedModel):
             past_key_values: the state to start from; it receives the final state (assigned, never written in place).
             inputs_embeds: (B, T, E) instead of ids. use_cache: return the final state.
             input_values: continuous frames (B, T, input_size) instead of ids, for a config with ``input_size``.
+
+        Raises:
+            ValueError: inputs that do not fit; ``past_key_values`` or ``use_cache=True`` for a bidirectional model.
         """
+        if self.config.bidirectional:
+            # What the config says is a default, not a demand: then there is just no state.
+            refuse_state(past_key_values, use_cache and not self.config.use_cache)
+            use_cache = False
         hidden = self._embed(input_ids, inputs_embeds, input_values)  # (B, T, E)
         batch, length = hidden.shape[:2]
         mask = None
@@ -297,12 +318,17 @@ def target_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Ten
 
 
 class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
-    """Language model: KRUModel and a linear readout V h + c over the vocabulary."""
+    """Language model: KRUModel and a linear readout V h + c over the vocabulary.
+
+    Raises:
+        ValueError: the config has ``input_size`` or is ``bidirectional``.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: KRUConfig) -> None:
         super().__init__(config)
+        refuse_bidirectional(config, "a language model")
         if config.input_size is not None:
             raise ValueError(f"a language model reads token ids: input_size must be None, got {config.input_size}")
         self.model = KRUModel(config)

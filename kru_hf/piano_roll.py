@@ -26,6 +26,7 @@ PROBLEMS = {
     "drum_notes": "notes of drum tracks dropped",
     "out_of_range_notes": f"notes outside the pitches {LOWEST_PITCH}..{LOWEST_PITCH + NUM_PITCHES - 1} dropped",
     "zero_length_notes": "notes without length given one frame",
+    "unended_notes": "notes that never end dropped",
     "short_notes": "notes shorter than the grid given one frame",
     "overlapping_notes": "notes that start where the same pitch starts on the grid, merged",
     "absurd_tempos": f"tempo changes outside {SLOWEST:g}..{FASTEST:g} quarter notes a minute ignored",
@@ -147,6 +148,35 @@ def _symusic() -> Any:
     return symusic
 
 
+def count_begun(data: bytes) -> int:
+    """How many notes begin in the bytes of a MIDI file that symusic has read; it gives those alone that end, too."""
+    count, place = 0, 8 + int.from_bytes(data[4:8], "big")  # behind the header
+    while place + 8 <= len(data):
+        kind, end = data[place : place + 4], place + 8 + int.from_bytes(data[place + 4 : place + 8], "big")
+        place, status = place + 8 if kind == b"MTrk" else end, 0
+        while place < min(end, len(data) - 2):
+            place = after_number(data, place)[0]  # time since the last event
+            if data[place] >= 0x80:
+                status, place = data[place], place + 1
+            if status >= 0xF0:  # text, tempo and the like: a kind, and their length
+                place, length = after_number(data, place + (status == 0xFF))
+                place += length
+            else:
+                count += status >> 4 == 0x9 and data[place + 1] > 0  # velocity 0 ends a note
+                place += 1 if status >> 4 in (0xC, 0xD) else 2
+        place = end
+    return count
+
+
+def after_number(data: bytes, place: int) -> tuple[int, int]:
+    """Place behind a number of 7 bits a byte, and the number."""
+    number = 0
+    while True:
+        number, place = number << 7 | data[place] & 0x7F, place + 1
+        if not data[place - 1] & 0x80:
+            return place, number
+
+
 def read_midi(path: str | Path, frames_per_quarter: int = 4) -> PianoRoll:
     """A MIDI file on a grid of its own beats, so that changes of tempo do not shift notes; drums are dropped.
 
@@ -176,15 +206,21 @@ def read_midi(path: str | Path, frames_per_quarter: int = 4) -> PianoRoll:
     notes = [(n.time / ticks, n.duration / ticks, n.pitch) for track in pitched for n in track.notes]
     drums = sum(len(track.notes) for track in score.tracks if track.is_drum)
     try:
+        unended = max(0, count_begun(data) - len(notes) - drums)
+    except IndexError:  # bytes that symusic reads in its own way
+        unended = 0
+    try:
         piece = quantise(notes, frames_per_quarter)
     except MidiError as error:
         raise MidiError(f"{str(path)!r}: {error}") from error
     piece.report["drum_notes"] = drums
+    if unended:
+        piece.report["unended_notes"] = unended
     if not len(piece.roll):
         outside = piece.report.get("out_of_range_notes", 0)
         raise MidiError(
-            f"{str(path)!r} holds no note that a piano has ({drums} notes of drums, {outside} outside the pitches "
-            f"{LOWEST_PITCH}..{LOWEST_PITCH + NUM_PITCHES - 1})"
+            f"{str(path)!r} holds no note that a piano has ({drums} notes of drums, {unended} that never end, "
+            f"{outside} outside the pitches {LOWEST_PITCH}..{LOWEST_PITCH + NUM_PITCHES - 1})"
         )
     piece.tempos = read_tempos(score, frames_per_quarter, len(piece.roll), piece.report)
     return piece
@@ -263,7 +299,7 @@ def draw_roll(piece: PianoRoll, path: str | Path, prime_frames: int = 0, title: 
             axes.barh(pitches, lengths, left=starts, height=0.8, color=color, label=label)
     if prime_frames:
         axes.axvline(prime_frames, color="tab:red", linewidth=1)
-        axes.legend(loc="upper right")
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)  # over the axes it would hide notes
     sounding = np.flatnonzero(piece.roll.any(0)) + LOWEST_PITCH
     low, high = (sounding[0], sounding[-1]) if len(sounding) else (48, 72)
     axes.set(xlim=(0, max(1, len(piece.roll))), ylim=(low - 2, high + 2), title=title)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .bidirectional import refuse_bidirectional
 from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
 from .modeling_kru import KRUModel, KRUPreTrainedModel
@@ -88,6 +89,7 @@ class PianoRollMixin:
         max_voices: int | None = None,
         seed: int | None = None,
         batch_size: int = 1,
+        min_voices: int = 0,
     ) -> Iterator[Tensor]:
         """Sample frame after frame with the carried state: each step costs the same, however long the piece is.
 
@@ -98,6 +100,8 @@ class PianoRollMixin:
             max_voices: at most that many keys at once, the most probable of those drawn; None: no limit.
             seed: of the draws, which are made on the CPU; None: torch's global generator.
             batch_size: pieces at once where there is no prime.
+            min_voices: at least that many keys at once: the most probable ones join those drawn. Keys are drawn
+                independently, so now and then hardly one sounds, which the training music may never have shown.
 
         Yields:
             frames (B, width) of zeros and ones.
@@ -111,12 +115,15 @@ class PianoRollMixin:
             raise ValueError(f"temperature must be 0 or more and finite, got {temperature}")
         if max_voices is not None and max_voices < 1:
             raise ValueError(f"max_voices must be at least 1 or None, got {max_voices}")
+        most = self.width if max_voices is None else min(max_voices, self.width)
+        if not 0 <= min_voices <= most:
+            raise ValueError(f"min_voices must be in [0, {most}], got {min_voices}")
         if prime is None:
             prime = torch.zeros(batch_size, 1, self.width)  # (B, 1, width)
         prime = prime[None] if prime.ndim == 2 else prime  # (B, T, width)
         check_frames(prime, self.width)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return self._stream(prime.float(), num_frames, temperature, max_voices, generator)
+        return self._stream(prime.float(), num_frames, temperature, (min_voices, max_voices), generator)
 
     @torch.no_grad()
     def _stream(
@@ -124,7 +131,7 @@ class PianoRollMixin:
         frames: Tensor,
         num_frames: int,
         temperature: float,
-        max_voices: int | None,
+        voices: tuple[int, int | None],
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
         device = self.key_head.weight.device
@@ -137,7 +144,7 @@ class PianoRollMixin:
                     input_values=frames.to(device), past_key_values=state, use_cache=True, return_loss=False
                 )
                 state = out.past_key_values
-                frame = draw_frame(out.logits[:, -1].float().cpu(), temperature, max_voices, generator)  # (B, width)
+                frame = draw_frame(out.logits[:, -1].float().cpu(), temperature, *voices, generator)  # (B, width)
                 yield frame
                 frames = frame[:, None]  # (B, 1, width)
         finally:
@@ -151,20 +158,28 @@ class PianoRollMixin:
         max_voices: int | None = None,
         seed: int | None = None,
         batch_size: int = 1,
+        min_voices: int = 0,
     ) -> Tensor:
         """The frames of :meth:`stream_piano_roll` as one roll (B, num_frames, width), without the prime."""
-        frames = self.stream_piano_roll(prime, num_frames, temperature, max_voices, seed, batch_size)
+        frames = self.stream_piano_roll(prime, num_frames, temperature, max_voices, seed, batch_size, min_voices)
         return torch.stack(list(frames), 1)  # (B, num_frames, width)
 
 
 def draw_frame(
-    logits: Tensor, temperature: float, max_voices: int | None = None, generator: torch.Generator | None = None
+    logits: Tensor,
+    temperature: float,
+    min_voices: int = 0,
+    max_voices: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Independent Bernoulli draws of a frame: logits (B, width) to zeros and ones (B, width)."""
     if temperature == 0:
         sounding = logits > 0  # (B, width)
     else:
         sounding = torch.rand(logits.shape, generator=generator) < (logits / temperature).sigmoid()  # (B, width)
+    if min_voices:
+        ranked = logits.masked_fill(sounding, torch.inf)  # (B, width): those drawn come first
+        sounding = sounding.scatter(-1, ranked.topk(min_voices).indices, True)  # (B, width)
     if max_voices is not None and max_voices < logits.shape[-1]:
         ranked = logits.masked_fill(~sounding, -torch.inf)  # (B, width)
         kept = torch.zeros_like(sounding).scatter(-1, ranked.topk(max_voices).indices, True)  # (B, width)
@@ -176,9 +191,13 @@ class KRUForPianoRoll(PianoRollMixin, KRUPreTrainedModel):
     """Polyphonic music: frame t+1 from the frames up to t, with independent Bernoulli outputs for the keys.
 
     The width of a frame is ``config.input_size``, 88 keys where it is None.
+
+    Raises:
+        ValueError: the config is ``bidirectional``.
     """
 
     def __init__(self, config: KRUConfig) -> None:
+        refuse_bidirectional(config, "a model of piano rolls")
         if config.input_size is None:
             config.input_size = PIANO_KEYS
         super().__init__(config)

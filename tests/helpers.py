@@ -103,3 +103,8 @@ WIRINGS = [
     {"wiring": "plain", "io_rank": 3},
     {"wiring": "plain", "readout_norm": False},
 ]
+# The gated cells, each in one of them.
+GATED = [
+    {"wiring": "residual", "cell_type": "kru_lstm"},
+    {"wiring": "plain", "cell_type": "kru_gru", "io_rank": 3},
+]

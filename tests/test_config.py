@@ -49,6 +49,7 @@ def test_plain_width_is_the_state():
         ({"unitary_loss_coef": float("nan")}, "unitary_loss_coef"),
         ({"cell_type": "gru"}, "cell_type"),
         ({"scan_backend": "numba"}, "scan_backend"),
+        ({"scan_backend": "triton", "cell_type": "kru_gru"}, "scan_backend of a gated cell"),
         ({"wiring": "ring"}, "wiring"),
         ({"activation": "relu"}, "activation"),
         ({"vocab_size": 0}, "vocab_size"),

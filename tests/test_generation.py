@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import LOGITS, WIRINGS, assert_near, tiny_model
+from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_model
 
-EVERY = pytest.mark.parametrize("wiring", WIRINGS, ids=lambda w: "-".join(map(str, w.values())))
+EVERY = pytest.mark.parametrize("wiring", WIRINGS + GATED, ids=lambda w: "-".join(map(str, w.values())))
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 NEW = {"max_new_tokens": 8, "do_sample": False}
 

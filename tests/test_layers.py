@@ -80,6 +80,7 @@ def test_one_dense_factor_is_torchs_layer(layer_class, layers, batch_first, bidi
 @pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
 def test_widths_and_carried_state(layer_class):
     layer = layer_class(3, 12, num_layers=2, factor_size=3, batch_first=True, dtype=torch.float64)
+    layer.flatten_parameters()  # as callers of torch's layers do
     x = torch.randn(2, 7, 3, dtype=torch.float64)
     whole, last = layer(x)
     assert whole.shape == (2, 7, 24 if layer_class is KRU else 12)

@@ -16,15 +16,17 @@ RANK = {
     "scan_cpu": 2,
     "scan_triton": 2,
     "scan_gated_cpu": 3,
+    "scan_gated_torch": 3,
     "scan_gated": 4,
     "scan": 5,
     "cells": 6,
     "cache_kru": 6,
     "readout": 6,
     "gated_cells": 7,
-    "modeling_kru": 8,
-    "heads_kru": 9,
-    "piano_roll_head": 9,
+    "bidirectional": 8,
+    "modeling_kru": 9,
+    "heads_kru": 10,
+    "piano_roll_head": 10,
 }
 PACKAGE = sorted((ROOT / "kru_hf").glob("*.py"))
 SOURCES = [path for folder in ("kru_hf", "training", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from helpers import LOGITS, RELATIVE, WIRINGS, assert_near, tiny_config, tiny_model
+from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, tiny_config, tiny_model
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from kru_hf import KRUCache, KRUForCausalLM, KRUModel
 
-EVERY = pytest.mark.parametrize("wiring", WIRINGS, ids=lambda w: "-".join(map(str, w.values())))
+EVERY = pytest.mark.parametrize("wiring", WIRINGS + GATED, ids=lambda w: "-".join(map(str, w.values())))
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
 
@@ -148,7 +148,7 @@ def test_loss_and_penalty(wiring):
     output = model(IDS, labels=IDS)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     assert_near(output.loss, expected, RELATIVE[torch.float32])
-    assert output.unitary_loss > 0
+    assert (output.unitary_loss > 0) == ("cell_type" not in wiring)  # gated cells have no penalty
     trained = model.train()(IDS, labels=IDS)
     assert_near(trained.loss, expected + 0.5 * output.unitary_loss, RELATIVE[torch.float32])
 
@@ -229,7 +229,7 @@ def test_calls_leak_nothing():
     assert torch.equal(model(IDS).logits, first)
 
 
-@pytest.mark.parametrize("options", [{"wiring": "residual"}, {"wiring": "plain", "io_rank": 3}], ids=str)
+@pytest.mark.parametrize("options", [{"wiring": "residual"}, {"wiring": "plain", "io_rank": 3}, *GATED], ids=str)
 def test_compiles_without_a_break(options):
     model = tiny_model(**options).train()
     expected = gradients(model, input_ids=IDS, labels=IDS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from transformers import AutoModel
 
 from kru_hf import KRUCache, KRUConfig, KRUForPianoRoll
@@ -184,7 +185,18 @@ def test_seed_voices_and_mode():
     assert first.shape == (2, 20, 7)
     assert first.sum(-1).max() > 2
     assert model.generate_piano_roll(num_frames=20, seed=3, max_voices=2).sum(-1).max() == 2
+    with torch.no_grad():
+        model.key_head.bias.fill_(-2.0)
+    few = model.generate_piano_roll(num_frames=20, seed=3).sum(-1)
+    assert few.min() == 0 and few.max() > 3
+    assert model.generate_piano_roll(num_frames=20, seed=3, min_voices=3, max_voices=3).sum(-1).unique().tolist() == [3]
     assert model.training
+
+
+def test_the_most_probable_keys_join_those_drawn():
+    logits = torch.tensor([[40.0, -50.0, -30.0, -20.0]])  # (1, 4): the first key is drawn, no other is
+    assert draw_frame(logits, 1.0, min_voices=2).tolist() == [[1, 0, 0, 1]]
+    assert draw_frame(logits, 0, min_voices=3).tolist() == [[1, 0, 1, 1]]
 
 
 def test_draws_have_the_models_probabilities():
@@ -194,7 +206,7 @@ def test_draws_have_the_models_probabilities():
     assert deviations.max() < 4  # standard errors
 
 
-@pytest.mark.parametrize("options", [{"num_frames": 0}, {"temperature": -1.0}, {"max_voices": 0}])
+@pytest.mark.parametrize("options", [{"num_frames": 0}, {"temperature": -1.0}, {"max_voices": 0}, {"min_voices": 8}])
 def test_bad_sampling_options_name_themselves(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         small_model().generate_piano_roll(**options)
@@ -269,6 +281,7 @@ def midi_bytes(track: bytes, division: int = 480) -> bytes:
 
 
 END = b"\x00\xff\x2f\x00"
+SYSEX, PROGRAM, UNENDED = b"\x00\xf0\x02\x01\xf7", b"\x00\xc0\x01", b"\x00\x90\x40\x50"
 ONE_NOTE = b"\x00\x90\x3c\x50\x83\x60\x80\x3c\x00" + END
 
 
@@ -289,6 +302,21 @@ def test_damaged_and_empty_files_say_what_is_wrong(tmp_path, data, message):
     with pytest.raises(MidiError, match=message) as caught:
         read_midi(path)
     assert "bad.mid" in str(caught.value)
+
+
+def test_notes_that_never_end_are_counted(tmp_path):
+    """Among other events, and with a running status after them."""
+    path = tmp_path / "a.mid"
+    running = b"\x83\x60\x43\x50\x83\x60\x43\x00"
+    path.write_bytes(midi_bytes(SYSEX + PROGRAM + ONE_NOTE.removesuffix(END) + UNENDED + running + END))
+    piece = read_midi(path)
+    assert piece.notes() == [(0, 4, 60), (8, 4, 67)]
+    assert piece.problems == "1 notes that never end dropped"
+    path.write_bytes(midi_bytes(UNENDED + END))
+    with pytest.raises(MidiError, match="1 that never end"):
+        read_midi(path)
+    path.write_bytes(midi_bytes(ONE_NOTE))
+    assert not read_midi(path).problems
 
 
 def test_a_missing_file_and_a_bad_length(tmp_path):
@@ -320,6 +348,16 @@ def test_frames_and_rolls(frames):
     assert roll_to_frames(roll) == [sorted(frame) for frame in frames]
     assert outside == 0
     assert frames_to_roll([[20, 109, 60]])[1] == 2
+
+
+def test_the_legend_of_a_picture_hides_no_note(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: drawn.append(self))
+    draw_roll(quantise([(0, 1, 69), (3, 1, 72)], 2), tmp_path / "a.png", prime_frames=4)
+    drawn[0].draw_without_rendering()
+    (axes,), legends = drawn[0].axes, [*drawn[0].legends, *filter(None, [drawn[0].axes[0].get_legend()])]
+    assert [text.get_text() for text in legends[0].get_texts()] == ["prime", "continuation"]
+    assert not legends[0].get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_picture_and_sound(tmp_path):

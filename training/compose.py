@@ -36,6 +36,7 @@ class ComposeOptions:
     output: str | None = option(None, "MIDI file to write; a .png and a .wav of the same name are written beside it.")
     temperature: float = option(1.0, "Below 1 the model plays it safe, above 1 it dares more; 0 is no chance at all.")
     max_voices: int = option(0, "At most that many keys at once; 0: no limit.")
+    min_voices: int = option(0, "At least that many keys at once: the most probable ones join those drawn.")
     frames_per_quarter: int = option(0, "Grid of the piece; 0: that of the training data.")
     tempo: float = option(0.0, "Quarter notes a minute; 0: that of the prime, or 90.")
     seed: int = option(0, "Seed of the draws: the same seed gives the same files.")
@@ -50,8 +51,10 @@ class ComposeOptions:
             raise UserError(f"output={self.output!r} is not valid: it must end in .mid or .midi")
         require(self.num_frames >= 1, "num_frames", self.num_frames, "1 or more")
         require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more and finite")
-        for name in ("prime_frames", "max_voices", "frames_per_quarter", "seed"):
+        for name in ("prime_frames", "max_voices", "min_voices", "frames_per_quarter", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        most = self.max_voices or NUM_PITCHES
+        require(self.min_voices <= most, "min_voices", self.min_voices, f"at most {most}, the most voices allowed")
         require(self.tempo == 0 or 10 <= self.tempo <= 1000, "tempo", self.tempo, "between 10 and 1000, or 0")
 
 
@@ -74,8 +77,9 @@ def read_prime(options: ComposeOptions, frames_per_quarter: int) -> PianoRoll | 
 def compose(model: Any, prime: PianoRoll | None, options: ComposeOptions, frames_per_quarter: int) -> PianoRoll:
     """The prime and `num_frames` composed frames as one piece; notes begin anew where the model takes over."""
     start = None if prime is None else torch.from_numpy(prime.roll).float()  # (T, 88)
+    most, least = options.max_voices or None, options.min_voices
     stream = model.stream_piano_roll(
-        start, options.num_frames, options.temperature, options.max_voices or None, options.seed
+        start, options.num_frames, options.temperature, most, options.seed, min_voices=least
     )
     bar = tqdm(stream, total=options.num_frames, desc="composing", unit="frame", disable=not sys.stderr.isatty())
     continuation = PianoRoll(np.stack([frame[0].numpy() for frame in bar]), None, frames_per_quarter)

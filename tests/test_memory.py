@@ -1,0 +1,60 @@
+"""Memory of forward and backward together: little beside the inputs, the outputs and their gradients."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BEYOND = 2.5  # times the bytes of the states
+
+SHAPES = [[2] * 9, [7, 8, 9], [3, 137]]
+
+# In a process of its own, where nothing else moves the peak. Prints it for each list of factor sizes, in multiples of
+# the states' bytes and less what is returned: the states and the gradient of the inputs.
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from kru_hf import kru_scan
+
+status = Path("/proc/self/status")
+
+def read(name):
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+def case(sizes, batch, length):
+    units = torch.Size(sizes).numel()
+    factors = [(torch.randn(2, size, size) * (2 * size) ** -0.5).requires_grad_() for size in sizes]
+    inputs = torch.randn(batch, length, 2, units).requires_grad_()
+    return inputs, factors, torch.full((units,), -0.1).requires_grad_(), torch.randn(batch, length, 2, units)
+
+def run(inputs, factors, bias, cotangent):
+    states, _ = kru_scan(inputs, factors, bias, backend=sys.argv[1])
+    return states, torch.autograd.grad(states, [inputs, bias, *factors], cotangent)
+
+def measure(sizes):
+    run(*case(sizes, 2, 3))  # what is loaded and cached once
+    arguments = case(sizes, 64, 200)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = read("VmRSS")
+    states, gradients = run(*arguments)
+    return (read("VmHWM") - before) / states.nbytes - 2
+
+print(json.dumps([measure(sizes) for sizes in json.loads(sys.argv[2])]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_forward_and_backward_need_little_beside_inputs_and_outputs(backend):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, backend, json.dumps(SHAPES)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert all(-0.5 < times <= BEYOND for times in measured), f"{measured} times the bytes of the states"
