@@ -2,6 +2,7 @@
 
 import torch
 from paper_data import pictures_folder, timit_folder  # noqa: F401  (fixtures)
+from tiny_run import pieces, text_file  # noqa: F401  (fixtures)
 
 # Test workers run side by side: a thread pool in each would make them fight for the cores.
 torch.set_num_threads(1)

@@ -1,5 +1,6 @@
-"""`training.train` in several processes, forked from one that has loaded the libraries: seconds less than starting."""
+"""A training program in several processes, forked from one that has loaded the libraries: saves seconds."""
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -11,7 +12,7 @@ import datasets  # noqa: F401  (loaded once, before the fork, like what follows)
 import matplotlib.figure  # noqa: F401
 import pytest
 
-from training.train import main
+import training.train  # noqa: F401
 
 TESTS = Path(__file__).parent
 TIMEOUT = 60.0
@@ -24,24 +25,25 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def one_rank(rank: int, ranks: int, port: int, words: list[str], log: Path) -> None:
+def one_rank(program: str, rank: int, ranks: int, port: int, words: list[str], log: Path) -> None:
     """Body of one process, in the environment that a launcher gives it."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # without it accelerate warns in each process
     with open(f"{log}-{rank}", "w") as file:
         sys.stdout = sys.stderr = file
-        code = main(words)
+        code = importlib.import_module(program).main(words)
     sys.exit(code)
 
 
-def start(words: list[list[str]], log: Path) -> list[BaseProcess]:
+def start(words: list[list[str]], log: Path, program: str = "training.train") -> list[BaseProcess]:
     """One process for each list of options."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ranks"])
     port = free_port()
     children = [
-        context.Process(target=one_rank, args=(rank, len(words), port, own, log)) for rank, own in enumerate(words)
+        context.Process(target=one_rank, args=(program, rank, len(words), port, own, log))
+        for rank, own in enumerate(words)
     ]
     with pytest.MonkeyPatch.context() as patch:  # the server looks for what it loads there, not in sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))

@@ -10,10 +10,11 @@ from finished_run import edit, make_run
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_imports
 
-from training.cards import missing_fields, render_card
+from training.cards import DATA_SOURCES, missing_fields, render_card
 from training.compare import main as compare
 from training.paper_figures import FIGURES, PTB_SMALL
 from training.publish import auto_map, code_files
+from training.tasks import get_task, task_names
 
 # What the pushed files may import beside Python's own library: what `from_pretrained` itself cannot do without.
 ALLOWED_IMPORTS = {"torch", "transformers", "huggingface_hub"}
@@ -50,6 +51,10 @@ def test_card_has_the_results_of_the_run_and_no_invented_field(folder: Path) -> 
     assert "learning_curve.png" not in card.text
     (folder / "learning_curve.png").write_bytes(b"picture")
     assert "(learning_curve.png)" in render_card(folder)
+    (folder / "composition.mid").write_bytes(b"piece")
+    assert "composition" not in render_card(folder)  # a link to a picture that is not there
+    (folder / "composition.png").write_bytes(b"picture")
+    assert "](composition.png)" in render_card(folder) and "](composition.mid)" in render_card(folder)
 
     (folder / "training.json").unlink()
     (folder / "comparison.json").unlink()
@@ -67,6 +72,24 @@ def test_card_of_a_gated_model_speaks_of_gates(folder: Path) -> None:
     assert "The gates\nbound the state, so there is no unitary penalty" in text
     assert "unitary_loss_coef" not in text
     assert "activation" not in text
+
+
+def test_card_of_music_has_its_sizes_figures_and_limits(folder: Path) -> None:
+    edit(folder / "config.json", architectures=["KRUForPianoRoll"], input_size=88)
+    data = {"name": "bach_chorales", "train_pieces": 294, "train_frames": 31596, "test_pieces": 37, "density_low": 3.7}
+    edit(folder / "training.json", dataset=data)
+    edit(folder / "all_results.json", test_nll_per_frame=8.5, test_f1=0.25)
+    text = ModelCard(render_card(folder)).text
+    assert "| Size | 294 train pieces, 31,596 train frames, 37 test pieces |" in text
+    assert "| F1 |  | 0.25 |" in text
+    assert "can repeat passages of the training pieces" in text
+    assert "at the text" not in text
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_the_data_that_come_with_a_task_have_their_licence_in_the_card(task: str) -> None:
+    source = DATA_SOURCES[get_task(task).default_dataset]
+    assert source.description and source.license
 
 
 def test_card_shows_the_options_that_had_an_effect(folder: Path) -> None:

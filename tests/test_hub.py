@@ -280,6 +280,18 @@ def test_without_a_network(trained: Path, hub: HubServer, monkeypatch: pytest.Mo
         publish_folder(trained, "me/kru", api=client(hub))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repo_id", "me/kru"], "required: --model"),
+        (["--model", "run", "--repo_id", "me/kru", "--dryrun"], "unknown option '--dryrun' (did you mean 'dry_run'?)"),
+    ],
+)
+def test_options_that_are_not_right(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_dry_run_sends_nothing(trained: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(trained), "--repo_id", "me/kru", "--dry_run"]) == 0
     said = capsys.readouterr().out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from datasets import Dataset
 from finished_run import TEXT
 from hub_client import client, module, served_hub
 from hub_server import HubServer
@@ -63,6 +64,41 @@ def test_train_on_a_hub_data_set_and_push(hub: HubServer, tmp_path: Path) -> Non
     assert str(tmp_path) not in "".join(texts)
     # The same as training.publish does; the licence of the data is in the run's own record.
     assert publish_folder(run, "me/kru", api=client(hub)).unchanged
+
+
+def test_music_by_hub_id_there_and_back(hub: HubServer, tmp_path: Path) -> None:
+    """Trained on a data set of the Hub and published; then scored and composed with by its Hub id."""
+    notes = [[[60 + i % 7, 64], [67]] * 6 for i in range(6)]
+    for split in ("train", "validation", "test"):
+        Dataset.from_dict({"notes": notes}).to_parquet(tmp_path / f"{split}.parquet")
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")}
+    hub.add_repo("other/notes", files, kind="dataset")
+    words = ["--task", "piano_roll", "--dataset", "other/notes", "--output_dir", str(tmp_path / "run"), *SMALL]
+    words += ["--dataset_revision", "main", *push("--data_license", "CC0-1.0")]
+    done = module("training.train", words, hub, tmp_path, HF_TOKEN="hf_me")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert "| Version of the data | main |" in hub.files("me/kru")["README.md"].decode()
+    scored = module("training.evaluate", ["--model", "me/kru", "--use_cpu"], hub, tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout.splitlines()[-1])["nll_per_frame"] == results["test_nll_per_frame"]
+    output = tmp_path / "new.mid"
+    composed = module(
+        "training.compose", ["--model", "me/kru", "--num_frames", "4", "--output", str(output)], hub, tmp_path
+    )
+    assert composed.returncode == 0, composed.stderr
+    assert output.read_bytes().startswith(b"MThd")
+
+
+def test_hub_data_without_a_validation_split_are_not_split_anew(hub: HubServer, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        Dataset.from_dict({"notes": [[[60], [64]]] * 4}).to_parquet(tmp_path / f"{split}.parquet")
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")}
+    hub.add_repo("other/notes", files, kind="dataset")
+    words = ["--task", "piano_roll", "--dataset", "other/notes", "--output_dir", str(tmp_path / "run"), *SMALL]
+    done = module("training.train", words, hub, tmp_path)
+    assert done.returncode == 1
+    assert "error: dataset: 'other/notes', with train, test, has no split of validation" in done.stderr
 
 
 def test_push_that_fails_at_the_end_names_the_command_that_finishes(

@@ -267,6 +267,7 @@ def test_split_is_fixed_and_disjoint():
     [
         ("text", ["a", "b", "c"], "no column 'notes'"),
         ("notes", [1, 2, 3], "list of frames"),
+        ("notes", [[[60.5], [61.0]]] * 4, "MIDI pitches, whole numbers"),
         ("notes", [[[]], [[]], [[]]], "usable pieces"),
         ("notes", [[[], []]] * 4, "no piece of two frames with notes"),
     ],
@@ -275,6 +276,27 @@ def test_bad_tables_say_what_is_wrong(tmp_path, column, values, message):
     Dataset.from_dict({column: values}).to_json(tmp_path / "train.json")
     with pytest.raises(UserError, match=message):
         load_pieces(DataOptions(dataset=str(tmp_path)), 1)
+
+
+def test_splits_that_the_data_bring_are_never_mixed_with_each_other(tmp_path):
+    """Training and test pieces without validation ones: nothing is drawn from both of them."""
+    for split in ("train", "test"):
+        for index in range(3):
+            path = tmp_path / split / f"{index}.mid"
+            path.parent.mkdir(exist_ok=True)
+            write_midi(quantise([(0, 1, 60 + index), (1, 1, 64)], 1), path)
+    with pytest.raises(UserError, match="has no folder of validation"):
+        load_pieces(DataOptions(dataset=str(tmp_path)), 1)
+    (tmp_path / "test").rename(tmp_path / "validation")
+    with pytest.raises(UserError, match="has no folder of test"):
+        load_pieces(DataOptions(dataset=str(tmp_path)), 1)
+
+
+def test_a_sample_does_not_need_the_test_pieces(trained, folder):
+    task = make_task(folder)
+    task.pieces.splits["test"].clear()
+    model, _ = load_model(str(trained / "kru"), "piano_roll")
+    assert task.sample(model, 3, 0).count("|") == 2
 
 
 def test_missing_and_empty_folders(tmp_path):

@@ -14,7 +14,6 @@ import pytest
 import ranks
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from datasets import Dataset
 from helpers import WIRINGS, tiny_config
 from safetensors.torch import load_file
 
@@ -43,18 +42,6 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "corpus.txt"
     path.write_text("".join(words))
     return path
-
-
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
-    """7 pieces of very different lengths to train on: batches of 4 leave the second of two processes without any."""
-    folder = tmp_path_factory.mktemp("data") / "pieces"
-    folder.mkdir()
-    chance = random.Random(0)
-    for split, lengths in {"train": [5, 9, 40, 12, 33, 7, 70], "validation": [20, 9, 31], "test": [8]}.items():
-        notes = [[sorted(chance.sample(range(40, 80), 3)) for _ in range(length)] for length in lengths]
-        Dataset.from_dict({"notes": notes}).to_parquet(folder / f"{split}.parquet")
-    return folder
 
 
 def results(folder: Path) -> dict:
@@ -145,7 +132,7 @@ def test_models_of_the_recipes_are_too_small_to_shard(recipe):
     head = get_task(arguments.run.task).head
     data = {"causal_lm": {"vocab_size": 100}, "piano_roll": {"vocab_size": 1, "input_size": 88}}
     model = build_model(head, arguments.model, **data.get(head, {"vocab_size": 40, "num_labels": 40}))
-    assert model.num_parameters(only_trainable=True) < 250_000
+    assert model.num_parameters(only_trainable=True) < 500_000
 
 
 def test_resume_with_another_number_of_processes(text_file, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from kru_hf import scan_triton
 from training.evaluate import main as evaluate
 from training.train import main
 
@@ -71,6 +73,22 @@ def test_unknown_option_ends_with_one_line():
         done.stderr.strip().splitlines()[-1] == "error: unknown option '--lerning_rate' (did you mean 'learning_rate'?)"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_an_engine_that_cannot_run_is_refused_before_anything_is_written(text_file, trained, tmp_path, capsys):
+    if scan_triton.is_available():
+        pytest.skip("here the engine runs")
+    words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, "--scan_backend=triton"]
+    assert main(words) == 1
+    assert "error: scan_backend='triton' cannot run here: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*words, "--cell_type=kru_gru"]) == 1
+    assert "scan_backend of a gated cell must be one of" in capsys.readouterr().err
+    shutil.copytree(trained, tmp_path / "gpu")
+    config = json.loads((tmp_path / "gpu" / "config.json").read_text())
+    (tmp_path / "gpu" / "config.json").write_text(json.dumps({**config, "scan_backend": "triton"}))
+    assert evaluate([f"--model={tmp_path / 'gpu'}", f"--dataset={text_file}", "--use_cpu"]) == 1
+    assert "scan_backend='triton' cannot run here: " in capsys.readouterr().err
 
 
 def test_evaluate_prints_the_runs_own_figures(trained, text_file, capsys):

@@ -1,67 +1,19 @@
 """The loop: resuming bit by bit after any end, signals, several processes, bad runs."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
+from tiny_run import CRASH, ROOT, STEPS, options, same_end, spawn, wait_for
 
 from training import checkpoint as ckpt
 from training.train import main
 
-ROOT = Path(__file__).parent.parent
-STEPS = 20
 TWO_PROCESS_BPC = 2e-3
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    words = random.Random(0).choices(["the ", "recurrent ", "state, ", "of a unit\n", "is "], k=1500)
-    path = tmp_path_factory.mktemp("data") / "corpus.txt"
-    path.write_text("".join(words))
-    return path
-
-
-def options(text_file, folder, **changes) -> list[str]:
-    """Command line of a tiny run with dropout, so that the random state matters."""
-    values = {
-        "dataset": text_file, "output_dir": folder, "state_size": 24, "factor_shapes": "4x4,6x6", "wiring": "plain",
-        "input_dropout": 0.1, "max_steps": STEPS, "eval_steps": 4, "save_steps": 5, "logging_steps": 3,
-        "per_device_train_batch_size": 4, "sequence_length": 16, "report_to": "none", "sample_length": 10,
-        "use_cpu": "true", **changes,
-    }  # fmt: skip
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-
-def spawn(code_or_module: list[str], words: list[str], **kwargs) -> subprocess.Popen:
-    command = [sys.executable, *code_or_module, *words]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
-    )
-
-
-def same_weights(one: Path, other: Path) -> None:
-    a, b = load_file(one / ckpt.WEIGHTS), load_file(other / ckpt.WEIGHTS)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def same_end(one: Path, other: Path) -> None:
-    """Best weights, last weights and every figure of two runs are equal."""
-    same_weights(one, other)
-    same_weights(one / f"checkpoint-{STEPS}", other / f"checkpoint-{STEPS}")
-    histories = [json.loads((folder / "log_history.json").read_text()) for folder in (one, other)]
-    assert histories[0] == histories[1]
-    assert not list(other.glob(".*"))
 
 
 @pytest.fixture(scope="module")
@@ -92,28 +44,10 @@ def test_folder_of_a_run(uninterrupted, text_file):
     assert results["validation_bpc"] == best
 
 
-CRASH = """
-import os, signal, sys
-from training import checkpoint as ckpt
-from training.train import main
-calls = 0
-def dying(function):
-    def wrapped(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == {at}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
-ckpt.sync, os.replace, ckpt.shutil.rmtree = dying(ckpt.sync), dying(os.replace), dying(ckpt.shutil.rmtree)
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("at", random.Random(1).sample(range(30, 280), 4))
 def test_kill_while_saving_then_resume(text_file, tmp_path, uninterrupted, at):
     """The process dies at the `at`-th sync, rename or removal of a file."""
-    child = spawn(["-c", CRASH.format(at=at)], options(text_file, tmp_path))
+    child = spawn(["-c", CRASH.format(at=at, program="training.train")], options(text_file, tmp_path))
     child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
     for path in ckpt.checkpoints(tmp_path):
@@ -121,14 +55,6 @@ def test_kill_while_saving_then_resume(text_file, tmp_path, uninterrupted, at):
         load_file(path / ckpt.WEIGHTS)
     assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 0
     same_end(uninterrupted, tmp_path)
-
-
-def wait_for(condition, child, timeout=90.0) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert child.poll() is None, child.communicate()[1].decode()
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_kill_at_a_random_moment_then_resume(text_file, tmp_path, uninterrupted):
@@ -287,6 +213,19 @@ def test_damaged_checkpoint(text_file, tmp_path, capsys):
         path.write_bytes(content)
     assert main(options(text_file, tmp_path, resume_from_checkpoint=str(tmp_path / "nowhere"))) == 1
     assert "is not a checkpoint folder" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_folder(uninterrupted, text_file, tmp_path, capsys):
+    """Its best weights are not here: whatever lies at the top of this folder would pass for them."""
+    checkpoint = uninterrupted / f"checkpoint-{STEPS}"
+    assert main(options(text_file, tmp_path / "other", resume_from_checkpoint=str(checkpoint))) == 1
+    assert f"pass --output_dir {str(uninterrupted)!r}" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "model.safetensors").exists()
+
+
+def test_tracker_that_is_not_installed(text_file, tmp_path, capsys):
+    assert main(options(text_file, tmp_path, report_to="swanlab")) == 1
+    assert "report_to='swanlab' is not installed" in capsys.readouterr().err
 
 
 FULL = """

@@ -26,6 +26,7 @@ KRU_ONLY = frozenset(
         "factor_shapes",
         "cell_type",
         "wiring",
+        "bidirectional",
         "io_rank",
         "readout_norm",
         "recurrent_init_scale",
@@ -70,6 +71,9 @@ class ModelOptions:
     num_hidden_layers: int | None = option(None, "Number of recurrent layers.")
     hidden_size: int | None = option(None, "Width of the real features between layers, and of the embedding.")
     wiring: str | None = option(None, "How kru layers are joined: residual, or plain (the paper's network).")
+    bidirectional: bool | None = option(
+        None, "Whether a kru model also reads from the end of the sequence: for tasks that classify."
+    )
     io_rank: int | None = option(None, "Rank of the input and readout maps of a kru model; not given means full.")
     readout_norm: bool | None = option(None, "Whether the state is normalised where it is read.")
     recurrent_rank: int | None = option(None, "Rank of the recurrent matrix of low_rank; default: state_size / 8.")
@@ -188,8 +192,8 @@ class RunOptions:
             "num_threads",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("learning_rate", "num_train_epochs"):
-            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "positive and finite")
+        require(0 < self.learning_rate < 1e6, "learning_rate", self.learning_rate, "positive and below a million")
+        require(0 < self.num_train_epochs < math.inf, "num_train_epochs", self.num_train_epochs, "positive and finite")
         for name in ("weight_decay", "max_grad_norm", "factor_learning_rate_scale"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
         for name in ("min_learning_rate_ratio", "plateau_factor", "adam_beta1", "adam_beta2"):
@@ -261,7 +265,7 @@ def recipe_arguments(values: dict[str, Any], known: list[str], source: str) -> l
     return words
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
+def parse_arguments(argv: list[str] | None = None, program: str = "training.train") -> Arguments:
     """Options from `[RECIPE.yaml] [--option value …]`; the command line wins over the recipe.
 
     Without a recipe the defaults of `recipes/<task>.yaml` are used if there is such a file.
@@ -278,19 +282,18 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=recipe.get("task", "char_lm"))
     task = get_task(first.parse_known_args(words)[0].task)
-    if source is None and (RECIPES / f"{task.name}.yaml").is_file():
-        source = RECIPES / f"{task.name}.yaml"
+    usual = RECIPES / f"{task.default_recipe or task.name}.yaml"
+    if source is None and usual.is_file():
+        source = usual
         recipe = read_recipe(source)
 
     classes = [RunOptions, ModelOptions, DataOptions, task.Options]
     known = [f.name for c in classes for f in dataclasses.fields(c)]
     # A recipe describes its own kind of network: that is dropped when the command line asks for another kind.
-    given = parse_words(classes, words, "training.train")
+    given = parse_words(classes, words, program)
     recipe = {name: value for name, value in recipe.items() if not superseded(name, recipe, given[1], words)}
-    arguments = Arguments(
-        *parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], "training.train")
-    )
-    arguments.command = shown_command(argv)
+    arguments = Arguments(*parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], program))
+    arguments.command = shown_command(argv, program)
     return arguments
 
 

@@ -111,6 +111,8 @@ class BaselinePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight)  # as torch starts it: transformers' 0.02 costs an LSTM 0.16 bits in 1,500 steps
         if isinstance(module, LowRankMatrix):
             module.reset()
         if (limit := getattr(module, "init_bound", None)) is not None:

@@ -22,12 +22,16 @@ from .card_text import BLANK, CITATION, DATA_SOURCES, DataSource, how_to_load, l
 from .errors import UserError
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
+SPLITS = ("train_", "validation_", "test_")  # what the record of a data set counts begins with one of these
 PAPER = "https://arxiv.org/abs/1705.10142"
+# A short piece and its picture that a released music model brings along.
+COMPOSITION = ("composition.mid", "composition.png")
 METRICS = {
     "loss": "Cross-entropy (nats)",
     "bpc": "Bits per character",
     "nll_per_frame": "Negative log-likelihood per frame (nats)",
     "accuracy": "Accuracy",
+    "f1": "F1",
     "mse": "Mean squared error",
 }
 
@@ -278,9 +282,7 @@ def render_card(
     pin = (revision or "main") if repo_id else None
     title = (repo_id or f"{record.class_name or 'Model'} {name}".strip()).split("/")[-1]
     kind = "A Kronecker recurrent unit" if record.is_kru else "A recurrent baseline"
-    size = [
-        f"{shown(value)} {key.replace('_', ' ')}" for key, value in record.data.items() if key.endswith("_characters")
-    ]
+    size = [f"{shown(value)} {key.replace('_', ' ')}" for key, value in record.data.items() if key.startswith(SPLITS)]
     source = record.source
     paper = f"[Kronecker Recurrent Units]({PAPER}) (Jose, Cissé, Fleuret, ICML 2018)"
     card = ModelCard.from_template(
@@ -312,6 +314,7 @@ def render_card(
         comparison=comparison(record),
         speed=speed(record),
         learning_curve=(record.folder / "learning_curve.png").is_file(),
+        composition=COMPOSITION if all((record.folder / name).is_file() for name in COMPOSITION) else None,
         how_to_load=how_to_load(record, pin),
         snippet=snippet(record, repo_id or local_place(record.folder), pin) if record.is_kru else BLANK,
         limits=limits(record),

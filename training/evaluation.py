@@ -8,7 +8,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from .tasks import Task
+from .tasks import Batch, Task
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch, with its tensors on `device`."""
+    batch.inputs = send_to_device(batch.inputs, device)
+    batch.extra = send_to_device(batch.extra, device)
+    return batch
 
 
 @torch.no_grad()
@@ -24,8 +31,7 @@ def evaluate(task: Task, model: Any, split: str, accelerator: Accelerator) -> di
     sums: dict[str, torch.Tensor] = {}
     state = None
     for batch in task.eval_batches(split, accelerator.process_index, accelerator.num_processes):
-        batch.inputs = send_to_device(batch.inputs, accelerator.device)
-        batch.extra = send_to_device(batch.extra, accelerator.device)
+        batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
             out = task.forward(model, batch, None if batch.reset_state else state)
         state = out.state.detach() if out.state is not None else None

@@ -189,7 +189,7 @@ class Shrinker:
         """Train on with the run's loop; the folder then holds the weights that were best on validation."""
         arguments = self.arguments(name)
         loop = TrainingLoop(arguments, self.task, model, self.accelerator, self.stop)
-        start_folder(arguments, self.task, self.accelerator)
+        start_folder(arguments, loop)
         progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
         try:
             loop.run(progress)
@@ -217,9 +217,7 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
     folder = Path(options.output_dir)
     rows: list[dict[str, Any]] = []
     with StopRequest() as stop:
-        command = shown_command(argv).replace(
-            "accelerate launch -m training.train", "python -m training.kroneckerize_lm"
-        )
+        command = shown_command(argv, "training.kroneckerize_lm")
         shrinker = Shrinker(options, data, command, stop)
         plan = shrinker.plan()
         for ratio, _ in plan if options.max_steps else []:

@@ -39,11 +39,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def shown_command(argv: list[str]) -> str:
+def shown_command(argv: list[str], program: str = "training.train") -> str:
     """The command of a run, to make it again: of paths outside of the checkout only the last part.
 
     Args:
-        argv: what follows `training.train`.
+        argv: what follows the program's name.
     """
     words: list[str] = []
     skip = False
@@ -57,7 +57,8 @@ def shown_command(argv: list[str]) -> str:
             skip = not equals and follows
             continue
         words.append(f"{name}={shown_path(value)}" if equals and name.startswith("-") else shown_path(word))
-    return f"accelerate launch -m training.train {shlex.join(words)}".rstrip()
+    launcher = "accelerate launch" if program == "training.train" else "python"
+    return f"{launcher} -m {program} {shlex.join(words)}".rstrip()
 
 
 def shown_path(text: str) -> str:

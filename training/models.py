@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import kru_hf
+from kru_hf import scan_cpu, scan_gated_cpu, scan_triton
 
 from . import processes
 from .arguments import ModelOptions
@@ -27,6 +28,8 @@ HEADS = {
     "token_classification": "AutoModelForTokenClassification",
     "piano_roll": "AutoModel",
 }
+# Heads that predict what comes next, so that nothing may be read from the end of a sequence.
+STREAMED = ("causal_lm", "piano_roll")
 
 
 def model_class(head: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -62,9 +65,12 @@ def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedMod
         raise UserError(
             f"{', '.join(foreign)} cannot be given with architecture={options.architecture!r}: only with others"
         )
+    if values.get("bidirectional") and head in STREAMED:
+        raise UserError(f"bidirectional=True cannot be given for a {head} task: it would read what it is to predict")
     if options.parameter_budget is not None:
         values = within_budget(head, config_type, options, values)
     config = make_config(config_type, values)
+    check_engine(config)
     model = model_class(head, config)(config)
     if options.parameter_budget is not None and processes.rank() == 0:
         names = ("state_size", "factor_shapes", "io_rank", "hidden_size", "recurrent_rank")
@@ -80,6 +86,16 @@ def make_config(config_type: Any, values: dict[str, Any]) -> PreTrainedConfig:
         return config_type(**values)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"model options: {_root_cause(error)}") from error
+
+
+def check_engine(config: PreTrainedConfig) -> None:
+    """`UserError` if the config names an engine that cannot run here: else the first step would find out."""
+    engine = getattr(config, "scan_backend", "auto")
+    native = scan_gated_cpu if getattr(config, "gated", False) else scan_cpu
+    module = {"cpu": native, "triton": scan_triton}.get(engine)
+    reason = module.unavailable_reason() if module is not None else None
+    if reason is not None:
+        raise UserError(f"scan_backend={engine!r} cannot run here: {reason}; 'auto' takes what can")
 
 
 def within_budget(head: str, config_type: Any, options: ModelOptions, values: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +140,10 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
         raise UserError(f"model={folder!r} is not a model folder: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(folder)
+        check_engine(config)
         model = model_class(head, config).from_pretrained(folder, config=config)
-        has_tokenizer = not local.exists() or (local / "tokenizer.json").is_file()
+        # On the Hub language models have one; of other heads the client would look for one of another kind, and fail.
+        has_tokenizer = (local / "tokenizer.json").is_file() if local.exists() else head == "causal_lm"
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
     except SafetensorError as error:
         raise UserError(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -101,7 +101,7 @@ def load_pieces(data: DataOptions, frames_per_quarter: int) -> Pieces:
     short = {split: [roll for roll in rolls if len(roll) < 2] for split, rolls in splits.items()}
     report["short_pieces"] = sum(map(len, short.values()))
     splits = {split: [roll for roll in rolls if len(roll) > 1] for split, rolls in splits.items()}
-    if set(splits) != set(SPLITS):
+    if set(splits) == {"train"}:
         if len(splits["train"]) < 3:
             raise UserError(f"dataset={name!r} has {len(splits['train'])} usable pieces; splits need at least 3")
         splits = split_pieces(splits["train"])
@@ -115,13 +115,20 @@ def read_folder(folder: Path, frames_per_quarter: int, report: Counter[str]) -> 
     """Tables named after the splits, or MIDI files: in folders named after the splits, or all in one."""
     tables = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in TABLE_ENDINGS and p.stem in SPLITS}
     if tables:
-        missing = [split for split in SPLITS if split not in tables]
-        if missing and set(tables) != {"train"}:
-            raise UserError(f"dataset: folder {str(folder)!r} has no table of {', '.join(missing)}")
+        check_splits(tables, f"folder {str(folder)!r}", "table")
         return {split: read_table(table, report) for split, table in tables.items()}
-    if all((folder / split).is_dir() for split in SPLITS):
-        return {split: read_midi_files(folder / split, frames_per_quarter, report) for split in SPLITS}
+    split_folders = [split for split in SPLITS if (folder / split).is_dir()]
+    if split_folders:
+        check_splits(split_folders, f"folder {str(folder)!r}", "folder")
+        return {split: read_midi_files(folder / split, frames_per_quarter, report) for split in split_folders}
     return {"train": read_midi_files(folder, frames_per_quarter, report)}
+
+
+def check_splits(found: Iterable[str], where: str, kind: str) -> None:
+    """An error unless the data bring all three splits, or pieces to train on alone: what they call test stays that."""
+    missing = [split for split in SPLITS if split not in found]
+    if missing and set(found) != {"train"}:
+        raise UserError(f"dataset: {where} has no {kind} of {', '.join(missing)}")
 
 
 def read_table(path: Path, report: Counter[str]) -> list[np.ndarray]:
@@ -141,9 +148,10 @@ def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
     for index, notes in enumerate(rows["notes"]):
         try:
             roll, outside = frames_to_roll(notes)
-        except TypeError as error:
+        except (TypeError, IndexError) as error:  # no lists, or numbers that are not whole
             raise UserError(
-                f"dataset: {name!r}, row {index}: notes must be a list of frames, a frame a list of MIDI pitches"
+                f"dataset: {name!r}, row {index}: notes must be a list of frames, a frame a list of MIDI pitches, "
+                "whole numbers"
             ) from error
         report["out_of_range_notes"] += outside
         rolls.append(roll)
@@ -159,9 +167,9 @@ def read_hub(data: DataOptions, report: Counter[str]) -> dict[str, list[np.ndarr
             f"dataset={data.dataset!r} is neither a folder nor a data set that the Hub gives "
             f"({type(error).__name__}: {error}); pass --dataset FOLDER, HUB_ID or {CHORALES}"
         ) from error
-    if "train" not in found:
-        raise UserError(f"dataset={data.dataset!r} has no split 'train'; it has {', '.join(found)}")
-    return {split: read_rows(found[split], f"{data.dataset} {split}", report) for split in SPLITS if split in found}
+    splits = [split for split in SPLITS if split in found]
+    check_splits(splits, f"{data.dataset!r}, with {', '.join(found)},", "split")
+    return {split: read_rows(found[split], f"{data.dataset} {split}", report) for split in splits}
 
 
 def read_midi_files(folder: Path, frames_per_quarter: int, report: Counter[str]) -> list[np.ndarray]:

@@ -123,8 +123,8 @@ def what_was_lost(error: BaseException) -> str:
     return f'another process has ended ({reason}); its own message, or the launcher\'s "Root Cause", says why'
 
 
-def how_to_go_on(argv: list[str]) -> str:
-    """The command that goes on with this run."""
+def how_to_go_on(argv: list[str], program: str) -> str:
+    """The command that goes on with this run of `program`."""
     words = [word for word in argv if not word.startswith("--overwrite_output_dir=")]
     if "--overwrite_output_dir" in words:
         at = words.index("--overwrite_output_dir")
@@ -132,11 +132,11 @@ def how_to_go_on(argv: list[str]) -> str:
         del words[at : at + 1 + follows_value]
     if not any(word.startswith("--resume_from_checkpoint") for word in words):
         words += ["--resume_from_checkpoint", "last"]
-    return f"{launcher()} -m training.train {shlex.join(words)}"
+    return f"{launcher()} -m {program} {shlex.join(words)}"
 
 
 def launcher() -> str:
-    """The words before `-m training.train` that start as many processes as there are now."""
+    """The words before `-m` that start as many processes as there are now."""
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return "accelerate launch" if accelerate else "python"

@@ -17,19 +17,27 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import kru_hf
 
-from .cards import DATA_SOURCES, missing_fields, read_json, render_card
+from .arguments import parse_words
+from .cards import COMPOSITION, DATA_SOURCES, missing_fields, read_json, render_card
 from .errors import UserError
 from .hub import PROPOSAL, check_access, check_name, explained, open_proposal, remote_files, same
 
 PACKAGE = Path(kru_hf.__file__).parent
 WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-RESULT_FILES = ("all_results.json", "log_history.json", "training.json", "comparison.json", "learning_curve.png")
+RESULT_FILES = (
+    "all_results.json",
+    "log_history.json",
+    "training.json",
+    "comparison.json",
+    "learning_curve.png",
+    *COMPOSITION,
+)
 # What a new version brings or removes. Everything else in the repository is the owner's, and stays.
 COPIED_FILES = (WEIGHTS, "generation_config.json", *TOKENIZER_FILES, *RESULT_FILES)
 AUTO_CLASSES = {
@@ -309,11 +317,9 @@ def report(published: Published) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    options_class: Any = PublishOptions  # the stub wants a protocol that dataclasses do not match
-    parser = HfArgumentParser(options_class, prog="training.publish", description="Publish a trained folder.")
-    (options,) = parser.parse_args_into_dataclasses(argv)
-    values = dataclasses.asdict(options)
     try:
+        (options,) = parse_words([PublishOptions], list(sys.argv[1:] if argv is None else argv), "training.publish")
+        values = dataclasses.asdict(options)
         print(report(publish_folder(values.pop("model"), values.pop("repo_id"), **values)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,13 +27,15 @@ class Progress:
             mininterval=0.1 if sys.stderr.isatty() else 5.0,
             unit="step",
         )
+        self.shown: dict[str, str] = {}
         self.validation = ""
 
     def update(self, state: ckpt.TrainerState) -> None:
         """Move the bar to `state.step`."""
         nats, targets = state.window
         speed = state.train_elements / max(state.train_seconds, 1e-9)
-        shown = self.task.progress(nats / targets) if targets else {}
+        shown = self.shown  # the training figures of the last step that had any: logging has begun a new window
+        shown |= self.task.progress(nats / targets) if targets else {}
         shown[f"{self.task.unit}/s"] = f"{speed:,.0f}"
         if self.validation:
             shown["validation"] = self.validation

@@ -96,17 +96,19 @@ class Run:
         if task in ("copy_memory", "adding"):
             return (COPY if task == "copy_memory" else ADDING).format(length)
         if task == "phonemes" and "timit" in data.lower():
-            return PHONEMES
-        if task == "pixel_mnist" and "mnist" in data.lower():
+            return PHONEMES if options.get("phone_set") != 39 else f"{PHONEMES}, 39 classes"
+        if task == "pixel_mnist" and re.search(r"(^|/)mnist\b", data.lower()):  # not Fashion-MNIST and its like
             return PERMUTED if any(value and "permut" in key for key, value in options.items()) else SEQUENTIAL
         if task == "char_lm" and re.search(r"ptb|penn", data.lower()):
             size = self.results.get("num_parameters") or options.get("parameter_budget") or 0
             return next((name for limit, name in PTB_SIZES if size <= limit), "Penn Treebank characters, larger models")
+        # Published figures are from training pieces as they are: transposed ones are another setting.
+        changed = ", transposed training pieces" if options.get("transpose") else ""
         for pattern, name in (("jsb", JSB), ("piano.?midi", PIANO)):
             if task == "piano_roll" and re.search(pattern, data.lower()):
-                return name
-        permuted = any(value and "permut" in key for key, value in options.items())
-        return f"{task or 'task not recorded'} on {data or 'data not recorded'}" + (", permuted" if permuted else "")
+                return name + changed
+        changed += ", permuted" if any(value and "permut" in key for key, value in options.items()) else ""
+        return f"{task or 'task not recorded'} on {data or 'data not recorded'}{changed}"
 
     @cached_property
     def label(self) -> str:

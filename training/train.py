@@ -19,6 +19,7 @@ import kru_hf
 from . import checkpoint as ckpt
 from . import processes
 from .arguments import Arguments, parse_arguments
+from .driver import Driver
 from .errors import Interrupted, UserError
 from .evaluation import evaluate
 from .loop import TrainingLoop
@@ -57,6 +58,8 @@ def build_accelerator(arguments: Arguments) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"report_to={run.report_to!r}, mixed_precision={run.mixed_precision!r}: {error}") from error
+    if tracker is not None and not accelerator.log_with:
+        raise UserError(f"report_to={run.report_to!r} is not installed: install its package, or pass --report_to none")
     processes.check_world(accelerator)
     return accelerator
 
@@ -67,6 +70,11 @@ def check_folder(arguments: Arguments) -> Path | None:
     if run.resume_from_checkpoint is not None:
         ckpt.clean(folder)
         found = ckpt.find_checkpoint(run.resume_from_checkpoint, folder)
+        if found is not None and found.resolve().parent != folder.resolve():
+            raise UserError(
+                f"resume_from_checkpoint={str(found)!r} is not in output_dir={str(folder)!r}, but with the best "
+                f"weights of its run; pass --output_dir {str(found.parent)!r}"
+            )
         if found is None and ckpt.holds_run(folder) and (folder / "all_results.json").exists():
             raise UserError(
                 f"output_dir={str(folder)!r} holds a finished run without checkpoints: nothing to go on from"
@@ -80,7 +88,7 @@ def check_folder(arguments: Arguments) -> Path | None:
     return None
 
 
-def start_folder(arguments: Arguments, task: Task, accelerator: Accelerator) -> None:
+def start_folder(arguments: Arguments, driver: Driver) -> None:
     """Clear the output folder if that was asked for, and record options, data, command and machine in it."""
     folder, run = arguments.output_dir, arguments.run
     if run.overwrite_output_dir and run.resume_from_checkpoint is None:
@@ -94,15 +102,15 @@ def start_folder(arguments: Arguments, task: Task, accelerator: Accelerator) -> 
     versions = {"kru_hf": kru_hf.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     record = {
         "options": options,
-        "dataset": task.dataset_record(),
-        "versions": versions,
+        "dataset": driver.task.dataset_record(),
+        "versions": {**versions, **driver.libraries},
         "command": arguments.command,
-        "machine": machine_record(accelerator),
+        "machine": machine_record(driver.accelerator),
     }
     ckpt.write_json(folder / "training.json", record)
 
 
-def run(arguments: Arguments, stop: StopRequest) -> dict[str, Any]:
+def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = TrainingLoop) -> dict[str, Any]:
     """Train, evaluate and write the folder; returns the figures of `all_results.json`."""
     torch.use_deterministic_algorithms(not torch.cuda.is_available())  # costs nothing on a CPU
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -113,12 +121,12 @@ def run(arguments: Arguments, stop: StopRequest) -> dict[str, Any]:
     (found,) = broadcast_object_list([found])
     task, model = processes.together(accelerator, lambda: prepare_task(arguments))
     processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
-    loop = TrainingLoop(arguments, task, model, accelerator, stop)
+    loop = driver(arguments, task, model, accelerator, stop)
     if found is not None:
         processes.together(accelerator, lambda: loop.resume(found))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        start_folder(arguments, task, accelerator)
+        start_folder(arguments, loop)
         describe(arguments, task, model, loop, found)
     accelerator.wait_for_everyone()
     if arguments.run.report_to != "none":
@@ -138,7 +146,7 @@ def run(arguments: Arguments, stop: StopRequest) -> dict[str, Any]:
     return figures
 
 
-def finish(arguments: Arguments, task: Task, loop: TrainingLoop) -> dict[str, Any]:
+def finish(arguments: Arguments, task: Task, loop: Driver) -> dict[str, Any]:
     """Evaluate the best weights and write the results."""
     accelerator, folder, model = loop.accelerator, arguments.output_dir, loop.bare_model
     if accelerator.is_main_process:
@@ -182,7 +190,7 @@ def publish(arguments: Arguments) -> None:
     print(publish_report(done))
 
 
-def describe(arguments: Arguments, task: Task, model: Any, loop: TrainingLoop, found: Path | None) -> None:
+def describe(arguments: Arguments, task: Task, model: Any, loop: Driver, found: Path | None) -> None:
     """Say what is going to happen."""
     record = task.dataset_record()
     print(
@@ -202,23 +210,24 @@ def describe(arguments: Arguments, task: Task, model: Any, loop: TrainingLoop, f
         print("no checkpoint had been written yet")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, 1 for errors, 130/143 after Ctrl-C/SIGTERM."""
+def main(argv: list[str] | None = None, driver: type[Driver] = TrainingLoop, program: str = "training.train") -> int:
+    """Command line of `program`; returns the exit code: 0, 1 for errors, 130/143 after Ctrl-C/SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()  # bars for single files would break the training's own
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         with StopRequest() as stop:
-            run(parse_arguments(argv), stop)
+            run(parse_arguments(argv, program), stop, driver)
     except UserError as error:
         processes.say(error)
         if isinstance(error, Interrupted) and processes.rank() == 0:
-            print(f"go on with: {processes.how_to_go_on(argv)}", file=sys.stderr)
+            print(f"go on with: {processes.how_to_go_on(argv, program)}", file=sys.stderr)
         return error.exit_code
     except RuntimeError as error:
         if not processes.lost_others(error):
             raise
-        processes.say(UserError(f"{processes.what_was_lost(error)}\ngo on with: {processes.how_to_go_on(argv)}"))
+        again = processes.how_to_go_on(argv, program)
+        processes.say(UserError(f"{processes.what_was_lost(error)}\ngo on with: {again}"))
         return 1
     finally:
         torch.use_deterministic_algorithms(deterministic)

@@ -123,6 +123,7 @@ class Task(ABC):
     unit: ClassVar[str] = "steps"  # what `num_elements` counts: "characters", "frames" or "steps"
     metric: ClassVar[str] = "loss"  # the figure that picks the best model
     greater_is_better: ClassVar[bool] = False
+    default_recipe: ClassVar[str | None] = None  # of the same name as the task if None
     default_dataset: ClassVar[str | None] = None
     Options: ClassVar[type]
 

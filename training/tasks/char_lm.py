@@ -174,8 +174,8 @@ class CharLM(Task):
 
     @torch.no_grad()
     def sample(self, model: Any, length: int, seed: int) -> str | None:
-        """`length` characters that follow the start of the test text, at temperature 0.8."""
-        prompt = self.ids["test"][: min(64, len(self.ids["test"]))][None].to(model.device)  # (1, ≤64)
+        """`length` characters after the first 64 of the training text, as a document begins, at temperature 0.8."""
+        prompt = self.ids["train"][:64][None].to(model.device)  # (1, ≤64)
         generator = torch.Generator().manual_seed(seed)
         special = [i for i in (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id) if i is not None]
         out = model(input_ids=prompt, use_cache=True)

@@ -56,6 +56,7 @@ class PianoRollTask(Task):
     unit = "frames"
     metric = "nll_per_frame"
     default_dataset = CHORALES
+    default_recipe = "bach_chorales"
     Options = PianoRollOptions
 
     pieces: Pieces
@@ -71,7 +72,9 @@ class PianoRollTask(Task):
             print(f"data: {describe_report(self.pieces.report)}")
 
     def dataset_record(self) -> dict[str, Any]:
-        return self.pieces.record()
+        names = ("dataset_config", "dataset_revision")
+        hub = {name: getattr(self.data, name) for name in names if getattr(self.data, name) is not None}
+        return {**self.pieces.record(), **hub}
 
     def model_kwargs(self) -> dict[str, Any]:
         return {"vocab_size": 1, "input_size": NUM_PITCHES}
@@ -168,8 +171,8 @@ class PianoRollTask(Task):
 
     @torch.no_grad()
     def sample(self, model: Any, length: int, seed: int) -> str | None:
-        """The first frames of a continuation of a test piece, as MIDI pitches; `training.compose` makes music of it."""
-        prime = torch.from_numpy(self.pieces.splits["test"][0][:16]).float()  # (≤16, 88)
+        """The first frames of a continuation of a validation piece, as MIDI pitches; `training.compose` makes music."""
+        prime = torch.from_numpy(self.pieces.splits["validation"][0][:16]).float()  # (≤16, 88)
         roll = model.generate_piano_roll(prime, num_frames=max(1, min(16, length)), seed=seed)[0].numpy()
         return " | ".join(" ".join(map(str, frame)) or "-" for frame in roll_to_frames(roll))
 

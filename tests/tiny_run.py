@@ -1,0 +1,101 @@
+"""Tiny runs of a training program for several test files: their options, their processes, and how two are compared."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from training import checkpoint as ckpt
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    words = random.Random(0).choices(["the ", "recurrent ", "state, ", "of a unit\n", "is "], k=1500)
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text("".join(words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """7 pieces of very different lengths to train on: batches of 4 leave the second of two processes without any."""
+    folder = tmp_path_factory.mktemp("data") / "pieces"
+    folder.mkdir()
+    chance = random.Random(0)
+    for split, lengths in {"train": [5, 9, 40, 12, 33, 7, 70], "validation": [20, 9, 31], "test": [8]}.items():
+        notes = [[sorted(chance.sample(range(40, 80), 3)) for _ in range(length)] for length in lengths]
+        Dataset.from_dict({"notes": notes}).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def options(text_file, folder, **changes) -> list[str]:
+    """Command line of a tiny run with dropout, so that the random state matters."""
+    values = {
+        "dataset": text_file, "output_dir": folder, "state_size": 24, "factor_shapes": "4x4,6x6", "wiring": "plain",
+        "input_dropout": 0.1, "max_steps": STEPS, "eval_steps": 4, "save_steps": 5, "logging_steps": 3,
+        "per_device_train_batch_size": 4, "sequence_length": 16, "report_to": "none", "sample_length": 10,
+        "use_cpu": "true", **changes,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def spawn(code_or_module: list[str], words: list[str], **kwargs) -> subprocess.Popen:
+    command = [sys.executable, *code_or_module, *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+    )
+
+
+def same_weights(one: Path, other: Path) -> None:
+    a, b = load_file(one / ckpt.WEIGHTS), load_file(other / ckpt.WEIGHTS)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def same_end(one: Path, other: Path) -> None:
+    """Best weights, last weights and every figure of two runs are equal."""
+    same_weights(one, other)
+    same_weights(one / f"checkpoint-{STEPS}", other / f"checkpoint-{STEPS}")
+    histories = [json.loads((folder / "log_history.json").read_text()) for folder in (one, other)]
+    assert histories[0] == histories[1]
+    assert not list(other.glob(".*"))
+
+
+# Dies at the `at`-th sync, rename or removal of a file.
+CRASH = """
+import os, signal, sys
+from training import checkpoint as ckpt
+from {program} import main
+calls = 0
+def dying(function):
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+ckpt.sync, os.replace, ckpt.shutil.rmtree = dying(ckpt.sync), dying(os.replace), dying(ckpt.shutil.rmtree)
+main(sys.argv[1:])
+"""
+
+
+def wait_for(condition, child, timeout=90.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert child.poll() is None, child.communicate()[1].decode()
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -1,0 +1,317 @@
+"""What every driver of a run shares: its state, what is done between two steps, saving and going on.
+
+`loop.py` adds the step with accelerate, `lightning_module.py` with Lightning. Whatever a run leaves behind comes from
+here, so that either of them goes on from the other's checkpoints.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+
+from . import checkpoint as ckpt
+from .arguments import Arguments
+from .errors import Interrupted, UserError
+from .evaluation import evaluate
+from .optimization import build_optimizer, learning_rate, set_learning_rate
+from .reporting import Progress
+from .stopping import StopRequest
+from .tasks import Batch, Layout, Task, TaskOutput
+
+# Options that change neither the weights nor which ones are the best: a resumed run may change them.
+FREE_OPTIONS = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "save_steps", "save_total_limit",
+    "logging_steps", "sample_length", "use_cpu", "num_threads", "evaluate_test", "push_to_hub", "hub_model_id",
+    "hub_private_repo", "data_license", "dataset", "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}  # fmt: skip
+FREE_CONFIG = {"transformers_version", "_name_or_path", "auto_map", "architectures", "dtype"}
+
+
+class Driver(ABC):
+    """A run: model, optimizer, position and history. `state.step` optimizer steps are done.
+
+    Args:
+        accelerator: says which device and process this is, and joins figures of all processes.
+    """
+
+    libraries: ClassVar[dict[str, str]] = {}  # name and version of what a driver needs besides those of every run
+    optimizer: Any  # of torch, or a wrapper with the same groups and states
+    progress: Progress
+
+    def __init__(
+        self, arguments: Arguments, task: Task, model: Any, accelerator: Accelerator, stop: StopRequest
+    ) -> None:
+        self.arguments, self.options, self.task, self.accelerator, self.stop = (
+            arguments, arguments.run, task, accelerator, stop,
+        )  # fmt: skip
+        self.folder: Path = arguments.output_dir
+        self.accumulation = self.options.gradient_accumulation_steps
+        slots = accelerator.num_processes * self.accumulation
+        self.layout = Layout(self.options.per_device_train_batch_size * slots, slots)
+        per_epoch = task.num_batches(self.layout)
+        epochs = math.ceil(per_epoch * self.options.num_train_epochs)
+        self.total_steps = self.options.max_steps if self.options.max_steps > 0 else epochs
+        self.bare_model = model
+        self.state = ckpt.TrainerState()
+        self.carried: list[Any] = [None] * self.accumulation  # one state a slot of this rank
+        self.pending: list[torch.Tensor] = []  # figures of steps that have not been looked at yet
+        self.signal_number, self.started = 0, 0.0
+        self.prepare(build_optimizer(model, self.options))
+        torch.manual_seed(self.options.seed + 1 + accelerator.process_index)  # dropout differs between ranks
+
+    @abstractmethod
+    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the model on its device and set `self.optimizer`."""
+
+    @abstractmethod
+    def run(self, progress: Progress) -> None:
+        """Train to the end; the best weights are then at the top of the folder.
+
+        Raises:
+            Interrupted: a signal came; a checkpoint has been written.
+            UserError: the loss is not finite, or a save failed.
+        """
+
+    @property
+    @abstractmethod
+    def scaler(self) -> Any:
+        """What scales the losses of fp16, or None."""
+
+    # ---- one step ----
+
+    def batch(self, step: int, part: int) -> Batch:
+        """The batch of one of this rank's slots."""
+        return self.task.train_batch(step, self.accelerator.process_index * self.accumulation + part, self.layout)
+
+    def set_rate(self) -> None:
+        """The learning rate of the step that comes."""
+        rate = learning_rate(self.state.step, self.total_steps, self.options, self.state.plateau_scale)
+        set_learning_rate(self.optimizer, rate)
+
+    def forward(self, model: Any, batch: Batch, part: int) -> TaskOutput:
+        """One slot's batch; the state that it ends in is kept for the next one."""
+        out = self.task.forward(model, batch, None if batch.reset_state else self.carried[part])
+        self.carried[part] = out.state.detach() if out.state is not None and self.task.carries_state else None
+        return out
+
+    @staticmethod
+    def figures(out: TaskOutput) -> torch.Tensor:
+        """Nats, targets and loss (3,) of a slot."""
+        return torch.stack([out.sums["loss"], out.sums["count"], out.loss.detach().double()])  # (3,)
+
+    @property
+    def max_norm(self) -> float:
+        """What gradients are clipped to."""
+        return self.options.max_grad_norm or math.inf
+
+    def count(self, figures: torch.Tensor, norm: torch.Tensor, num_elements: int) -> None:
+        """A step is done: the sum of its parts' `figures` (3,), the gradient's norm (), and the elements of a slot."""
+        self.pending.append(torch.cat([figures, norm.detach().double().reshape(1)]))  # (4,)
+        self.state.step += 1
+        self.state.train_elements += num_elements * self.layout.num_slots
+
+    # ---- between two steps ----
+
+    def begin(self, progress: Progress) -> None:
+        """The run starts now, or goes on."""
+        self.progress = progress
+        self.bare_model.train()
+        self.started = time.perf_counter()
+
+    def ended(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.state.step >= self.total_steps or self.exhausted()
+
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps is done after this one; all is after the last."""
+        return self.state.step == self.total_steps or self.state.step % every == 0
+
+    def attends(self) -> bool:
+        """Whether this step is looked at: on a GPU that waits for it, so there only where something is due."""
+        options = self.options
+        return self.accelerator.device.type == "cpu" or any(
+            self.due(every) for every in (options.logging_steps, options.eval_steps, options.save_steps)
+        )
+
+    def observe(self) -> None:
+        """After a step: first its figures, which end the run if they are not finite."""
+        self.signal_number = self.look()
+        self.state.train_seconds += time.perf_counter() - self.started
+        self.progress.update(self.state)
+        if self.due(self.options.logging_steps):
+            self.log()
+
+    def judge(self) -> None:
+        """After a step: then the validation data, the best weights, and the plateau."""
+        if not self.due(self.options.eval_steps):
+            return
+        metrics = evaluate(self.task, self.bare_model, "validation", self.accelerator)
+        self.progress.log(self.state, {f"validation_{name}": value for name, value in metrics.items()})
+        self.progress.update(self.state)  # the bar closes with the last figure, not with the one before
+        value = metrics[self.task.metric]
+        if not math.isfinite(value):
+            raise UserError(self.divergence(self.state.step, torch.tensor([0, 0, value, math.nan])), shared=True)
+        if self.improved(value):
+            self.save_best()
+        elif self.options.lr_scheduler_type == "plateau":
+            self.state.plateau_scale *= self.options.plateau_factor
+
+    def keep(self) -> None:
+        """After a step: last a checkpoint, and the orderly end that a signal asked for."""
+        if self.due(self.options.save_steps) or self.signal_number or self.exhausted():
+            self.save()
+        if self.signal_number:
+            raise Interrupted(f"stopped at step {self.state.step}; the checkpoint is written", self.signal_number)
+        self.started = time.perf_counter()
+
+    def look(self) -> int:
+        """Look at the figures of the steps since the last look; the same on every rank.
+
+        Returns:
+            the signal that asked some rank to stop, or 0.
+
+        Raises:
+            UserError: a loss or gradient is not finite.
+        """
+        figures = torch.stack(self.pending) if self.pending else torch.zeros(0, 4, dtype=torch.float64)  # (steps, 4)
+        figures, signal_number = figures.cpu(), self.stop.pending()
+        if self.accelerator.num_processes > 1:
+            last = torch.tensor([float(signal_number)], dtype=torch.float64)
+            packed = torch.cat([figures.flatten(), last]).to(self.accelerator.device)
+            ranks = self.accelerator.gather(packed[None])  # (ranks, 4·steps + 1)
+            signal_number = int(ranks[:, -1].max())
+            figures = ranks[:, :-1].sum(0).reshape(-1, 4).cpu()
+        first = self.state.step - len(self.pending) + 1
+        self.pending = []
+        watched = figures[:, 2] if self.accelerator.mixed_precision == "fp16" else figures[:, 2:].sum(1)
+        for index in (~torch.isfinite(watched)).nonzero().flatten().tolist()[:1]:
+            raise UserError(self.divergence(first + index, figures[index]), shared=True)
+        new = figures[:, :2].sum(0).tolist()
+        self.state.window = [self.state.window[0] + new[0], self.state.window[1] + new[1]]
+        return signal_number
+
+    def divergence(self, step: int, figures: torch.Tensor) -> str:
+        """What to say when the run has left the finite numbers."""
+        found = ckpt.checkpoints(self.folder)
+        kept = f"the last good checkpoint is {str(found[-1])!r}" if found else "no checkpoint had been written yet"
+        return (
+            f"training stopped: loss {float(figures[2])} with gradient norm {float(figures[3])} at step {step}; "
+            f"{kept}. Lower --learning_rate, set --max_grad_norm, or raise --unitary_loss_coef"
+        )
+
+    def exhausted(self) -> bool:
+        """Whether early stopping says that it is enough."""
+        patience = self.options.early_stopping_patience
+        return bool(patience) and self.state.stalled >= patience
+
+    def log(self) -> None:
+        """Close a window of training figures: history and tracker."""
+        nats, targets = self.state.window
+        self.state.window = [0.0, 0.0]
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.progress.log(self.state, {"train_loss": nats / targets, "learning_rate": rate})
+
+    def improved(self, value: float) -> bool:
+        """Whether the validation figure `value` is the best yet; the state remembers it."""
+        best = self.state.best_metric
+        if best is None or (value > best if self.task.greater_is_better else value < best):
+            self.state.best_metric, self.state.best_step, self.state.stalled = value, self.state.step, 0
+            return True
+        self.state.stalled += 1
+        return False
+
+    # ---- saving and going on ----
+
+    def signature(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that goes on from it."""
+        config = self.bare_model.config.to_dict()
+        return {
+            **{f"config.{key}": value for key, value in config.items() if key not in FREE_CONFIG},
+            **{key: value for key, value in self.arguments.flat().items() if key not in FREE_OPTIONS},
+            "data": self.task.dataset_record(),
+            "global_batch_size": self.layout.global_batch_size,
+            "total_steps": self.total_steps,
+        }
+
+    def save_best(self) -> None:
+        """Put model and tokenizer at the top of the folder."""
+
+        def fill(temporary: Path) -> None:
+            self.bare_model.save_pretrained(temporary)
+            if self.task.tokenizer is not None:
+                self.task.tokenizer.save_pretrained(temporary)
+
+        if self.accelerator.is_main_process:
+            ckpt.write_files(self.folder, fill)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; every rank takes part, rank 0 writes."""
+        carried, random = self.gather_states(), self.gather_random()
+        if self.accelerator.is_main_process:
+            ckpt.save_checkpoint(
+                self.folder / f"checkpoint-{self.state.step}",
+                model=self.bare_model,
+                optimizer={
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler and self.scaler.state_dict(),
+                },
+                carried=carried,
+                random=random,
+                state=self.state,
+                signature=self.signature(),
+            )
+            ckpt.prune(self.folder, self.options.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def gather_states(self) -> dict[str, torch.Tensor]:
+        """Carried states of all rows of the global batch, one tensor a layer with rows first."""
+        if self.carried[0] is None:
+            return {}
+        layers = zip(*(slot.states for slot in self.carried), strict=True)
+        return {str(i): self.accelerator.gather(torch.cat(layer)).cpu() for i, layer in enumerate(layers)}
+
+    def gather_random(self) -> dict[str, torch.Tensor]:
+        """Random generator states, ranks first."""
+        device = self.accelerator.device
+        states = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+        return {name: self.accelerator.gather(value.to(device)[None]).cpu() for name, value in states.items()}
+
+    def close(self) -> None:
+        """Let go of what torch wrapped around the model, before the processes part.
+
+        A process group that only that wrapper still holds is taken down while Python's lock is held, and its threads
+        may be waiting for that lock: the process would hang now and then.
+        """
+        if self.accelerator.num_processes > 1:
+            self.accelerator.free_memory()
+            gc.collect()
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint: weights, optimizer, state of the streams, random generators, history."""
+        loaded = ckpt.load_checkpoint(path, self.signature())
+        loaded.load_weights(self.bare_model)
+        self.optimizer.load_state_dict(loaded.optimizer["optimizer"])
+        if loaded.optimizer["scaler"] and self.scaler:
+            self.scaler.load_state_dict(loaded.optimizer["scaler"])
+        self.state = loaded.state
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if loaded.random["cpu"].shape[0] == ranks:  # otherwise dropout starts anew: there is nothing to go on from
+            torch.set_rng_state(loaded.random["cpu"][rank])
+            if "cuda" in loaded.random and self.accelerator.device.type == "cuda":
+                torch.cuda.set_rng_state(loaded.random["cuda"][rank], self.accelerator.device)
+        if loaded.carried:
+            layers = [loaded.carried[str(i)] for i in range(len(loaded.carried))]
+            for part in range(self.accumulation):
+                rows = self.layout.rows(rank * self.accumulation + part)
+                own = [layer[rows.start : rows.stop].to(self.accelerator.device) for layer in layers]
+                self.carried[part] = self.task.state_from_tensors(own)
