@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .kronecker import random_unitary, unitary_penalty
+from .kronecker import random_unitary, to_complex, unitary_penalty
 from .scan import kru_scan
 
 _warned_rectangular = False
@@ -78,6 +78,17 @@ class KRURecurrence(nn.Module):
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ_f ‖W_f^H W_f − I‖²: a scalar."""
         return unitary_penalty([factor.float() for factor in self.factors])
+
+    @torch.no_grad()
+    def bound_norm(self, limit: float) -> None:
+        """Scale the factors alike, so that the spectral norm of W, the product of theirs, is at most ``limit``.
+
+        The penalty keeps it near 1, on either side. Above 1 a state that is carried on and on can grow beyond float32.
+        """
+        norms = [torch.linalg.matrix_norm(to_complex(factor, 0), 2) for factor in self.factors]
+        scale = (limit / torch.stack(norms).prod()).clamp(max=1) ** (1 / len(norms))  # ()
+        for factor in self.factors:
+            factor.mul_(scale)  # (2, P, Q)
 
     def forward(
         self, inputs: Tensor, initial_state: Tensor | None = None, mask: Tensor | None = None

@@ -130,7 +130,10 @@ def test_models_of_the_recipes_are_too_small_to_shard(recipe):
     """What training/accelerate/README.md says of DDP and FSDP rests on this."""
     arguments = parse_arguments([str(recipe)])
     head = get_task(arguments.run.task).head
-    data = {"causal_lm": {"vocab_size": 53 if "ptb" in recipe.stem else 105}, "piano_roll": {"vocab_size": 1, "input_size": 88}}
+    data = {
+        "causal_lm": {"vocab_size": 53 if "ptb" in recipe.stem else 105},
+        "piano_roll": {"vocab_size": 1, "input_size": 88},
+    }
     model = build_model(head, arguments.model, **data.get(head, {"vocab_size": 40, "num_labels": 40}))
     assert model.num_parameters(only_trainable=True) < 500_000
 

@@ -7,13 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_run import CRASH, ROOT, STEPS, options, same_end, spawn, wait_for
 
+from kru_hf import KRUForCausalLM, KRURecurrence, kron_dense
 from training import checkpoint as ckpt
 from training.train import main
+from training.train_lightning import main as lightning_main
 
 TWO_PROCESS_BPC = 2e-3
+NORM = 1e-5  # of a product of fp32 factors
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +230,25 @@ def test_checkpoint_of_another_folder(uninterrupted, text_file, tmp_path, capsys
 def test_tracker_that_is_not_installed(text_file, tmp_path, capsys):
     assert main(options(text_file, tmp_path, report_to="swanlab")) == 1
     assert "report_to='swanlab' is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("driver", [main, lightning_main], ids=["accelerate", "lightning"])
+def test_norm_of_the_recurrent_matrix_is_held(text_file, tmp_path, driver):
+    words = options(text_file, tmp_path, learning_rate=0.1, factor_learning_rate_scale=1, unitary_loss_coef=0)
+    norms = []
+    for folder, limit in (("free", []), ("held", ["--max_recurrent_norm=0.9"])):
+        assert driver([*words, *limit, f"--output_dir={tmp_path / folder}"]) == 0
+        model = KRUForCausalLM.from_pretrained(tmp_path / folder / f"checkpoint-{STEPS}")
+        factors = next(m for m in model.modules() if isinstance(m, KRURecurrence)).factors
+        norms.append(torch.linalg.matrix_norm(torch.complex(*kron_dense(list(factors))), 2).item())
+    assert norms[0] > 1 and norms[1] == pytest.approx(0.9, abs=NORM)
+
+
+@pytest.mark.parametrize("other", ["--architecture=lstm", "--cell_type=kru_gru", "--train_factors=false"])
+def test_no_norm_to_hold(text_file, tmp_path, other, capsys):
+    kind = {"factor_shapes": None, "wiring": None} if "lstm" in other else {}
+    assert main([*options(text_file, tmp_path, max_recurrent_norm=1, **kind), other]) == 1
+    assert "max_recurrent_norm" in capsys.readouterr().err
 
 
 FULL = """

@@ -34,13 +34,15 @@ KRU_ONLY = frozenset(
         "input_scale",
         "activation",
         "unitary_loss_coef",
+        "max_recurrent_norm",
         "train_factors",
         "scan_backend",
         "layer_norm_epsilon",
         "initializer_range",
     ]
 )
-SOFT_ONLY = frozenset(["cell_type", "recurrent_init_scale", "unitary_loss_coef"])  # not of a strictly unitary kru
+# Not of a strictly unitary kru.
+SOFT_ONLY = frozenset(["cell_type", "recurrent_init_scale", "unitary_loss_coef", "max_recurrent_norm"])
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -85,6 +87,9 @@ class ModelOptions:
     state_dropout: float | None = option(None, "Dropout on the states before they are read.")
     hidden_dropout: float | None = option(None, "Dropout on the residual branches (between the layers of baselines).")
     unitary_loss_coef: float | None = option(None, "Weight of the soft unitary penalty in the training loss.")
+    max_recurrent_norm: float | None = option(
+        None, "Largest spectral norm of a kru model's recurrent matrix, held after every step; not given: no bound."
+    )
     train_factors: bool | None = option(None, "Whether the Kronecker factors are trained; false freezes them.")
     scan_backend: str | None = option(None, "Engine of the recurrence: auto, reference, torch, cpu or triton.")
     layer_norm_epsilon: float | None = option(None, "Epsilon of the RMS norms.")
@@ -98,6 +103,8 @@ class ModelOptions:
         )
         if self.unitary_loss_coef is not None:
             require(self.unitary_loss_coef >= 0, "unitary_loss_coef", self.unitary_loss_coef, "0 or more")
+        if self.max_recurrent_norm is not None:
+            require(0 < self.max_recurrent_norm < math.inf, "max_recurrent_norm", self.max_recurrent_norm, "positive")
         if self.parameter_budget is not None:
             require(self.parameter_budget >= 1, "parameter_budget", self.parameter_budget, "1 or more")
         parse_factor_shapes(self.factor_shapes)
@@ -110,7 +117,7 @@ class ModelOptions:
 
     def config_values(self) -> dict[str, Any]:
         """The config fields that were given, by name."""
-        others = ("architecture", "model", "parameter_budget")
+        others = ("architecture", "model", "parameter_budget", "max_recurrent_norm")
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k not in others}
         if "factor_shapes" in values:
             values["factor_shapes"] = parse_factor_shapes(values["factor_shapes"])

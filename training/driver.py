@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 
+from kru_hf import KRURecurrence
+
 from . import checkpoint as ckpt
 from .arguments import Arguments
 from .errors import Interrupted, UserError
@@ -60,6 +62,7 @@ class Driver(ABC):
         epochs = math.ceil(per_epoch * self.options.num_train_epochs)
         self.total_steps = self.options.max_steps if self.options.max_steps > 0 else epochs
         self.bare_model = model
+        self.bounded = bounded_cells(model, arguments.model.max_recurrent_norm)
         self.state = ckpt.TrainerState()
         self.carried: list[Any] = [None] * self.accumulation  # one state a slot of this rank
         self.pending: list[torch.Tensor] = []  # figures of steps that have not been looked at yet
@@ -114,6 +117,8 @@ class Driver(ABC):
 
     def count(self, figures: torch.Tensor, norm: torch.Tensor, num_elements: int) -> None:
         """A step is done: the sum of its parts' `figures` (3,), the gradient's norm (), and the elements of a slot."""
+        for cell in self.bounded:
+            cell.bound_norm(self.arguments.model.max_recurrent_norm or math.inf)
         self.pending.append(torch.cat([figures, norm.detach().double().reshape(1)]))  # (4,)
         self.state.step += 1
         self.state.train_elements += num_elements * self.layout.num_slots
@@ -315,3 +320,13 @@ class Driver(ABC):
                 rows = self.layout.rows(rank * self.accumulation + part)
                 own = [layer[rows.start : rows.stop].to(self.accelerator.device) for layer in layers]
                 self.carried[part] = self.task.state_from_tensors(own)
+
+
+def bounded_cells(model: Any, limit: float | None) -> list[KRURecurrence]:
+    """The recurrences whose spectral norm `--max_recurrent_norm` holds; an error where there is none to hold."""
+    if limit is None:
+        return []
+    cells = [m for m in model.modules() if isinstance(m, KRURecurrence)]
+    if model.config.model_type != "kru" or not cells or not model.config.train_factors:
+        raise UserError(f"max_recurrent_norm={limit!r} is for trained factors of cell_type kru alone: leave it out")
+    return cells
