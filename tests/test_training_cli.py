@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from kru_hf import scan_triton
+from training.arguments import parse_arguments
 from training.evaluate import main as evaluate
 from training.train import main
 
@@ -158,6 +159,14 @@ def test_damaged_model_folder(trained, text_file, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert evaluate([f"--model={tmp_path}", f"--dataset={text_file}", "--use_cpu"]) == 1
     assert "the tokenizer has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--cell_type=kru_gru"], ["--architecture=lstm", "--num_hidden_layers=1"]])
+def test_what_a_recipe_chose_for_its_own_cell_gives_way(words):
+    assert parse_arguments([]).model.input_scale == 0.03
+    other = parse_arguments(words).model
+    assert (other.input_scale, other.max_recurrent_norm) == (None, None)
+    assert parse_arguments(["--train_factors=false"]).model.max_recurrent_norm is None
 
 
 def test_folder_loads_with_auto_classes_and_pipeline(trained):

@@ -43,6 +43,10 @@ KRU_ONLY = frozenset(
 )
 # Not of a strictly unitary kru.
 SOFT_ONLY = frozenset(["cell_type", "recurrent_init_scale", "unitary_loss_coef", "max_recurrent_norm"])
+# What a recipe chooses for its own cell_type.
+CELL_ONLY = frozenset(
+    ["input_scale", "recurrent_init_scale", "bias_init", "activation", "unitary_loss_coef", "max_recurrent_norm"]
+)
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -88,7 +92,7 @@ class ModelOptions:
     hidden_dropout: float | None = option(None, "Dropout on the residual branches (between the layers of baselines).")
     unitary_loss_coef: float | None = option(None, "Weight of the soft unitary penalty in the training loss.")
     max_recurrent_norm: float | None = option(
-        None, "Largest spectral norm of a kru model's recurrent matrix, held after every step; not given: no bound."
+        None, "Largest spectral norm of a kru model's recurrent matrix, held after every step; 0: no bound."
     )
     train_factors: bool | None = option(None, "Whether the Kronecker factors are trained; false freezes them.")
     scan_backend: str | None = option(None, "Engine of the recurrence: auto, reference, torch, cpu or triton.")
@@ -104,7 +108,7 @@ class ModelOptions:
         if self.unitary_loss_coef is not None:
             require(self.unitary_loss_coef >= 0, "unitary_loss_coef", self.unitary_loss_coef, "0 or more")
         if self.max_recurrent_norm is not None:
-            require(0 < self.max_recurrent_norm < math.inf, "max_recurrent_norm", self.max_recurrent_norm, "positive")
+            require(0 <= self.max_recurrent_norm < math.inf, "max_recurrent_norm", self.max_recurrent_norm, "0 or more")
         if self.parameter_budget is not None:
             require(self.parameter_budget >= 1, "parameter_budget", self.parameter_budget, "1 or more")
         parse_factor_shapes(self.factor_shapes)
@@ -318,6 +322,11 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
     if name in ("factor_shapes", "factor_size") and (given.state_size or given.factor_shapes or given.factor_size):
         return True
     if name == "state_size" and given.factor_shapes is not None:
+        return True
+    # Another cell starts in another way, and only trained factors of a complex one have a norm to hold.
+    if name in CELL_ONLY and given.cell_type not in (None, recipe.get("cell_type", "kru")):
+        return True
+    if name == "max_recurrent_norm" and given.train_factors is False:
         return True
     # Another wiring is another network: the plain one has a single layer, and its width follows from the state.
     if name in ("num_hidden_layers", "hidden_size", "io_rank") and given.wiring not in (None, recipe.get("wiring")):

@@ -324,7 +324,7 @@ class Driver(ABC):
 
 def bounded_cells(model: Any, limit: float | None) -> list[KRURecurrence]:
     """The recurrences whose spectral norm `--max_recurrent_norm` holds; an error where there is none to hold."""
-    if limit is None:
+    if not limit:
         return []
     cells = [m for m in model.modules() if isinstance(m, KRURecurrence)]
     if model.config.model_type != "kru" or not cells or not model.config.train_factors:

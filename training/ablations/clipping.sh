@@ -4,7 +4,8 @@
 for seed in 0 1 2; do
     for weight in 0 0.1; do
         for norm in 0 1; do
-            train "soft-$weight-clip-$norm-$seed" --unitary_loss_coef $weight --max_grad_norm $norm --seed $seed
+            train "soft-$weight-clip-$norm-$seed" --unitary_loss_coef $weight --max_recurrent_norm 0 \
+                --max_grad_norm $norm --seed $seed
         done
     done
 done
