@@ -32,7 +32,7 @@ SAME = 1e-6  # between evaluations of the same weights, cut differently
 MINUTE = 60.0
 STEPS = 12
 COMMON = ["--use_cpu", "--report_to=none", "--sample_length=5", "--logging_steps=2", "--eval_steps=6", "--save_steps=6"]
-COMMON += [f"--max_steps={STEPS}", "--sequence_length=16"]
+COMMON += [f"--max_steps={STEPS}", "--sequence_length=16", "--learning_rate=0.01"]
 TEXT = [*COMMON, "--state_size=16", "--factor_shapes=4x4,4x4", "--wiring=plain"]
 
 

@@ -161,12 +161,14 @@ def test_damaged_model_folder(trained, text_file, tmp_path, capsys):
     assert "the tokenizer has" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--cell_type=kru_gru"], ["--architecture=lstm", "--num_hidden_layers=1"]])
-def test_what_a_recipe_chose_for_its_own_cell_gives_way(words):
-    assert parse_arguments([]).model.input_scale == 0.03
-    other = parse_arguments(words).model
+@pytest.mark.parametrize("words", [["--cell_type=kru_gru"], ["--architecture=lstm"]])
+def test_what_a_recipe_chose_for_its_own_cell_gives_way(words, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("wiring: plain\nfactor_size: 8\ninput_scale: 0.03\nmax_recurrent_norm: 1.0\n")
+    own, other = (parse_arguments([str(recipe), *given]).model for given in ([], words))
+    assert (own.input_scale, own.max_recurrent_norm) == (0.03, 1.0)
     assert (other.input_scale, other.max_recurrent_norm) == (None, None)
-    assert parse_arguments(["--train_factors=false"]).model.max_recurrent_norm is None
+    assert parse_arguments([str(recipe), "--train_factors=false"]).model.max_recurrent_norm is None
 
 
 def test_folder_loads_with_auto_classes_and_pipeline(trained):

@@ -203,7 +203,7 @@ class RunOptions:
             "num_threads",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(0 < self.learning_rate < 1e6, "learning_rate", self.learning_rate, "positive and below a million")
+        require(0 < self.learning_rate < 1e36, "learning_rate", self.learning_rate, "positive, and fit for fp32")
         require(0 < self.num_train_epochs < math.inf, "num_train_epochs", self.num_train_epochs, "positive and finite")
         for name in ("weight_decay", "max_grad_norm", "factor_learning_rate_scale"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")

@@ -1,0 +1,381 @@
+"""KRU models for transformers: the body, and the causal language model."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .bidirectional import KRUBidirectional, refuse_bidirectional, refuse_state
+from .cache_kru import KRUCache, KRUCacheLayer, initial_state
+from .cells import KRURecurrence
+from .configuration_kru import KRUConfig
+from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
+from .readout import normed_linear
+
+
+@dataclass
+class KRUModelOutput(ModelOutput):
+    """Output of :class:`KRUModel`.
+
+    last_hidden_state: (B, T, D), or (B, T, r) with low-rank plain maps; with the full-rank plain wiring the states
+        [Re h; Im h] (B, T, 2N) as they are: the heads normalise them while they read.
+    past_key_values: the state after the last step. hidden_states: embeddings and each layer's output.
+    unitary_loss: Σ over layers and factors of ‖W_f^H W_f − I‖², without λ.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: KRUCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    unitary_loss: Tensor | None = None
+
+
+@dataclass
+class KRUCausalLMOutput(ModelOutput):
+    """loss (with λ · unitary_loss in training mode only), logits (B, T, V), the state, hidden states, the penalty."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: KRUCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    unitary_loss: Tensor | None = None
+
+
+def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:
+    """A linear map without bias whose output starts with ``scale`` times the standard deviation of its input.
+
+    The standard deviation of the weights is left on the module for ``_init_weights``, which sees leaf modules only.
+    """
+    module = nn.Linear(in_features, out_features, bias=False)
+    module.init_std = scale * in_features**-0.5
+    return module
+
+
+def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence | KRUBidirectional:
+    """The recurrence of a layer: the cell that ``config.cell_type`` names, or two of them."""
+    if config.bidirectional:
+        return KRUBidirectional(build_cell(config), build_cell(config))
+    return build_cell(config)
+
+
+def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
+    """The cell that ``config.cell_type`` names."""
+    if config.gated:
+        cell_class = KRULSTMRecurrence if config.cell_type == "kru_lstm" else KRUGRURecurrence
+        return cell_class(
+            config.factor_shapes,
+            init_scale=config.recurrent_init_scale,
+            train_factors=config.train_factors,
+            backend=config.scan_backend,
+        )
+    return KRURecurrence(
+        config.factor_shapes,
+        activation=config.activation,
+        init_scale=config.recurrent_init_scale,
+        bias_init=config.bias_init,
+        train_factors=config.train_factors,
+        backend=config.scan_backend,
+    )
+
+
+class KRUPlainLayer(GradientCheckpointingLayer):
+    """The paper's layer: the embedding is U (through ``io_rank`` if given), the output is [Re h; Im h].
+
+    A bidirectional layer has twice as many planes of U x and of the states: those of the reverse direction come second.
+    """
+
+    def __init__(self, config: KRUConfig) -> None:
+        super().__init__()
+        self.recurrence = build_recurrence(config)
+        width = self.recurrence.input_planes * config.state_size
+        self.in_proj = linear(config.io_rank, width) if config.io_rank else None
+        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.state_dropout = nn.Dropout(config.state_dropout)
+
+    def forward(self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, T, 2N) or (B, T, r), state (B, 2, N), mask (B, T): (B, T, 2N) and the final state."""
+        cell = self.recurrence
+        inputs = hidden_states if self.in_proj is None else self.in_proj(hidden_states)  # (B, T, 2N)
+        inputs = self.input_dropout(inputs).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
+        states, final = cell(inputs, state, mask)  # (B, T, 2, N), (B, 2, N)
+        return self.state_dropout(states.flatten(-2)), final
+
+
+class KRUResidualLayer(GradientCheckpointingLayer):
+    """Pre-norm residual block D → 2N → scan → D; the maps pass through ``io_rank`` if given.
+
+    D → 4N → two scans → D if bidirectional.
+    """
+
+    def __init__(self, config: KRUConfig) -> None:
+        super().__init__()
+        self.recurrence = build_recurrence(config)
+        self.readout_norm = config.readout_norm
+        self.epsilon = config.layer_norm_epsilon
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        rank = config.io_rank or config.hidden_size
+        self.down = linear(config.hidden_size, rank) if config.io_rank else None
+        self.in_proj = linear(rank, self.recurrence.input_planes * config.state_size, config.input_scale)
+        self.out_proj = linear(self.recurrence.output_planes * config.state_size, rank)
+        self.up = linear(rank, config.hidden_size) if config.io_rank else None
+        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.state_dropout = nn.Dropout(config.state_dropout)
+        self.hidden_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, T, D), state (B, 2, N), mask (B, T): (B, T, D) and the final state (B, 2, N)."""
+        cell = self.recurrence
+        x = self.norm(hidden_states)  # (B, T, D)
+        if self.down is not None:
+            x = self.down(x)  # (B, T, r)
+        inputs = self.input_dropout(self.in_proj(x)).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
+        states, final = cell(inputs, state, mask)  # (B, T, 2, N), (B, 2, N)
+        features = self.state_dropout(states.flatten(-2)).to(x.dtype)  # (B, T, 2N)
+        epsilon = self.epsilon if self.readout_norm else None
+        dropped = self.state_dropout.p if self.training else 0.0
+        read = normed_linear(features, self.out_proj.weight, None, epsilon, dropped)  # (B, T, r)
+        if self.up is not None:
+            read = self.up(read)  # (B, T, D)
+        return hidden_states + self.hidden_dropout(read), final
+
+
+class KRUPreTrainedModel(PreTrainedModel):
+    """Weights, their start and their loading."""
+
+    config: KRUConfig
+    config_class = KRUConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KRUPlainLayer", "KRUResidualLayer"]
+    _is_stateful = True
+    # The recurrence stays in fp32 whatever the model's dtype: its state loses digits for thousands of steps otherwise.
+    _keep_in_fp32_modules_strict = ["recurrence"]
+    _can_record_outputs = {"hidden_states": [KRUPlainLayer, KRUResidualLayer]}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        config = self.config
+        if isinstance(module, KRURecurrence):
+            for factor, start in zip(module.factors, module.initial_factors(), strict=True):
+                init.copy_(factor, start)  # (2, P, Q)
+            init.constant_(module.bias, config.bias_init)  # (N,)
+        elif isinstance(module, KRUGatedRecurrence):
+            for factor, start in zip(module.factors, module.initial_factors(), strict=True):
+                init.copy_(factor, start)  # (G, P, Q)
+            init.copy_(module.bias, module.initial_bias())  # (4, N)
+        elif (std := getattr(module, "init_std", None)) is not None:
+            init.normal_(cast(Tensor, module.weight), std=std)
+
+    def recurrent_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The Kronecker factors W_f with their names: the recurrent parameters that the paper counts."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if ".factors." in f".{name}"]
+
+    def num_recurrent_parameters(self) -> int:
+        """Real parameters of the recurrent matrices: Σ_f 2·P_f·Q_f a layer (G·P_f·Q_f with G gates)."""
+        return sum(parameter.numel() for _, parameter in self.recurrent_parameters())
+
+    def unitary_loss(self) -> Tensor:
+        """Soft unitary penalty of all layers, without λ: a scalar; zero for gated cells, which have none."""
+        if self.config.gated:
+            return torch.zeros((), device=self.device)
+        penalties = [module.penalty() for module in self.modules() if isinstance(module, KRURecurrence)]
+        return torch.stack(penalties).sum()
+
+    def read(self, features: Tensor, head: nn.Linear) -> Tensor:
+        """``head`` on what :class:`KRUModel` returns, normalising states that come as they are: (B, T, out)."""
+        raw = self.config.wiring == "plain" and self.config.io_rank is None and self.config.readout_norm
+        features = features.to(head.weight.dtype)  # (B, T, ·)
+        dropped = float(self.config.state_dropout) if self.training else 0.0
+        return normed_linear(features, head.weight, head.bias, self.config.layer_norm_epsilon if raw else None, dropped)
+
+
+class KRUModel(KRUPreTrainedModel):
+    """Embedding and recurrent layers: token ids (B, T) or embeddings to features (B, T, D)."""
+
+    def __init__(self, config: KRUConfig) -> None:
+        super().__init__(config)
+        plain = config.wiring == "plain"
+        # With the plain wiring the embedding is the input map U, and |U x| has to reach past modReLU's bias.
+        scale = config.input_scale if plain else 1.0
+        self.embed_tokens = self.input_map = None
+        if config.input_size is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
+            self.embed_tokens.init_std = scale  # type: ignore[assignment]
+        else:
+            self.input_map = linear(config.input_size, config.embedding_size, scale * config.input_size**0.5)
+        layer_class = KRUPlainLayer if plain else KRUResidualLayer
+        self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
+        self.readout = linear(config.hidden_size, config.io_rank) if plain and config.io_rank else None
+        self.norm = None if plain else nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = cast(nn.Embedding, value)
+
+    def _embed_frames(self, input_values: Tensor) -> Tensor:
+        """Continuous frames (B, T, input_size) to embeddings (B, T, E); a shape that does not fit is a ValueError."""
+        if self.input_map is None:
+            raise ValueError("input_values needs a model with the option input_size; this one has none")
+        width = self.input_map.in_features
+        if input_values.ndim != 3 or input_values.shape[-1] != width or input_values.shape[1] == 0:
+            raise ValueError(f"input_values must have the shape (B, T, {width}), got {tuple(input_values.shape)}")
+        return self.input_map(input_values.to(self.input_map.weight.dtype))  # (B, T, E)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, input_values: Tensor | None) -> Tensor:
+        """Exactly one of ids (B, T), embeddings (B, T, E), frames to embeddings; bad ids are a ValueError (CPU)."""
+        if sum(x is not None for x in (input_ids, inputs_embeds, input_values)) != 1:
+            raise ValueError("give exactly one of input_ids, inputs_embeds and input_values")
+        if input_values is not None:
+            return self._embed_frames(input_values)
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if self.embed_tokens is None:
+            raise ValueError(f"a model with input_size = {self.config.input_size} takes input_values, not input_ids")
+        if input_ids.shape[-1] == 0:
+            raise ValueError(f"input_ids must hold at least one token, got the shape {tuple(input_ids.shape)}")
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(n) for n in input_ids.aminmax())
+            vocabulary = self.embed_tokens.num_embeddings
+            if low < 0 or high >= vocabulary:
+                raise ValueError(f"input_ids must be in [0, {vocabulary}), got {low if low < 0 else high}")
+        return self.embed_tokens(input_ids)  # (B, T, E)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: KRUCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        input_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> KRUModelOutput:
+        """Run the recurrence over T steps from the state in ``past_key_values`` (zero if None).
+
+        Args:
+            input_ids: (B, T). attention_mask: (B, ≥T), of which the last T count; 0 holds the state.
+            past_key_values: the state to start from; it receives the final state (assigned, never written in place).
+            inputs_embeds: (B, T, E) instead of ids. use_cache: return the final state.
+            input_values: continuous frames (B, T, input_size) instead of ids, for a config with ``input_size``.
+
+        Raises:
+            ValueError: inputs that do not fit; ``past_key_values`` or ``use_cache=True`` for a bidirectional model.
+        """
+        if self.config.bidirectional:
+            # What the config says is a default, not a demand: then there is just no state.
+            refuse_state(past_key_values, use_cache and not self.config.use_cache)
+            use_cache = False
+        hidden = self._embed(input_ids, inputs_embeds, input_values)  # (B, T, E)
+        batch, length = hidden.shape[:2]
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, -length:].bool()  # (B, T)
+            if not torch.compiler.is_compiling() and bool(mask.all()):
+                mask = None
+        if past_key_values is None and use_cache:
+            past_key_values = KRUCache(len(self.layers))
+        for index, layer in enumerate(self.layers):
+            cell = cast(KRURecurrence, layer.recurrence)
+            state = initial_state(past_key_values, index, (batch, cell.state_planes, cell.state_size))
+            hidden, final = layer(hidden, state, mask)  # (B, T, D), (B, 2, N)
+            if past_key_values is not None:
+                cache_layer = past_key_values.layers[index]
+                assert isinstance(cache_layer, KRUCacheLayer)
+                cache_layer.store(final, length)
+        if self.norm is not None:
+            hidden = self.norm(hidden)  # (B, T, D)
+        if self.readout is not None:
+            epsilon = self.config.layer_norm_epsilon if self.config.readout_norm else None
+            features = hidden.to(self.readout.weight.dtype)  # (B, T, 2N)
+            dropped = float(self.config.state_dropout) if self.training else 0.0
+            hidden = normed_linear(features, self.readout.weight, None, epsilon, dropped)  # (B, T, r)
+        return KRUModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            unitary_loss=self.unitary_loss(),
+        )
+
+
+def target_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """This call's share of the optimizer step's targets, so that the penalty counts once a step under accumulation."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels != -100).sum() / num_items_in_batch
+
+
+class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
+    """Language model: KRUModel and a linear readout V h + c over the vocabulary.
+
+    Raises:
+        ValueError: the config has ``input_size`` or is ``bidirectional``.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: KRUConfig) -> None:
+        super().__init__(config)
+        refuse_bidirectional(config, "a language model")
+        if config.input_size is not None:
+            raise ValueError(f"a language model reads token ids: input_size must be None, got {config.input_size}")
+        self.model = KRUModel(config)
+        self.lm_head = nn.Linear(config.feature_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: KRUCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> KRUCausalLMOutput:
+        """As :class:`KRUModel`, with labels (B, T): the mean cross-entropy in nats of token t+1 given tokens ≤ t.
+
+        Labels are shifted inside; -100 is not scored. ``shift_labels`` (B, T) in kwargs gives targets that are already
+        aligned with the logits, for contiguous windows. In training mode λ · unitary_loss is added to the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.read(outputs.last_hidden_state[:, keep], self.lm_head)  # (B, T, V)
+        loss = None
+        if labels is not None:
+            if kwargs.get("shift_labels") is not None:
+                # transformers takes a view of it, which a window cut from a longer stream does not allow
+                kwargs["shift_labels"] = kwargs["shift_labels"].contiguous()
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training and self.config.unitary_loss_coef:
+                targets = kwargs.get("shift_labels")
+                share = target_share(labels[:, 1:] if targets is None else targets, kwargs.get("num_items_in_batch"))
+                loss = loss + self.config.unitary_loss_coef * share * outputs.unitary_loss.to(loss.device)
+        return KRUCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            unitary_loss=outputs.unitary_loss,
+        )

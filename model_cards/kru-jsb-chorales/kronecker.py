@@ -1,0 +1,183 @@
+"""Kronecker products of small complex factors: the algebra behind the recurrent matrix.
+
+A factor is a real tensor (2, P, Q): plane 0 is the real part, plane 1 the imaginary part. The matrix is
+``W = W_0 ⊗ … ⊗ W_{F-1}`` in the order of :func:`torch.kron`: factor 0 is the slowest index of the state.
+Letters: F factors, factor f is P_f × Q_f, N = ∏ P_f = ∏ Q_f.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_complex(planes: Tensor, dim: int) -> Tensor:
+    """Planes (…, 2, …) with the plane axis at ``dim`` to a complex tensor without it."""
+    return torch.complex(planes.select(dim, 0), planes.select(dim, 1))
+
+
+def to_planes(values: Tensor, dim: int) -> Tensor:
+    """Complex tensor to real planes, with the new axis of size 2 at ``dim``."""
+    return torch.stack((values.real, values.imag), dim)
+
+
+def kron_apply_complex(factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """(W_0 ⊗ … ⊗ W_{F-1}) x without building the matrix; complex or real factors (P_f, Q_f), x (…, ∏ Q_f).
+
+    Factors act in the order of :func:`apply_order`, which keeps the intermediates small when some are rectangular.
+    Returns (…, ∏ P_f).
+    """
+    lead = x.shape[:-1]
+    sizes = [factor.shape[1] for factor in factors]
+    for index in apply_order([tuple(factor.shape) for factor in factors]):
+        factor = factors[index]
+        left, right = math.prod(sizes[:index]), math.prod(sizes[index + 1 :])
+        rows, columns = factor.shape
+        x = x.reshape(-1, left, columns, right)  # (…, L, Q, R)
+        # y[…, p, r] = Σ_q W[p, q] x[…, q, r]
+        # As one large product of (…·L·R, Q) by (Q, P): a batch of small complex products is many times slower.
+        x = (x.mT @ factor.mT).mT  # (…, L, P, R)
+        sizes[index] = rows
+    return x.reshape(*lead, math.prod(sizes))
+
+
+def kron_apply(factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Kronecker product of the complex ``factors``, each (2, P_f, Q_f), times ``x`` (…, 2, ∏ Q_f): (…, 2, ∏ P_f)."""
+    product = kron_apply_complex([to_complex(factor, 0) for factor in factors], to_complex(x, -2))
+    return to_planes(product, -2)
+
+
+def kron_dense(factors: Sequence[Tensor]) -> Tensor:
+    """The whole matrix (2, ∏ P_f, ∏ Q_f) of the factors (2, P_f, Q_f): the oracle of the tests, O(N²) memory."""
+    matrix = to_complex(factors[0], 0)  # (P_0, Q_0)
+    for factor in factors[1:]:
+        matrix = torch.kron(matrix, to_complex(factor, 0))  # (∏ P, ∏ Q)
+    return to_planes(matrix, 0)
+
+
+def apply_order(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """The cheapest order in which to apply factors of the given (P_f, Q_f): shrinking factors first, growing ones last.
+
+    Sorting by (P − Q) / (P·Q) minimises Σ of the multiply-adds: of two neighbours f, g in the order, f first costs
+    P_f·Q_f·Q_g + P_f·P_g·Q_g per remaining index and g first the same with the letters exchanged.
+    """
+    return sorted(range(len(shapes)), key=lambda f: ((shapes[f][0] - shapes[f][1]) / math.prod(shapes[f]), f))
+
+
+def gram_residual(factor: Tensor) -> Tensor:
+    """W^H W − I (Q, Q), complex; W W^H − I (P, P) where P < Q: its norm² has the same gradient, Q − P less in value."""
+    matrix = to_complex(factor, 0)  # (P, Q)
+    gram = matrix.mH @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mH  # (min, min)
+    return gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)  # (min, min)
+
+
+def unitary_penalty(factors: Sequence[Tensor]) -> Tensor:
+    """The paper's soft unitary constraint Σ_f ‖W_f^H W_f − I‖²_F: a scalar, 0 exactly for unitary factors.
+
+    A rectangular factor makes W a partial isometry at best: its penalty can vanish, yet W is never unitary.
+    """
+    terms = [torch.view_as_real(gram_residual(factor)).square().sum() for factor in factors]
+    return torch.stack(terms).sum()
+
+
+def random_unitary(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
+    """A Haar-random (2, P, Q) factor with orthonormal columns (rows where P < Q), float32, by QR of a Gaussian."""
+    big, small = max(rows, columns), min(rows, columns)
+    gaussian = torch.randn(2, big, small, dtype=torch.float64, generator=generator)  # (2, big, small)
+    q, r = torch.linalg.qr(to_complex(gaussian, 0))
+    # Without the phases of R's diagonal the distribution of Q is not the Haar measure.
+    phase = torch.diagonal(r) / torch.diagonal(r).abs()  # (small,)
+    q = q * phase  # (big, small)
+    matrix = q if rows >= columns else q.mH  # (P, Q)
+    return to_planes(matrix, 0).float()
+
+
+def random_orthogonal(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
+    """A Haar-random real (P, Q) factor with orthonormal columns (rows where P < Q), float32."""
+    big, small = max(rows, columns), min(rows, columns)
+    q, r = torch.linalg.qr(torch.randn(big, small, dtype=torch.float64, generator=generator))
+    q = q * torch.diagonal(r).sign()  # (big, small)
+    return (q if rows >= columns else q.mT).float()
+
+
+def plan_factor_shapes(state_size: int, factor_size: int) -> list[list[int]]:
+    """Square factor shapes with product ``state_size`` and sizes as near ``factor_size`` as the divisors of N allow.
+
+    504 with size 8 gives 7·8·9, 512 with size 2 gives nine 2×2 factors, 411 gives 3·137: a prime stays whole.
+
+    Raises:
+        ValueError: ``state_size`` < 1 or ``factor_size`` < 2.
+    """
+    if state_size < 1:
+        raise ValueError(f"state_size must be at least 1, got {state_size}")
+    if factor_size < 2:
+        raise ValueError(f"factor_size must be at least 2, got {factor_size}")
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
+
+    def plan(rest: int, least: int) -> tuple[float, tuple[int, ...]]:
+        """(cost, sizes in ascending order, each at least ``least``) of the best factoring of ``rest``."""
+        if rest == 1:
+            return 0.0, ()
+        if (rest, least) not in best:
+            choices: list[tuple[float, tuple[int, ...]]] = [(math.log(rest / factor_size) ** 2, (rest,))]
+            for divisor in range(least, math.isqrt(rest) + 1):
+                if rest % divisor == 0:
+                    cost, tail = plan(rest // divisor, divisor)
+                    choices.append((cost + math.log(divisor / factor_size) ** 2, (divisor, *tail)))
+            best[rest, least] = min(choices)
+        return best[rest, least]
+
+    _, sizes = plan(state_size, 2)
+    return [[size, size] for size in sizes or (1,)]
+
+
+def group_factors(shapes: Sequence[tuple[int, int]], max_groups: int = 3, overhead: int = 4096) -> list[int]:
+    """Cut F neighbouring factors into at most ``max_groups`` runs to be merged into one dense matrix each.
+
+    The cost of a group is its multiply-adds for one state plus ``overhead`` for the extra call. Returns the lengths of
+    the runs, in order, with sum F.
+    """
+    count = len(shapes)
+
+    def cost(cuts: tuple[int, ...]) -> int:
+        bounds = [0, *cuts, count]
+        merged = [
+            (math.prod(p for p, _ in shapes[a:b]), math.prod(q for _, q in shapes[a:b]))
+            for a, b in itertools.pairwise(bounds)
+        ]
+        sizes, total = [q for _, q in merged], 0
+        for index in apply_order(merged):
+            rows, _ = merged[index]
+            total += rows * math.prod(sizes) + overhead
+            sizes[index] = rows
+        return total
+
+    cuts = min(
+        (c for groups in range(min(max_groups, count)) for c in itertools.combinations(range(1, count), groups)),
+        key=lambda c: (cost(c), c),
+    )
+    return [b - a for a, b in itertools.pairwise([0, *cuts, count])]
+
+
+def factor_gradients(factors: Sequence[Tensor], group_grads: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients (G, P_f, Q_f) of factors that were merged by :func:`group_factors`, from those of the merged matrices.
+
+    factors: G gates of real or complex (G, P_f, Q_f), each gate a product of its own. group_grads: (G, ∏ P, ∏ Q) a run.
+    """
+    result: list[Tensor] = []
+    for length, grad in zip(group_factors([(f.shape[1], f.shape[2]) for f in factors]), group_grads, strict=True):
+        run = factors[len(result) : len(result) + length]
+        merged = [run[0]]  # (G, P, Q): products of the first one, two, … factors
+        for factor in run[1:-1]:
+            product = torch.einsum("gab,gcd->gacbd", merged[-1], factor)  # (G, P, P', Q, Q')
+            merged.append(product.flatten(3).flatten(1, 2))
+        grads = []
+        for head, last in zip(reversed(merged[: length - 1]), reversed(run[1:]), strict=True):
+            sizes = (head.shape[1], last.shape[1], head.shape[2], last.shape[2])
+            blocks = grad.reshape(-1, *sizes)  # (G, P, P', Q, Q')
+            grads.append(torch.einsum("gacbd,gab->gcd", blocks, head.conj_physical()))  # (G, P', Q')
+            grad = torch.einsum("gacbd,gcd->gab", blocks, last.conj_physical())  # (G, P, Q)
+        result += [grad.reshape(run[0].shape), *reversed(grads)]
+    return result

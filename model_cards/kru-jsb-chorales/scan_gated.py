@@ -1,0 +1,164 @@
+"""The gated recurrences: LSTM and GRU whose recurrent matrices are Kronecker products of real factors, a set a gate.
+
+    LSTM, gates i f g o:  a = W h_{t-1} + u_t + b,  c_t = σ(a_f) c_{t-1} + σ(a_i) tanh(a_g),  h_t = σ(a_o) tanh(c_t)
+    GRU, gates r z n:     n = tanh(u_n + b_n + r (W_n h_{t-1} + b'_n)),  h_t = (1 − z) n + z h_{t-1}
+
+Letters: G gates (4 or 3), S planes of the state (2: h and c, or 1: h), M rows of a batch of states.
+Engines: "reference" (a loop that autograd differentiates), "torch" (analytic backward, no graph over time) and "cpu"
+(the native kernel).
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .kronecker import kron_apply_complex
+from .scan_gated_cpu import is_available as cpu_is_available
+from .scan_gated_cpu import kru_gated_scan_cpu
+from .scan_gated_cpu import supports as cpu_supports
+from .scan_gated_cpu import unavailable_reason as cpu_unavailable_reason
+from .scan_gated_torch import kru_gated_scan_torch
+
+logger = logging.getLogger(__name__)
+
+# cell: (gates G, rows of the bias, planes S of the state). The GRU's fourth bias is the candidate's recurrent one.
+GATED_CELLS = {"lstm": (4, 4, 2), "gru": (3, 4, 1)}
+GATED_BACKENDS = ("auto", "reference", "torch", "cpu")
+
+
+def lstm_step(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations a (4, B, N) and c_{t-1} (B, N) to h_t and c_t (B, N)."""
+    i, f, g, o = a[0].sigmoid(), a[1].sigmoid(), a[2].tanh(), a[3].sigmoid()  # (B, N)
+    c = f * c + i * g  # (B, N)
+    return o * c.tanh(), c
+
+
+def kru_gated_scan_reference(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    cell: str,
+) -> tuple[Tensor, Tensor]:
+    """The definition, differentiated by autograd. See :func:`kru_gated_scan` for the contract."""
+    gates, _, planes = GATED_CELLS[cell]
+    batch, length, _, units = inputs.shape
+    state = inputs.new_zeros(batch, planes, units) if initial_state is None else initial_state  # (B, S, N)
+    states = []
+    for t in range(length):
+        h = state[:, 0]  # (B, N)
+        u = inputs[:, t]  # (B, G, N)
+        product = [kron_apply_complex([factor[gate] for factor in factors], h) for gate in range(gates)]  # (B, N) each
+        if cell == "lstm":
+            a = torch.stack(product) + u.transpose(0, 1) + bias[:, None]  # (4, B, N)
+            new = torch.stack(lstm_step(a, state[:, 1]), 1)  # (B, 2, N)
+        else:
+            r = (product[0] + u[:, 0] + bias[0]).sigmoid()  # (B, N)
+            z = (product[1] + u[:, 1] + bias[1]).sigmoid()  # (B, N)
+            n = (u[:, 2] + bias[2] + r * (product[2] + bias[3])).tanh()  # (B, N)
+            new = ((1 - z) * n + z * h).unsqueeze(1)  # (B, 1, N)
+        state = new if mask is None else torch.where(mask[:, t, None, None], new, state)  # (B, S, N)
+        states.append(state[:, 0])
+    return torch.stack(states, 1), state.clone()
+
+
+_ENGINES = {"reference": kru_gated_scan_reference, "torch": kru_gated_scan_torch, "cpu": kru_gated_scan_cpu}
+_told: set[str] = set()
+
+
+def choose_gated_backend(inputs: Tensor, factors: Sequence[Tensor]) -> tuple[str, str]:
+    """The engine that "auto" takes for these tensors, and why: "cpu" if it can, else "torch"."""
+    obstacle = cpu_supports(inputs, factors) if cpu_is_available() else cpu_unavailable_reason()
+    if obstacle is None:
+        return "cpu", f"the cpu engine runs {inputs.dtype} on {inputs.device.type}"
+    return "torch", f"the cpu engine cannot run: {obstacle}"
+
+
+def gated_backend_report() -> str:
+    """A line that says which engine gated cells get here, and why not the native one if it is not that."""
+    if cpu_is_available():
+        return "gated cells: cpu for float32 on the CPU, torch elsewhere"
+    return f"gated cells: torch (cpu: not available ({cpu_unavailable_reason()}))"
+
+
+def _check(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    cell: str,
+) -> None:
+    """Raise ValueError or TypeError naming the argument, its value and what is allowed."""
+    if cell not in GATED_CELLS:
+        raise ValueError(f"cell must be one of {', '.join(GATED_CELLS)}, got {cell!r}")
+    gates, rows, planes = GATED_CELLS[cell]
+    if inputs.dim() != 4 or inputs.shape[2] != gates or 0 in inputs.shape:
+        raise ValueError(f"inputs must have the shape (B, T, {gates}, N) with no empty axis, got {tuple(inputs.shape)}")
+    if inputs.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"inputs must be float32 or float64 (the state is never kept in less), got {inputs.dtype}")
+    batch, length, _, units = inputs.shape
+    if not factors or any(factor.dim() != 3 or factor.shape[0] != gates for factor in factors):
+        raise ValueError(f"factors must be ({gates}, P, Q) tensors, got {[tuple(factor.shape) for factor in factors]}")
+    sizes = math.prod([factor.shape[1] for factor in factors]), math.prod([factor.shape[2] for factor in factors])
+    if sizes != (units, units):
+        raise ValueError(f"factors multiply to {sizes[0]}x{sizes[1]}, but the inputs have N = {units} units")
+    expected = [("bias", bias, (rows, units)), ("initial_state", initial_state, (batch, planes, units))]
+    for name, tensor, shape in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
+    if mask is not None and (tuple(mask.shape) != (batch, length) or mask.dtype != torch.bool):
+        found = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"mask must be a bool tensor of the shape {(batch, length)}, got {found}")
+    named = [("bias", bias), ("initial_state", initial_state), *((f"factors[{i}]", f) for i, f in enumerate(factors))]
+    for name, tensor in named:
+        if tensor is not None and (tensor.dtype != inputs.dtype or tensor.device != inputs.device):
+            found = f"{tensor.dtype} on {tensor.device}"
+            raise TypeError(f"{name} must be {inputs.dtype} on {inputs.device} like the inputs, got {found}")
+
+
+def kru_gated_scan(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    cell: str,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A KRU-LSTM or KRU-GRU over a whole sequence.
+
+    Args:
+        inputs: U x_t (B, T, G, N), float32 or float64; gates in torch's order, i f g o or r z n.
+        factors: F real tensors (G, P_f, Q_f) with ∏ P_f = ∏ Q_f = N; factor 0 is the slowest index of the state.
+        bias: (4, N): of i f g o, or of r z n and the candidate's recurrent bias, which the reset gate multiplies.
+        initial_state: (B, 2, N) = [h; c] for "lstm", (B, 1, N) = [h] for "gru"; zeros if None.
+        mask: (B, T) bool; False holds the state at that step, whatever the input.
+        cell: "lstm" or "gru".
+        backend: "auto", or one of "reference", "torch", "cpu": an engine that cannot run is an error.
+
+    Returns:
+        states h_t (B, T, N) and final_state (B, S, N), a copy. Differentiable once in inputs, factors, bias and
+        initial_state.
+
+    Raises:
+        ValueError: a shape or an option that does not fit. TypeError: a dtype or device that does not.
+        RuntimeError: the named backend cannot run here.
+    """
+    if backend not in GATED_BACKENDS:
+        raise ValueError(f"backend of a gated cell must be one of {', '.join(GATED_BACKENDS)}, got {backend!r}")
+    _check(inputs, factors, bias, initial_state, mask, cell)
+    if backend in ("auto", "cpu"):
+        wanted, (backend, reason) = backend, choose_gated_backend(inputs, factors)
+        if wanted == "cpu" != backend:
+            raise RuntimeError(f"backend 'cpu' of a gated cell cannot run: {reason.partition(': ')[2]}")
+        if not torch.compiler.is_compiling() and reason not in _told:
+            _told.add(reason)
+            logger.info("kru_gated_scan uses the %s engine: %s", backend, reason)
+    return _ENGINES[backend](inputs, factors, bias, initial_state, mask, cell=cell)

@@ -1,0 +1,154 @@
+"""``kru_scan``: the recurrence with one signature and several engines, and the report of which one runs."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .scan_cpu import is_available as cpu_is_available
+from .scan_cpu import kru_scan_cpu
+from .scan_cpu import supports as cpu_supports
+from .scan_cpu import unavailable_reason as cpu_unavailable_reason
+from .scan_gated import gated_backend_report
+from .scan_reference import ACTIVATIONS, kru_scan_reference
+from .scan_torch import kru_scan_torch
+from .scan_triton import is_available as triton_is_available
+from .scan_triton import kru_scan_triton
+from .scan_triton import supports as triton_supports
+from .scan_triton import unavailable_reason as triton_unavailable_reason
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
+_ENGINES = {
+    "reference": kru_scan_reference,
+    "torch": kru_scan_torch,
+    "cpu": kru_scan_cpu,
+    "triton": kru_scan_triton,
+}
+_told: set[str] = set()
+
+
+def _obstacle(backend: str, inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
+    """Why ``backend`` cannot run these tensors, or None."""
+    if backend == "cpu":
+        return cpu_supports(inputs, factors) if cpu_is_available() else cpu_unavailable_reason()
+    if backend == "triton":
+        return triton_supports(inputs, factors) if triton_is_available() else triton_unavailable_reason()
+    return None
+
+
+def choose_backend(inputs: Tensor, factors: Sequence[Tensor]) -> tuple[str, str]:
+    """The engine that "auto" takes for these tensors, and why: the device's own engine if it can, else "torch"."""
+    native = "cpu" if inputs.device.type == "cpu" else "triton"
+    obstacle = _obstacle(native, inputs, factors)
+    if obstacle is None:
+        return native, f"the {native} engine runs {inputs.dtype} on {inputs.device.type}"
+    return "torch", f"the {native} engine cannot run: {obstacle}"
+
+
+def scan_backend_report() -> str:
+    """Lines that say which engines can run here, and why the others cannot."""
+    lines = []
+    for name, available, reason in (
+        ("cpu", cpu_is_available(), cpu_unavailable_reason()),
+        ("triton", triton_is_available(), triton_unavailable_reason()),
+    ):
+        lines.append(f"{name}: available" if available else f"{name}: not available ({reason})")
+    lines.append("torch: available")
+    lines.append("reference: available (slow: the definition)")
+    on_cpu = "cpu" if cpu_is_available() else "torch"
+    on_gpu = "triton" if triton_is_available() else "torch"
+    lines.append(f"auto: {on_cpu} for float32 on the CPU, {on_gpu} on a GPU, torch where those do not fit")
+    lines.append(gated_backend_report())
+    return "\n".join(lines)
+
+
+def _check(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    backend: str,
+) -> None:
+    """Raise ValueError or TypeError naming the argument, its value and what is allowed."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if inputs.dim() != 4 or inputs.shape[2] != 2 or 0 in inputs.shape:
+        raise ValueError(f"inputs must have the shape (B, T, 2, N) with no empty axis, got {tuple(inputs.shape)}")
+    if inputs.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"inputs must be float32 or float64 (the state is never kept in less), got {inputs.dtype}")
+    batch, length, _, units = inputs.shape
+    if not factors:
+        raise ValueError("factors must hold at least one (2, P, Q) tensor, got none")
+    rows = columns = 1
+    for index, factor in enumerate(factors):
+        if factor.dim() != 3 or factor.shape[0] != 2:
+            raise ValueError(f"factors[{index}] must have the shape (2, P, Q), got {tuple(factor.shape)}")
+        rows, columns = rows * factor.shape[1], columns * factor.shape[2]
+    if (rows, columns) != (units, units):
+        shapes = " ".join(f"{f.shape[1]}x{f.shape[2]}" for f in factors)
+        raise ValueError(f"factors {shapes} multiply to {rows}x{columns}, but the inputs have N = {units} units")
+    expected = {"bias": (bias, (units,)), "initial_state": (initial_state, (batch, 2, units))}
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
+    if mask is not None and (tuple(mask.shape) != (batch, length) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must be a bool tensor of the shape {(batch, length)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    for name, tensor in [
+        ("bias", bias),
+        ("initial_state", initial_state),
+        *((f"factors[{i}]", f) for i, f in enumerate(factors)),
+    ]:
+        if tensor is not None and (tensor.dtype != inputs.dtype or tensor.device != inputs.device):
+            raise TypeError(
+                f"{name} must be {inputs.dtype} on {inputs.device} like the inputs, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def kru_scan(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    activation: str = "modrelu",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t) over a whole sequence.
+
+    Args:
+        inputs: U x_t (B, T, 2, N), float32 or float64; axis 2 holds the real and the imaginary plane.
+        factors: F tensors W_f (2, P_f, Q_f) with ∏ P_f = ∏ Q_f = N; factor 0 is the slowest index of the state.
+        bias: b of modReLU (N,). Not used by the "identity" activation.
+        initial_state: h_0 (B, 2, N); zeros if None.
+        mask: (B, T) bool; False holds the state at that step, whatever the input.
+        activation: "modrelu", or "identity" for the linear network.
+        backend: "auto", or one of "reference", "torch", "cpu", "triton": an engine that cannot run is an error.
+
+    Returns:
+        states (B, T, 2, N) and final_state (B, 2, N), a copy. Differentiable once in inputs, factors, bias and
+        initial_state.
+
+    Raises:
+        ValueError: a shape or an option that does not fit. TypeError: a dtype or device that does not.
+        RuntimeError: the named backend cannot run here.
+    """
+    _check(inputs, factors, bias, initial_state, mask, activation, backend)
+    if backend == "auto":
+        backend, reason = choose_backend(inputs, factors)
+        if not torch.compiler.is_compiling() and reason not in _told:
+            _told.add(reason)
+            logger.info("kru_scan uses the %s engine: %s", backend, reason)
+    elif (obstacle := _obstacle(backend, inputs, factors)) is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}")
+    return _ENGINES[backend](inputs, factors, bias, initial_state, mask, activation=activation)

@@ -1,0 +1,254 @@
+"""The options of a KRU model, and their validation."""
+
+import difflib
+import logging
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .kronecker import plan_factor_shapes
+
+logger = logging.getLogger(__name__)
+
+# cell_type: planes of width N that the cell takes as input, and that it gives as features.
+CELL_PLANES = {"kru": (2, 2), "kru_lstm": (4, 1), "kru_gru": (3, 1)}
+CELL_TYPES = tuple(CELL_PLANES)
+WIRINGS = ("residual", "plain")
+ACTIVATIONS = ("modrelu", "identity")
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
+
+# What transformers itself passes beside the declared fields when it reads a config.json or an Auto class.
+_FOREIGN_OPTIONS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "layer_types",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+@strict
+class KRUConfig(PreTrainedConfig):
+    r"""
+    Options of a Kronecker recurrent model; ``KRUConfig()`` is valid. N, F, P_f, Q_f, λ are the paper's.
+
+    Args:
+        vocab_size: V, number of tokens.
+        state_size: N, complex units of the recurrent state. Default: the product of ``factor_shapes``, or 504.
+        factor_shapes: [[P_0, Q_0], …] with ∏ P_f = ∏ Q_f = N. Default: planned from ``factor_size``. A non-square
+            factor makes the recurrent matrix a partial isometry at best, never unitary.
+        factor_size: wanted size of square factors, from which ``factor_shapes`` is planned (8); stored as shapes.
+        cell_type: "kru", the paper's complex recurrence; "kru_lstm" or "kru_gru", gated cells of N real units, a set
+            of real factors a gate and no soft unitary penalty.
+        num_hidden_layers: recurrent layers; 1 with the plain wiring (default there), 2 by default otherwise.
+        hidden_size: D, width of the real features between layers (128 by default); if plain that of the states: 2·N
+            (N for gated cells), twice that if bidirectional.
+        wiring: "residual" (pre-norm blocks D → 2N → scan → D) or "plain" (the paper's network in one layer: the
+            embedding is the input map U, the head reads [Re h; Im h]).
+        bidirectional: a second recurrence in each layer runs from the end of the sequence, and the features of both are
+            read. Such a model has no state to carry: it classifies, but neither generates nor streams, and
+            ``use_cache`` becomes False.
+        io_rank: None for full-rank input and readout maps, else their rank: both pass through that width.
+        readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
+        recurrent_init_scale: spectral norm of W at the start (0.95; gated 0.7); each factor gets its F-th root.
+        bias_init: modReLU's b at the start.
+        input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants).
+        activation: "modrelu" or "identity" (the linear network).
+        input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
+            the residual branches.
+        unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
+            1.5 on text and gradients through carried state explode within 500 steps; 0.1 holds it near 1.1.
+        train_factors: False freezes W at its random unitary start (the paper's copy-memory setting).
+        scan_backend: engine of the recurrence, see ``kru_hf.scan_backend_report()``.
+        input_size: width of continuous frames given as ``input_values``; None for token ids alone.
+        layer_norm_epsilon: of every RMS norm.
+        initializer_range: standard deviation of the embeddings and of the readout maps at the start.
+
+    Raises:
+        ValueError: a value outside what is allowed. TypeError: an unknown option; the message names the nearest one.
+    """
+
+    model_type = "kru"
+    keys_to_ignore_at_inference = ["past_key_values", "unitary_loss"]
+
+    vocab_size: int = 256
+    state_size: int | None = None
+    factor_shapes: list | tuple | None = None
+    factor_size: int | None = None
+    cell_type: str = "kru"
+    num_hidden_layers: int | None = None
+    hidden_size: int | None = None
+    wiring: str = "residual"
+    bidirectional: bool = False
+    io_rank: int | None = None
+    readout_norm: bool = True
+    recurrent_init_scale: float | int | None = None
+    bias_init: float | int = -0.1
+    input_scale: float | int | None = None
+    activation: str = "modrelu"
+    input_dropout: float | int = 0.0
+    state_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    unitary_loss_coef: float | int = 0.1
+    train_factors: bool = True
+    scan_backend: str = "auto"
+    input_size: int | None = None
+    layer_norm_epsilon: float | int = 1e-6
+    initializer_range: float | int = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._reject_unknown(kwargs)
+        kwargs.pop("layer_types", None)
+        self._resolve_shapes()
+        plain = self.wiring == "plain"
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = 1 if plain else 2
+        if self.hidden_size is None:
+            self.hidden_size = self.feature_planes * int(self.state_size or 0) if plain else 128
+        if self.recurrent_init_scale is None:
+            self.recurrent_init_scale = 0.7 if self.gated else 0.95
+        if self.input_scale is None:
+            self.input_scale = 1.0 if self.gated else 0.1
+        if self.bidirectional:
+            self.use_cache = False
+        super().__post_init__(**kwargs)
+        if self.architectures is None:
+            self.architectures = []  # AutoModel looks here for which of two classes a folder holds
+
+    def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
+        """A misspelt option would otherwise become an attribute that nothing reads."""
+        known = [name for name in dir(type(self)) if not name.startswith("_")]
+        for name in kwargs:
+            if name.startswith("_") or name in _FOREIGN_OPTIONS or hasattr(PreTrainedConfig, name):
+                continue
+            nearest = difflib.get_close_matches(name, [*self.__dataclass_fields__, *known], n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise TypeError(f"KRUConfig has no option {name!r}{hint}")
+
+    def _resolve_shapes(self) -> None:
+        """Fill in state_size and factor_shapes from whichever of state_size, factor_shapes, factor_size was given."""
+        if self.factor_shapes is not None:
+            if self.factor_size is not None:
+                raise ValueError(
+                    f"give factor_shapes or factor_size, not both: got {self.factor_shapes} and {self.factor_size}"
+                )
+            shapes = []
+            for shape in self.factor_shapes:
+                pair = [shape, shape] if isinstance(shape, int) else list(shape)
+                if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+                    raise ValueError(f"factor_shapes must hold pairs [P, Q] of positive integers, got {shape!r}")
+                shapes.append(pair)
+            if not shapes:
+                raise ValueError("factor_shapes must hold at least one pair [P, Q], got an empty list")
+            self.factor_shapes = shapes
+        else:
+            if self.state_size is None:
+                self.state_size = 504
+            size = 8 if self.factor_size is None else self.factor_size
+            self.factor_shapes = plan_factor_shapes(self.state_size, size)
+            self.factor_size = None
+        rows = math.prod(p for p, _ in self.factor_shapes)
+        columns = math.prod(q for _, q in self.factor_shapes)
+        if self.state_size is None:
+            self.state_size = rows
+        if not rows == columns == self.state_size:
+            raise ValueError(
+                f"factor_shapes {self.factor_shapes} multiply to {rows}x{columns}; "
+                f"both must equal state_size = {self.state_size}"
+            )
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The cache layer of each layer, by the name that ``KRUCacheLayer`` registers."""
+        return ["kru"] * int(self.num_hidden_layers or 0)
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the token embedding: with the plain wiring that of U x or of its low-rank map, else D."""
+        if self.wiring != "plain":
+            return int(self.hidden_size or 0)
+        planes, _ = CELL_PLANES.get(self.cell_type, (2, 2))
+        return self.io_rank if self.io_rank is not None else self.directions * planes * int(self.state_size or 0)
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what the body returns and a head reads: r with low-rank plain maps, else D."""
+        return self.io_rank if self.wiring == "plain" and self.io_rank is not None else int(self.hidden_size or 0)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the cell is gated: real factors, no penalty."""
+        return self.cell_type in ("kru_lstm", "kru_gru")
+
+    @property
+    def directions(self) -> int:
+        """Recurrences a layer."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def feature_planes(self) -> int:
+        """Width of a layer's states, of both directions if there are two, in multiples of N."""
+        return self.directions * CELL_PLANES.get(self.cell_type, (2, 2))[1]
+
+    def validate_layer_type(self) -> None:
+        """The stock check knows attention layers only; ``layer_types`` is computed here and always right."""
+
+    def validate_kru_options(self) -> None:
+        """Every field within its range; runs at construction and before saving."""
+        choices = {
+            "cell_type": CELL_TYPES,
+            "wiring": WIRINGS,
+            "activation": ACTIVATIONS,
+            "scan_backend": BACKENDS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "input_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("input_dropout", "state_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("recurrent_init_scale", "layer_norm_epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("unitary_loss_coef", "input_scale", "initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be non-negative and finite, got {getattr(self, name)}")
+        if not math.isfinite(self.bias_init):
+            raise ValueError(f"bias_init must be finite, got {self.bias_init}")
+        if self.gated and self.activation != "modrelu":
+            raise ValueError(f"activation of a gated cell must stay 'modrelu' (unused), got {self.activation!r}")
+        if self.gated and self.scan_backend == "triton":
+            raise ValueError("scan_backend of a gated cell must be one of auto, reference, torch, cpu, got 'triton'")
+        if self.tie_word_embeddings and self.embedding_size != self.feature_size:
+            raise ValueError(
+                f"tie_word_embeddings needs an embedding as wide as what the head reads, got {self.embedding_size} and "
+                f"{self.feature_size}: set io_rank, or wiring 'residual'"
+            )
+        if self.wiring == "plain":
+            if self.num_hidden_layers != 1:
+                raise ValueError(
+                    f"wiring 'plain' is one layer: num_hidden_layers must be 1, got {self.num_hidden_layers}"
+                )
+            width = self.feature_planes * int(self.state_size or 0)
+            if self.hidden_size != width:
+                raise ValueError(
+                    f"wiring 'plain' has hidden_size = {self.feature_planes} * state_size = {width}, "
+                    f"got {self.hidden_size}"
+                )

@@ -1,0 +1,109 @@
+"""KRU-LSTM and KRU-GRU as modules: the factors and the biases, on top of ``kru_gated_scan``."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .cells import warn_rectangular
+from .kronecker import random_orthogonal
+from .scan_gated import GATED_CELLS, kru_gated_scan
+
+
+class KRUGatedRecurrence(nn.Module):
+    """A gated cell: real factors (G, P_f, Q_f), a set a gate, and biases (4, N). The interface of ``KRURecurrence``.
+
+    ``init_scale`` is the spectral norm of each gate's matrix at the start.
+    """
+
+    cell: str
+    input_planes: int
+    output_planes = 1
+    state_planes: int
+
+    def __init__(
+        self,
+        factor_shapes: Sequence[Sequence[int]],
+        *,
+        init_scale: float = 0.7,
+        train_factors: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        warn_rectangular(factor_shapes)
+        self.factor_shapes = [(p, q) for p, q in factor_shapes]
+        self.state_size = math.prod(p for p, _ in self.factor_shapes)
+        self.init_scale = init_scale
+        self.backend = backend
+        self.factors = nn.ParameterList(
+            [
+                nn.Parameter(torch.empty(self.input_planes, p, q), requires_grad=train_factors)
+                for p, q in self.factor_shapes
+            ]
+        )
+        self.bias = nn.Parameter(torch.empty(GATED_CELLS[self.cell][1], self.state_size))
+        self.reset_parameters()
+
+    def initial_factors(self) -> list[Tensor]:
+        """Random orthogonal factors (G, P_f, Q_f), each scaled by the F-th root of the spectral norm wanted."""
+        scale = self.init_scale ** (1 / len(self.factor_shapes))
+        return [
+            scale * torch.stack([random_orthogonal(p, q) for _ in range(self.input_planes)])
+            for p, q in self.factor_shapes
+        ]
+
+    def initial_bias(self) -> Tensor:
+        """Biases (4, N): zero, but one for the LSTM's forget gate, so that memory survives the start of training."""
+        bias = torch.zeros(self.bias.shape)  # (4, N)
+        if self.cell == "lstm":
+            bias[1] = 1.0
+        return bias
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the start. Parameters on the meta device are left for the loader to fill."""
+        if self.bias.is_meta:
+            return
+        for factor, start in zip(self.factors, self.initial_factors(), strict=True):
+            factor.copy_(start)  # (G, P, Q)
+        self.bias.copy_(self.initial_bias())  # (4, N)
+
+    def forward(
+        self, inputs: Tensor, initial_state: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """inputs (B, T, G, N), initial_state (B, S, N), mask (B, T): states (B, T, 1, N), final state (B, S, N).
+
+        Computed in fp32 (fp64 for fp64 inputs) whatever the dtype of the inputs; that is also the dtype returned.
+        """
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        states, final = kru_gated_scan(
+            inputs.to(dtype),
+            [factor.to(dtype) for factor in self.factors],
+            self.bias.to(dtype),
+            None if initial_state is None else initial_state.to(dtype),
+            mask,
+            cell=self.cell,
+            backend=self.backend,
+        )
+        return states.unsqueeze(2), final  # (B, T, 1, N), (B, S, N)
+
+    def extra_repr(self) -> str:
+        shapes = " ".join(f"{p}x{q}" for p, q in self.factor_shapes)
+        return f"state_size={self.state_size}, factors={shapes}, gates={self.input_planes}"
+
+
+class KRULSTMRecurrence(KRUGatedRecurrence):
+    """LSTM with gates i f g o; state (B, 2, N) = [h; c]."""
+
+    cell = "lstm"
+    input_planes = 4
+    state_planes = 2
+
+
+class KRUGRURecurrence(KRUGatedRecurrence):
+    """GRU with gates r z n; state (B, 1, N) = [h]."""
+
+    cell = "gru"
+    input_planes = 3
+    state_planes = 1

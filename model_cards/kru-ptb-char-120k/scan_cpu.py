@@ -1,0 +1,397 @@
+"""The native CPU engine: a C kernel (``native/kru_scan.c``) that runs whole sequences, forward and backward.
+
+The library is an optional part of the install. Without it this module imports and says so; a copy of this file that
+was pushed with a model's weights uses the library of an installed ``kru_hf`` of the same ABI, if there is one.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import pathlib
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_available", "kru_scan_cpu", "supports", "unavailable_reason"]
+
+ABI = 2  # KRU_ABI in native/kru_scan.c
+MAX_FACTORS = 64  # KRU_MAX_FACTORS in native/kru_plan.h
+# Chunks of the batch that threads share out and whose weight gradients are summed in order. Depends on shapes alone, so
+# results do not depend on the number of threads.
+MAX_CHUNKS = 32
+# Estimated vector operations (about 0.4 ns each) below which waking other threads costs more than it saves.
+THREADS_FROM = 250_000
+HUGE_FROM = 8 << 20  # bytes of an output from which huge pages are asked for
+_lanes: int | None = None  # vector lanes a plan uses; None: the processor's widest
+
+
+class _Args(ctypes.Structure):
+    """kru_args of native/kru_scan.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "modrelu", "chunks")] + [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("packed", "inputs", "bias", "initial_state", "mask", "states", "final_state"),
+            *("d_states", "d_final", "d_inputs", "d_initial", "chunk_grads", "counter"),
+        )
+    ]
+
+
+def _folders() -> list[pathlib.Path]:
+    """Where the library may lie: beside this file, or in the installed package."""
+    folders = [pathlib.Path(__file__).parent]
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec("kru_hf")
+        folders += [pathlib.Path(place) for place in (spec.submodule_search_locations or []) if spec] if spec else []
+    return folders
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and the reason."""
+    reason = "the compiled library kru_hf/_native is not there: the install found no working C compiler"
+    for path in (path for folder in _folders() for path in sorted(folder.glob("_native*.so"))):
+        try:
+            library = ctypes.CDLL(str(path))
+            library.kru_abi.restype = ctypes.c_int64
+            abi = library.kru_abi()
+        except (OSError, AttributeError) as error:
+            reason = f"{path.name} cannot be loaded: {error}"
+            continue
+        if abi != ABI:
+            reason = f"{path.name} has ABI {abi}, this file needs {ABI}: install the kru_hf that belongs to it"
+            continue
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        for name, result, arguments in (
+            ("kru_lanes", count, []),
+            ("kru_plan_new", pointer, [count, pointer, pointer, count]),
+            ("kru_plan_free", None, [pointer]),
+            ("kru_plan_packed_floats", count, [pointer]),
+            ("kru_plan_dense_floats", count, [pointer]),
+            ("kru_plan_group", count, [pointer]),
+            ("kru_plan_work", ctypes.c_double, [pointer]),
+            ("kru_plan_stage", count, [pointer, count, pointer]),
+            ("kru_pack", ctypes.c_int, [pointer, pointer, pointer]),
+            ("kru_forward", ctypes.c_int, [pointer, pointer]),
+            ("kru_backward", ctypes.c_int, [pointer, pointer]),
+            ("kru_advise", None, [pointer, count]),
+            ("kru_reduce", ctypes.c_int, [pointer, pointer, count, pointer, pointer, pointer]),
+        ):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        return library, None
+    return None, reason
+
+
+_library, _reason = _load()
+
+
+def is_available() -> bool:
+    """Whether the native library is loaded."""
+    return _reason is None
+
+
+def unavailable_reason() -> str | None:
+    """Why :func:`is_available` is False, or None."""
+    return _reason
+
+
+def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
+    """None if the engine takes inputs (B, T, 2, N) and factors (2, P_f, Q_f), else the reason why not."""
+    if inputs.device.type != "cpu":
+        return f"inputs are on {inputs.device}, the native engine runs on the CPU"
+    if inputs.dtype != torch.float32:
+        return f"inputs are {inputs.dtype}, the native engine computes in float32"
+    if len(factors) > MAX_FACTORS:
+        return f"{len(factors)} factors, the native engine takes at most {MAX_FACTORS}"
+    return None
+
+
+class _Plan:
+    """Merged stages, their order and kernels, for factors of given shapes; owns the C object."""
+
+    def __init__(self, shapes: tuple[tuple[int, int], ...], lanes: int) -> None:
+        sizes = ctypes.c_int64 * len(shapes)
+        rows, columns = zip(*shapes, strict=True)
+        self.handle = _library.kru_plan_new(len(shapes), sizes(*rows), sizes(*columns), lanes)
+        if not self.handle:
+            raise MemoryError(f"no plan for {len(shapes)} factors (at most {MAX_FACTORS}) with {lanes} lanes")
+        weakref.finalize(self, _library.kru_plan_free, self.handle).atexit = False
+        self.packed = _library.kru_plan_packed_floats(self.handle)
+        self.dense = _library.kru_plan_dense_floats(self.handle)
+        self.group = _library.kru_plan_group(self.handle)
+        self.work = _library.kru_plan_work(self.handle)
+        self.pointers = ctypes.c_void_p * len(shapes)
+
+    def stages(self) -> list[tuple[int, ...]]:
+        """(P, Q, left, right, lanes over p, merged factors) of each stage in the order of application."""
+        values = (ctypes.c_int64 * 6)()
+        count = _library.kru_plan_stage(self.handle, -1, values)
+        return [(_library.kru_plan_stage(self.handle, s, values), tuple(values))[1] for s in range(count)]
+
+
+@functools.lru_cache(maxsize=256)
+def _plan_for(shapes: tuple[tuple[int, int], ...], lanes: int | None) -> _Plan:
+    return _Plan(shapes, _library.kru_lanes() if lanes is None else lanes)
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_pool_lock = threading.Lock()
+
+
+def _forget_pool() -> None:
+    """A forked child has none of its parent's threads, and perhaps a lock that nobody will release."""
+    global _pool, _pool_size, _pool_lock
+    _pool, _pool_size, _pool_lock = None, 0, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _run(call: Callable[[int, object], int], handle: int, args: ctypes.Structure, work: float) -> None:
+    """Run ``call`` on as many threads as the work deserves; they share the chunks out among themselves."""
+    global _pool, _pool_size
+    threads = min(torch.get_num_threads(), args.chunks) if work > THREADS_FROM else 1
+    counter = ctypes.c_int64(0)
+    args.counter = ctypes.addressof(counter)
+    reference = ctypes.byref(args)
+    helpers = []
+    if threads > 1:
+        with _pool_lock:
+            if _pool is None or _pool_size < threads - 1:
+                _pool, _pool_size = ThreadPoolExecutor(threads - 1, "kru_scan"), threads - 1
+            helpers = [_pool.submit(call, handle, reference) for _ in range(threads - 1)]
+    status = call(handle, reference)
+    results = [helper.result() for helper in helpers]  # all of them have to end before the tensors may go
+    if any(results) or status:
+        raise MemoryError("the native engine could not allocate its workspace")
+
+
+def _chunks(plan: _Plan, batch: int, length: int, units: int) -> int:
+    """Chunks of the batch: whole lockstep groups, and gradient buffers of at most a quarter of the states' bytes."""
+    chunks = min(-(-batch // plan.group), MAX_CHUNKS)
+    affordable = batch * length * 2 * units // (4 * (plan.dense + units))
+    return max(min(chunks, affordable), min(chunks, 4))
+
+
+def _fresh(*size: int) -> Tensor:
+    """An uninitialised float32 tensor, on huge pages if it is large and the system has them."""
+    tensor = torch.empty(size, dtype=torch.float32)
+    if (count := tensor.nbytes) >= HUGE_FROM:
+        _library.kru_advise(tensor.data_ptr(), count)
+    return tensor
+
+
+def _point(args: ctypes.Structure, **tensors: Tensor | None) -> None:
+    """Set pointers of ``args``; the caller keeps the tensors alive."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(args, name, tensor.data_ptr())
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _prepare(factors: Sequence[Tensor]) -> tuple[_Plan, list[Tensor], ctypes.Array, Tensor]:
+    """Plan, contiguous factors, their addresses and the weights packed for the kernels."""
+    plan = _plan_for(tuple([(factor.shape[1], factor.shape[2]) for factor in factors]), _lanes)
+    kept = [factor.contiguous() for factor in factors]  # (2, P, Q) each
+    pointers = plan.pointers(*[factor.data_ptr() for factor in kept])
+    packed = _fresh(plan.packed)
+    if _library.kru_pack(plan.handle, pointers, packed.data_ptr()):
+        raise MemoryError("the native engine could not allocate its workspace")
+    return plan, kept, pointers, packed
+
+
+def _forward(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    modrelu: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, length, _, units = inputs.shape
+    plan, _, _, packed = _prepare(factors)
+    inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
+    states = _fresh(batch, length, 2, units)  # (B, T, 2, N)
+    final_state = _fresh(batch, 2, units)  # (B, 2, N)
+    chunks = min(-(-batch // plan.group), 4 * MAX_CHUNKS)
+    args = _Args(batch, length, modrelu, chunks)
+    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask)
+    _point(args, states=states, final_state=final_state)
+    _run(_library.kru_forward, plan.handle, args, plan.work * batch * length)
+    return states, final_state
+
+
+def _backward(
+    d_states: Tensor | None,
+    d_final: Tensor | None,
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    states: Tensor,
+    modrelu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_inputs (B, T, 2, N), the factors' gradients in one row, d_bias (N,), d_initial (B, 2, N).
+
+    z is recomputed from the states, never recovered from |h|: right for b > 0 too, and no digits are lost.
+    """
+    batch, length, _, units = inputs.shape
+    plan, kept, pointers, packed = _prepare(factors)
+    d_states, d_final, states = _dense(d_states), _dense(d_final), states.contiguous()
+    inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
+    chunks = _chunks(plan, batch, length, units)
+    chunk_grads = _fresh(chunks, plan.dense + units)
+    d_inputs = _fresh(batch, length, 2, units)  # (B, T, 2, N)
+    d_initial = _fresh(batch, 2, units)  # (B, 2, N)
+    d_factors = _fresh(sum(factor.numel() for factor in kept))
+    d_bias = _fresh(units)  # (N,)
+    args = _Args(batch, length, modrelu, chunks)
+    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
+    _point(args, d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
+    _run(_library.kru_backward, plan.handle, args, 4 * plan.work * batch * length)
+    places = plan.pointers(*[piece.data_ptr() for piece in _split(d_factors, kept)])
+    if _library.kru_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()):
+        raise MemoryError("the native engine could not allocate its workspace")
+    return d_inputs, d_factors, d_bias, d_initial
+
+
+def _split(row: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    pieces = row.split([factor.numel() for factor in factors])
+    return [piece.view(factor.shape) for piece, factor in zip(pieces, factors, strict=True)]
+
+
+if __name__.startswith("kru_hf."):
+    # Only the installed package registers operators: a second registration of a name replaces the first, so two
+    # revisions of pushed code would run each other's kernel.
+    @torch.library.custom_op("kru_hf::scan_cpu", mutates_args=())
+    def _scan_op(
+        inputs: Tensor,
+        factors: Sequence[Tensor],
+        bias: Tensor,
+        initial_state: Tensor | None,
+        mask: Tensor | None,
+        modrelu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(inputs, factors, bias, initial_state, mask, modrelu)
+
+    @_scan_op.register_fake
+    def _(inputs, factors, bias, initial_state, mask, modrelu):
+        batch, length, _, units = inputs.shape
+        return inputs.new_empty(batch, length, 2, units), inputs.new_empty(batch, 2, units)
+
+    @torch.library.custom_op("kru_hf::scan_cpu_backward", mutates_args=())
+    def _scan_backward_op(
+        d_states: Tensor | None,
+        d_final: Tensor | None,
+        inputs: Tensor,
+        factors: Sequence[Tensor],
+        bias: Tensor,
+        initial_state: Tensor | None,
+        mask: Tensor | None,
+        states: Tensor,
+        modrelu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _backward(d_states, d_final, inputs, factors, bias, initial_state, mask, states, modrelu)
+
+    @_scan_backward_op.register_fake
+    def _(d_states, d_final, inputs, factors, bias, initial_state, mask, states, modrelu):
+        batch, length, _, units = inputs.shape
+        return (
+            inputs.new_empty(batch, length, 2, units),
+            inputs.new_empty(sum(factor.numel() for factor in factors)),
+            inputs.new_empty(units),
+            inputs.new_empty(batch, 2, units),
+        )
+
+    def _setup(ctx, inputs, output) -> None:
+        u, factors, bias, initial_state, mask, modrelu = inputs
+        ctx.set_materialize_grads(False)
+        ctx.modrelu = modrelu
+        ctx.save_for_backward(u, bias, initial_state, mask, output[0], *factors)
+
+    def _op_gradient(ctx, d_states, d_final):
+        inputs, bias, initial_state, mask, states, *factors = ctx.saved_tensors
+        if d_states is None and d_final is None:
+            return None, [None] * len(factors), None, None, None, None
+        d_inputs, row, d_bias, d_initial = _scan_backward_op(
+            d_states, d_final, inputs, factors, bias, initial_state, mask, states, ctx.modrelu
+        )
+        d_initial = None if initial_state is None else d_initial
+        return d_inputs, _split(row, factors), d_bias, d_initial, None, None
+
+    _scan_op.register_autograd(_op_gradient, setup_context=_setup)
+    _differentiable: Callable[..., tuple[Tensor, Tensor]] = _scan_op
+else:
+
+    class _Scan(torch.autograd.Function):
+        """The same for code that was loaded from a model's repository."""
+
+        @staticmethod
+        def forward(ctx, inputs, bias, initial_state, mask, modrelu, *factors):
+            states, final_state = _forward(inputs, factors, bias, initial_state, mask, modrelu)
+            ctx.set_materialize_grads(False)
+            ctx.modrelu = modrelu
+            ctx.save_for_backward(inputs, bias, initial_state, mask, states, *factors)
+            return states, final_state
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, d_states, d_final):
+            inputs, bias, initial_state, mask, states, *factors = ctx.saved_tensors
+            if d_states is None and d_final is None:
+                return (None,) * (5 + len(factors))
+            d_inputs, row, d_bias, d_initial = _backward(
+                d_states, d_final, inputs, factors, bias, initial_state, mask, states, ctx.modrelu
+            )
+            d_initial = None if initial_state is None else d_initial
+            return d_inputs, d_bias, d_initial, None, None, *_split(row, factors)
+
+    def _differentiable(inputs, factors, bias, initial_state, mask, modrelu):
+        return _Scan.apply(inputs, bias, initial_state, mask, modrelu, *factors)
+
+
+def kru_scan_cpu(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    activation: str = "modrelu",
+) -> tuple[Tensor, Tensor]:
+    """The recurrence h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t) by the native kernel, float32 on the CPU.
+
+    Args:
+        inputs: U x_t (B, T, 2, N).
+        factors: F tensors W_f (2, P_f, Q_f) with ∏ P_f = ∏ Q_f = N.
+        bias: b of modReLU (N,). Not used by the "identity" activation.
+        initial_state: h_0 (B, 2, N); zeros if None.
+        mask: (B, T) bool; False holds the state.
+        activation: "modrelu" or "identity".
+
+    Returns:
+        states (B, T, 2, N) and final_state (B, 2, N), a copy. The same to the last bit for any number of threads.
+
+    Raises:
+        RuntimeError: the library is not there. MemoryError: no memory for the workspace.
+    """
+    if _reason is not None:
+        raise RuntimeError(f"the native CPU engine is not available: {_reason}")
+    modrelu = activation == "modrelu"
+    leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
+    plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
+    if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
+        return _forward(inputs, factors, bias, initial_state, mask, modrelu)  # generation: no dispatcher in the way
+    return _differentiable(inputs, list(factors), bias, initial_state, mask, modrelu)

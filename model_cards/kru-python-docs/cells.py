@@ -1,0 +1,113 @@
+"""The recurrent cell as a module: the factors and the bias, on top of ``kru_scan``."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .kronecker import random_unitary, to_complex, unitary_penalty
+from .scan import kru_scan
+
+_warned_rectangular = False
+
+
+def warn_rectangular(shapes: Sequence[Sequence[int]]) -> None:
+    """Say once that a non-square factor cannot be unitary."""
+    global _warned_rectangular
+    if not _warned_rectangular and any(p != q for p, q in shapes):
+        _warned_rectangular = True
+        rank = math.prod(min(p, q) for p, q in shapes)
+        warnings.warn(
+            f"factor_shapes {list(map(list, shapes))} has non-square factors: the recurrent matrix has rank {rank} of "
+            f"{math.prod(p for p, _ in shapes)} and is a partial isometry at best, never unitary",
+            stacklevel=3,
+        )
+
+
+class KRURecurrence(nn.Module):
+    """h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t): factors (2, P_f, Q_f) and b (N,).
+
+    ``input_planes``, ``output_planes`` and ``state_planes`` give the width of inputs (B, T, ·, N), of the features
+    read from it and of its state (B, ·, N), in multiples of N.
+    """
+
+    input_planes = 2
+    output_planes = 2
+    state_planes = 2
+
+    def __init__(
+        self,
+        factor_shapes: Sequence[Sequence[int]],
+        *,
+        activation: str = "modrelu",
+        init_scale: float = 0.95,
+        bias_init: float = -0.1,
+        train_factors: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        warn_rectangular(factor_shapes)
+        self.factor_shapes = [(p, q) for p, q in factor_shapes]
+        self.state_size = math.prod(p for p, _ in self.factor_shapes)
+        self.activation = activation
+        self.init_scale = init_scale
+        self.bias_init = bias_init
+        self.backend = backend
+        self.factors = nn.ParameterList(
+            [nn.Parameter(torch.empty(2, p, q), requires_grad=train_factors) for p, q in self.factor_shapes]
+        )
+        self.bias = nn.Parameter(torch.empty(self.state_size))
+        self.reset_parameters()
+
+    def initial_factors(self) -> list[Tensor]:
+        """Random unitary factors (2, P_f, Q_f), each scaled by the F-th root of the spectral norm wanted of W."""
+        scale = self.init_scale ** (1 / len(self.factor_shapes))
+        return [scale * random_unitary(p, q) for p, q in self.factor_shapes]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random unitary factors, constant bias. Parameters on the meta device are left for the loader to fill."""
+        if self.bias.is_meta:
+            return
+        for factor, start in zip(self.factors, self.initial_factors(), strict=True):
+            factor.copy_(start)  # (2, P, Q)
+        self.bias.fill_(self.bias_init)  # (N,)
+
+    def penalty(self) -> Tensor:
+        """Soft unitary penalty Σ_f ‖W_f^H W_f − I‖²: a scalar."""
+        return unitary_penalty([factor.float() for factor in self.factors])
+
+    @torch.no_grad()
+    def bound_norm(self, limit: float) -> None:
+        """Scale the factors alike, so that the spectral norm of W, the product of theirs, is at most ``limit``.
+
+        The penalty keeps it near 1, on either side. Above 1 a state that is carried on and on can grow beyond float32.
+        """
+        norms = [torch.linalg.matrix_norm(to_complex(factor, 0), 2) for factor in self.factors]
+        scale = (limit / torch.stack(norms).prod()).clamp(max=1) ** (1 / len(norms))  # ()
+        for factor in self.factors:
+            factor.mul_(scale)  # (2, P, Q)
+
+    def forward(
+        self, inputs: Tensor, initial_state: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """inputs (B, T, 2, N) = U x_t, initial_state (B, 2, N), mask (B, T): states (B, T, 2, N), final (B, 2, N).
+
+        Computed in fp32 (fp64 for fp64 inputs) whatever the dtype of the inputs; that is also the dtype returned.
+        """
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        return kru_scan(
+            inputs.to(dtype),
+            [factor.to(dtype) for factor in self.factors],
+            self.bias.to(dtype),
+            None if initial_state is None else initial_state.to(dtype),
+            mask,
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        shapes = " ".join(f"{p}x{q}" for p, q in self.factor_shapes)
+        return f"state_size={self.state_size}, factors={shapes}, activation={self.activation}"
