@@ -99,6 +99,7 @@ def tiny_model(seed: int = 0, **options) -> KRUForCausalLM:
 WIRINGS = [
     {"wiring": "residual"},
     {"wiring": "residual", "io_rank": 3},
+    {"wiring": "residual", "io_rank": 3, "intermediate_size": 5},
     {"wiring": "plain"},
     {"wiring": "plain", "io_rank": 3},
     {"wiring": "plain", "readout_norm": False},

@@ -54,7 +54,13 @@ def test_card_has_the_results_of_the_run_and_no_invented_field(folder: Path) -> 
     (folder / "composition.mid").write_bytes(b"piece")
     assert "composition" not in render_card(folder)  # a link to a picture that is not there
     (folder / "composition.png").write_bytes(b"picture")
-    assert "](composition.png)" in render_card(folder) and "](composition.mid)" in render_card(folder)
+    bands = {"density_band": [3.5, 4.25], "lowest_band": [36.0, 45.0], "highest_band": [73.65, 79.0]}
+    report = {"density": 4.5, "lowest": 40.0, "highest": 75.0, **bands, "within": False}
+    made = {"command": "python -m training.compose --seed 3", "prime_frames": 32, "num_frames": 96, "report": report}
+    (folder / "composition.json").write_text(json.dumps(made))
+    text = render_card(folder)
+    assert "](composition.png)" in text and "](composition.mid); the first 32 frames were given. Made by" in text
+    assert "--seed 3" in text and "which they leave: keys a frame 4.5 (training pieces: 3.5 to 4.25), lowest" in text
 
     (folder / "training.json").unlink()
     (folder / "comparison.json").unlink()

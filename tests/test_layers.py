@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from helpers import RELATIVE, assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
+from kru_hf.feed_forward import KRUFeedForward
 from kru_hf.layers import KRU, KRUGRU, KRULSTM
 
 FLOAT64_TOLERANCE = 1e-10
@@ -112,3 +114,24 @@ def test_bad_arguments_are_named():
         KRULSTM(3, 4)(torch.zeros(2, 2, 3), torch.zeros(1, 2, 4))
     with pytest.raises(ValueError, match="h_0 must have the shape"):
         KRUGRU(3, 4)(torch.zeros(2, 2, 3), torch.zeros(1, 2, 5))
+
+
+def test_identity_keeps_what_it_reads_where_it_is():
+    layer = KRU(3, 12, factor_shapes=[[3, 3], [2, 4], [2, 1]], init="identity", init_scale=0.9)
+    shares = [0.9 ** (1 / 3) * torch.eye(p, q) for p, q in ((3, 3), (2, 4), (2, 1))]
+    for factor, share in zip(layer.recurrences[0].factors, shares, strict=True):
+        assert torch.equal(factor[0], share) and not factor[1].any()
+    summing = KRU(3, 12, factor_size=2, init="identity", init_scale=1.0, bias_init=0.0, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    assert_near(summing(x)[0][:, -1], summing.input_maps[0](x).sum(1), RELATIVE[torch.float32])
+    with pytest.raises(ValueError, match="init must be 'random' or 'identity', got 'eye'"):
+        KRU(3, 12, init="eye")
+
+
+def test_feed_forward_is_swiglu():
+    block = KRUFeedForward(6, 4, epsilon=1e-6)
+    x = torch.randn(2, 3, 6)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * block.norm.weight
+    gate, up = block.gate_up_proj.weight.chunk(2)
+    expected = (torch.sigmoid(normed @ gate.mT) * (normed @ gate.mT) * (normed @ up.mT)) @ block.down_proj.weight.mT
+    assert_near(block(x), expected, RELATIVE[torch.float32])

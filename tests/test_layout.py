@@ -22,6 +22,7 @@ RANK = {
     "cells": 6,
     "cache_kru": 6,
     "readout": 6,
+    "feed_forward": 7,
     "gated_cells": 7,
     "bidirectional": 8,
     "modeling_kru": 9,

@@ -73,9 +73,11 @@ def cases(draw) -> Case:
     }
     if options["cell_type"] == "kru":
         options["activation"] = draw(st.sampled_from(["modrelu", "identity"]))
+        options["recurrent_init"] = draw(st.sampled_from(["random", "identity"]))
     if options["wiring"] == "residual":
         options["num_hidden_layers"] = draw(st.integers(1, 3))
         options["hidden_size"] = draw(st.sampled_from([4, 9]))
+        options["intermediate_size"] = draw(st.sampled_from([None, 5]))
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     return Case(head, options, lengths, draw(st.booleans()), draw(st.integers(0, 100)))
 

@@ -347,6 +347,9 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
     assert (tmp_path / "a.png").stat().st_size > 1000
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["within"] == all(report[f"{k}_within"] for k in ("density", "lowest", "highest"))
+    made = json.loads((tmp_path / "a.json").read_text())
+    assert made["report"] == report and (made["prime_frames"], made["num_frames"]) == (16, 12)
+    assert "training.compose" in made["command"] and "--num_frames 12" in made["command"]
     piece = read_midi(tmp_path / "a.mid", 4)
     assert piece.notes()[:3] == [(0, 4, 60), (4, 4, 64), (8, 8, 67)]
     assert len(piece.roll) <= 16 + 12

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "abcdefghi"
 PROMPT = "abc"
 LANGUAGE_MODELS = {
-    "residual": WIRINGS[0],
-    "plain-low-rank": WIRINGS[3],
+    "residual": WIRINGS[2],
+    "plain-low-rank": WIRINGS[4],
     "kru_lstm": {"cell_type": "kru_lstm"},
     "kru_gru": {"cell_type": "kru_gru"},
 }

@@ -28,7 +28,9 @@ KRU_ONLY = frozenset(
         "wiring",
         "bidirectional",
         "io_rank",
+        "intermediate_size",
         "readout_norm",
+        "recurrent_init",
         "recurrent_init_scale",
         "bias_init",
         "input_scale",
@@ -45,8 +47,18 @@ KRU_ONLY = frozenset(
 SOFT_ONLY = frozenset(["cell_type", "recurrent_init_scale", "unitary_loss_coef", "max_recurrent_norm"])
 # What a recipe chooses for its own cell_type.
 CELL_ONLY = frozenset(
-    ["input_scale", "recurrent_init_scale", "bias_init", "activation", "unitary_loss_coef", "max_recurrent_norm"]
+    [
+        "input_scale",
+        "recurrent_init",
+        "recurrent_init_scale",
+        "bias_init",
+        "activation",
+        "unitary_loss_coef",
+        "max_recurrent_norm",
+    ]
 )
+# What a recipe chooses for its own wiring.
+OF_WIRING = frozenset(["num_hidden_layers", "hidden_size", "io_rank", "intermediate_size"])
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -81,8 +93,12 @@ class ModelOptions:
         None, "Whether a kru model also reads from the end of the sequence: for tasks that classify."
     )
     io_rank: int | None = option(None, "Rank of the input and readout maps of a kru model; not given means full.")
+    intermediate_size: int | None = option(
+        None, "Width of the gated feed-forward block after each recurrence of a kru model; not given means none."
+    )
     readout_norm: bool | None = option(None, "Whether the state is normalised where it is read.")
     recurrent_rank: int | None = option(None, "Rank of the recurrent matrix of low_rank; default: state_size / 8.")
+    recurrent_init: str | None = option(None, "Start of the recurrent matrix: random (unitary) or identity.")
     recurrent_init_scale: float | None = option(None, "Spectral norm of the recurrent matrix at the start.")
     bias_init: float | None = option(None, "Start value of the modReLU bias.")
     input_scale: float | None = option(None, "Standard deviation of the input map at the start.")
@@ -329,7 +345,7 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
     if name == "max_recurrent_norm" and given.train_factors is False:
         return True
     # Another wiring is another network: the plain one has a single layer, and its width follows from the state.
-    if name in ("num_hidden_layers", "hidden_size", "io_rank") and given.wiring not in (None, recipe.get("wiring")):
+    if name in OF_WIRING and given.wiring not in (None, recipe.get("wiring")):
         return True
     asked = any(word.split("=")[0].replace("-", "_") == "__architecture" for word in words)
     foreign = SOFT_ONLY if given.architecture == "unitary" else KRU_ONLY

@@ -24,8 +24,8 @@ from .errors import UserError
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 SPLITS = ("train_", "validation_", "test_")  # what the record of a data set counts begins with one of these
 PAPER = "https://arxiv.org/abs/1705.10142"
-# A short piece and its picture that a released music model brings along.
-COMPOSITION = ("composition.mid", "composition.png")
+# A short piece that a released music model brings along, its picture, and how `training.compose` made it.
+COMPOSITION = ("composition.mid", "composition.png", "composition.json")
 METRICS = {
     "loss": "Cross-entropy (nats)",
     "bpc": "Bits per character",
@@ -51,8 +51,23 @@ RECIPE_OPTIONS = (
 )
 CONFIG_ROWS = (
     *("cell_type", "wiring", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
-    *("recurrent_init_scale", "train_factors", "input_dropout", "state_dropout", "hidden_dropout"),
+    *("intermediate_size", "recurrent_init", "recurrent_init_scale", "train_factors"),
+    *("input_dropout", "state_dropout", "hidden_dropout"),
 )
+
+
+def composition(folder: Path) -> dict[str, Any] | None:
+    """How the released piece was made and how it compares with the training pieces; None without such a piece."""
+    if not all((folder / name).is_file() for name in COMPOSITION):
+        return None
+    made = read_json(folder / COMPOSITION[2])
+    report = made["report"]
+    figures = [
+        f"{name} {shown(report[key])} (training pieces: {shown(report[f'{key}_band'][0])} to "
+        f"{shown(report[f'{key}_band'][1])})"
+        for key, name in (("density", "keys a frame"), ("lowest", "lowest pitch"), ("highest", "highest pitch"))
+    ]
+    return {**made, "figures": ", ".join(figures), "within": report["within"]}
 
 
 def read_json(path: Path) -> Any:
@@ -314,7 +329,7 @@ def render_card(
         comparison=comparison(record),
         speed=speed(record),
         learning_curve=(record.folder / "learning_curve.png").is_file(),
-        composition=COMPOSITION if all((record.folder / name).is_file() for name in COMPOSITION) else None,
+        composition=composition(record.folder),
         how_to_load=how_to_load(record, pin),
         snippet=snippet(record, repo_id or local_place(record.folder), pin) if record.is_kru else BLANK,
         limits=limits(record),

@@ -1,6 +1,7 @@
 """Compose music: `python -m training.compose --model FOLDER_OR_ID [--prime FILE.mid] --num_frames 64 --output out.mid`.
 
-Writes the MIDI file, and beside it a picture (.png) and a sound (.wav) of the same name.
+Writes the MIDI file, and beside it a picture (.png), a sound (.wav) and, with `--report`, the report and the command
+(.json) of the same name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kru_hf.piano_roll import NUM_PITCHES, MidiError, PianoRoll, draw_roll, read
 from .arguments import option, parse_words, require
 from .errors import UserError
 from .evaluate import read_record
+from .machine import shown_command
 from .models import load_model
 from .music_data import piece_figures
 
@@ -40,7 +42,9 @@ class ComposeOptions:
     frames_per_quarter: int = option(0, "Grid of the piece; 0: that of the training data.")
     tempo: float = option(0.0, "Quarter notes a minute; 0: that of the prime, or 90.")
     seed: int = option(0, "Seed of the draws: the same seed gives the same files.")
-    report: bool = option(False, "Compare density and pitch range with the training data; one line of JSON.")
+    report: bool = option(
+        False, "Compare density and pitch range with the training data: one line of JSON, kept beside the MIDI."
+    )
 
     def __post_init__(self) -> None:
         if self.model is None:
@@ -125,13 +129,16 @@ def run(argv: list[str]) -> dict[str, Any] | None:
         write_midi(piece, output)
         draw_roll(piece, pictures, prime_frames, output.stem)
         write_wav(piece, sound)
+        figures = compare(piece.roll[prime_frames:], record["dataset"]) if options.report else None
+        if figures is not None:
+            frames = {"prime_frames": prime_frames, "num_frames": options.num_frames}
+            made = {"command": shown_command(argv, "training.compose"), **frames, "report": figures}
+            output.with_suffix(".json").write_text(json.dumps(made, indent=2) + "\n")
     except (OSError, MidiError) as error:
         raise UserError(f"output={options.output!r} cannot be written: {error}") from error
     print(f"wrote {output}, {pictures.name} and {sound.name}: {prime_frames} + {options.num_frames} frames")
-    if not options.report:
-        return None
-    figures = compare(piece.roll[prime_frames:], record["dataset"])
-    print(json.dumps(figures))
+    if figures is not None:
+        print(json.dumps(figures))
     return figures
 
 
