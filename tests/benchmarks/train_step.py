@@ -4,7 +4,7 @@
 
 Each contender is the training loop itself (`training.loop.TrainingLoop.train_step`: batch, forward, backward, clipping,
 AdamW) on the embedded text, with as many units as the others; the steps run in turn and medians are printed.
-`--profile` says where the time of our step goes.
+`--profile` says where the time of our step goes, and where it went while the readout was two operations.
 """
 
 import argparse
@@ -15,14 +15,17 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `training` is part of the checkout, not of what is installed
 
 import kru_hf
+from kru_hf import modeling_kru
 from training.arguments import parse_arguments
 from training.loop import TrainingLoop
 from training.stopping import StopRequest
@@ -37,6 +40,24 @@ PARTS = {
     "optimizer and clipping": ("adam", "foreach", "norm", "sqrt", "lerp"),
     "copies": ("copy", "contiguous", "clone", "cat"),
 }
+
+
+TWO_STEP = "kru 2×2 before"
+
+
+def two_step_readout(x, weight, bias, epsilon, dropped=0.0):
+    """`normed_linear` as it was at first: a normalised copy of the states x (B, T, 2N), then the map."""
+    normed = x if epsilon is None else F.rms_norm(x, x.shape[-1:], eps=epsilon)  # (B, T, 2N)
+    return F.linear(normed, weight, bias)  # (B, T, out)
+
+
+def train_step(name: str, loop: TrainingLoop) -> None:
+    """One step of a contender, with the readout that it has."""
+    if name != TWO_STEP:
+        loop.train_step()
+        return
+    with mock.patch.object(modeling_kru, "normed_linear", two_step_readout):
+        loop.train_step()
 
 
 def make_loop(folder: str, batch: int, length: int, words: list[str], stop: StopRequest) -> TrainingLoop:
@@ -55,6 +76,7 @@ def contenders(state_size: int) -> dict[str, list[str]]:
     size = ["--state_size", str(state_size), "--hidden_size", str(state_size)]
     return {
         "kru 2×2": [*kru, "--factor_size", "2"],
+        TWO_STEP: [*kru, "--factor_size", "2"],
         "kru 8": [*kru, "--factor_size", "8"],
         "lstm": ["--architecture", "lstm", *size],
         "gru": ["--architecture", "gru", *size],
@@ -62,11 +84,11 @@ def contenders(state_size: int) -> dict[str, list[str]]:
     }
 
 
-def where_time_goes(loop: TrainingLoop, steps: int = 3) -> dict[str, float]:
+def where_time_goes(name: str, loop: TrainingLoop, steps: int = 3) -> dict[str, float]:
     """Milliseconds a step that each part takes, by operation names; the rest is "other"."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
-            loop.train_step()
+            train_step(name, loop)
     parts: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():
         part = next((p for p, names in PARTS.items() if any(name in event.key.lower() for name in names)), "other")
@@ -93,18 +115,18 @@ def main() -> None:
         for repeat in range(options.repeats + 1):  # the first round warms up
             for name, loop in loops.items():
                 start = time.perf_counter()
-                loop.train_step()
+                train_step(name, loop)
                 if repeat:
                     times[name].append(time.perf_counter() - start)
         characters = options.batch * options.length
         rates = {name: characters / statistics.median(values) for name, values in times.items()}
         print(f"\nN={options.state_size}, B={options.batch}, T={options.length}, {torch.get_num_threads()} threads")
-        print(f"{'':10} {'parameters':>12} {'ms/step':>9} {'char/s':>9} {'x LSTM':>7} {'x RNN':>7}")
+        print(f"{'':15} {'parameters':>12} {'ms/step':>9} {'char/s':>9} {'x LSTM':>7} {'x RNN':>7}")
         for name, rate in rates.items():
             count = loops[name].bare_model.num_parameters()
-            row = f"{name:10} {count:12,} {1e3 * characters / rate:9.1f} {rate:9,.0f}"
+            row = f"{name:15} {count:12,} {1e3 * characters / rate:9.1f} {rate:9,.0f}"
             print(f"{row} {rate / rates['lstm']:7.2f} {rate / rates['rnn']:7.2f}")
-        parts = {name: where_time_goes(loops[name]) for name in loops if options.profile}
+        parts = {name: where_time_goes(name, loops[name]) for name in loops if options.profile}
     for name, costs in parts.items():
         print(f"{name}: " + ", ".join(f"{part} {cost:.1f} ms" for part, cost in costs.items()))
     if options.json:
