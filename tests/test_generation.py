@@ -100,3 +100,8 @@ def test_stops_at_the_end_token():
     end = int(model.generate(IDS[:1], **NEW)[0, 7])
     output = model.generate(IDS[:1], eos_token_id=end, **NEW)
     assert output[0, -1] == end and output.shape[1] <= 8
+
+
+def test_static_cache_is_refused():
+    with pytest.raises(ValueError, match="cache_implementation must be unset or 'dynamic', got 'static'"):
+        tiny_model().generate(IDS, cache_implementation="static", **NEW)
