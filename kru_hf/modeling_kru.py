@@ -332,7 +332,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.feature_size, config.vocab_size)
         self.post_init()
 
-    def _prepare_static_cache(self, cache_implementation: str, **kwargs: Any) -> KRUCache:
+    def _prepare_static_cache(self, cache_implementation: str, *args: Any, **kwargs: Any) -> KRUCache:
         raise ValueError(
             f"cache_implementation must be unset or 'dynamic', got {cache_implementation!r}: the state of a KRU has a "
             "fixed size in any case"
