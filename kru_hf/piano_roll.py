@@ -29,6 +29,7 @@ PROBLEMS = {
     "unended_notes": "notes that never end dropped",
     "short_notes": "notes shorter than the grid given one frame",
     "overlapping_notes": "notes that start where the same pitch starts on the grid, merged",
+    "cut_notes": "notes that sounded when the same pitch started again, ended there",
     "absurd_tempos": f"tempo changes outside {SLOWEST:g}..{FASTEST:g} quarter notes a minute ignored",
 }
 
@@ -114,7 +115,8 @@ def roll_to_frames(roll: np.ndarray) -> list[list[int]]:
 def quantise(notes: Iterable[tuple[float, float, int]], frames_per_quarter: int) -> PianoRoll:
     """Notes (start and length in quarter notes, pitch) on the grid: starts and ends go to the nearest line.
 
-    Two notes of a pitch that start on the same line become one, as long as the longer.
+    Two notes of a pitch that start on the same line become one, as long as the longer; a note ends where its pitch
+    starts again.
     """
     report: Counter[str] = Counter()
     placed: dict[tuple[int, int], int] = {}
@@ -130,6 +132,12 @@ def quantise(notes: Iterable[tuple[float, float, int]], frames_per_quarter: int)
         if (first, pitch) in placed:
             report["overlapping_notes"] += 1
         placed[first, pitch] = max(end, placed.get((first, pitch), 0))
+    following: dict[int, int] = {}  # pitch to the start after the one that is looked at
+    for first, pitch in sorted(placed, reverse=True):
+        if placed[first, pitch] > following.get(pitch, placed[first, pitch]):
+            report["cut_notes"] += 1
+            placed[first, pitch] = following[pitch]
+        following[pitch] = first
     length = max(placed.values(), default=0)
     if length > MAX_FRAMES:
         raise MidiError(f"the piece has {length} frames, more than {MAX_FRAMES}: a damaged file, or too fine a grid")

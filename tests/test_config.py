@@ -56,6 +56,7 @@ def test_plain_width_is_the_state():
         ({"io_rank": 0}, "io_rank"),
         ({"intermediate_size": 0}, "intermediate_size"),
         ({"wiring": "plain", "intermediate_size": 8}, "intermediate_size must be None, got 8"),
+        ({"wiring": "plain", "hidden_dropout": 0.1}, "hidden_dropout must be 0, got 0.1"),
         ({"recurrent_init": "eye"}, "recurrent_init must be one of random, identity, got 'eye'"),
         ({"recurrent_init": "identity", "cell_type": "kru_gru"}, "recurrent_init of a gated cell must be 'random'"),
         ({"input_dropout": 1.0}, "input_dropout"),

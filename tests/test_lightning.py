@@ -68,7 +68,13 @@ def test_every_step_is_that_of_the_other_driver(pair):
     "changes",
     [
         PARTS,
-        {"lr_scheduler_type": "plateau", "optimizer": "rmsprop", "carry_state": "false", "cell_type": "kru_gru"},
+        {
+            "lr_scheduler_type": "plateau",
+            "optimizer": "rmsprop",
+            "weight_decay": 0,
+            "carry_state": "false",
+            "cell_type": "kru_gru",
+        },
         {"mixed_precision": "bf16"},
         {"task": "piano_roll", "wiring": None, **PARTS},  # parts of different weight
     ],

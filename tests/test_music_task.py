@@ -355,6 +355,8 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
     assert len(piece.roll) <= 16 + 12
     assert compose.main([*words, "--seed", "1", "--output", str(tmp_path / "c.mid")]) == 0
     assert (tmp_path / "a.mid").read_bytes() != (tmp_path / "c.mid").read_bytes()
+    assert compose.main([*words, "--seed", "1", "--output", str(tmp_path / "a.mid")]) == 0
+    assert not (tmp_path / "a.json").exists()  # it told of another piece
 
 
 @pytest.mark.parametrize(
@@ -365,6 +367,7 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
         (["--model", "MODEL", "--output", "a.wav"], "must end in .mid"),
         (["--model", "MODEL", "--output", "a.mid", "--num_frames", "0"], "num_frames=0"),
         (["--model", "MODEL", "--output", "a.mid", "--prime", "none.mid"], "none.mid' does not exist"),
+        (["--model", "MODEL", "--output", "training.mid", "--report"], "output='training.mid' is not valid"),
         (["--model", "EMPTY", "--output", "a.mid"], "training.json"),
         (["--model", "MODEL", "--output", "a.mid", "--num_frame", "3"], "did you mean 'num_frames'"),
     ],

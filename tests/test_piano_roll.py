@@ -270,6 +270,12 @@ def test_what_is_dropped_or_changed_is_counted(tmp_path):
     assert "2 notes outside the pitches 21..108" in piece.problems
 
 
+def test_notes_that_their_pitch_cuts_short_are_counted():
+    piece = quantise([(0, 8, 60), (4, 1, 60), (5, 1, 60), (0, 8, 64)], 1)
+    assert piece.notes() == [(0, 4, 60), (0, 8, 64), (4, 1, 60), (5, 1, 60)]
+    assert piece.report == {"cut_notes": 1}
+
+
 def test_notes_without_length_are_counted():
     piece = quantise([(0, 0, 60), (1, 1, 62)], 4)
     assert piece.report == {"zero_length_notes": 1}

@@ -12,7 +12,7 @@ from training.arguments import parse_arguments
 from training.errors import UserError
 from training.paper_figures import FIGURES, METRICS, PTB_LARGE, PTB_SMALL
 from training.report import BEGIN, END, main
-from training.results import Run, factors, find_runs, mean_and_spread, settings
+from training.results import Run, amended, factors, find_runs, mean_and_spread, settings
 from training.train import main as train
 
 KRU = {"model_type": "kru", "state_size": 1100, "factor_shapes": [[10, 10], [10, 10], [11, 11]], "num_hidden_layers": 1}
@@ -154,6 +154,26 @@ def test_settings_come_from_task_data_and_options(tmp_path):
     assert [run.setting for run in find_runs([tmp_path])] == list(cases)
     large = write_run(tmp_path / "large", num_parameters=418_000)
     assert Run.read(large).setting == PTB_LARGE
+
+
+def test_commands_name_what_recipes_have_changed_since():
+    recipe = parse_arguments(["training/recipes/jsb_chorales.yaml"]).flat()
+    command = "accelerate launch -m training.train training/recipes/jsb_chorales.yaml --seed 1 --output_dir runs/a"
+    made = {**recipe, "seed": 1, "dataset": "/elsewhere/jsb"}
+    assert amended(command, made) == command
+    older = {**made, "weight_decay": made["weight_decay"] + 1, "max_recurrent_norm": None}
+    assert amended(command, older) == f"{command} --weight_decay {made['weight_decay'] + 1}"
+    default = parse_arguments([]).flat()
+    unbounded = {name: value for name, value in default.items() if name != "max_recurrent_norm"}
+    assert amended("python -m training.train", unbounded) == "python -m training.train --max_recurrent_norm 0.0"
+    assert amended("python -m training.train gone.yaml", made) == "python -m training.train gone.yaml"
+
+
+def test_seeds_of_before_and_after_a_new_option_are_one_row(tmp_path):
+    write_run(tmp_path / "0", config=KRU, options={"task": "char_lm", "seed": 0})
+    write_run(tmp_path / "1", config={**KRU, "recurrent_init": "random"}, options={"task": "char_lm", "seed": 1})
+    (rows,) = settings(find_runs([tmp_path])).values()
+    assert [len(row.runs) for row in rows] == [2]
 
 
 def test_order_follows_the_metrics_direction(tmp_path):

@@ -221,3 +221,19 @@ def test_factors_have_their_own_rate_and_no_decay():
     assert all(p.ndim == 1 for p in groups[1]["params"])
     assert groups[1]["weight_decay"] == 0.0
     assert groups[0]["weight_decay"] == 0.1
+    gated = build_model("causal_lm", ModelOptions(cell_type="kru_lstm", state_size=24, wiring="plain"), vocab_size=10)
+    bias = gated.model.layers[0].recurrence.bias
+    assert bias.ndim == 2 and any(bias is p for p in parameter_groups(gated, run)[1]["params"])
+
+
+def test_weight_decay_is_adamws():
+    assert parse_arguments(["training/recipes/ptb_char.yaml"]).run.weight_decay == 0.01
+    assert parse_arguments(["training/recipes/adding.yaml", "--optimizer", "rmsprop"]).run.weight_decay == 0
+    with pytest.raises(UserError, match="weight_decay=0.1 is not valid: it must be 0 with optimizer rmsprop"):
+        parse_arguments(["--optimizer", "rmsprop"])
+
+
+@pytest.mark.parametrize("name", ["bias_init", "unitary_loss_coef", "max_recurrent_norm"])
+def test_options_of_the_complex_cell_are_refused_for_gated_ones(name):
+    with pytest.raises(UserError, match=f"{name}=0.5 is not valid: it must be left out with cell_type kru_gru"):
+        parse_arguments(["--cell_type", "kru_gru", f"--{name}", "0.5"])

@@ -201,9 +201,19 @@ def test_output_folder_of_another_run(text_file, tmp_path, capsys):
     assert main(options(text_file, tmp_path, seed=1, factor_shapes="5x5", overwrite_output_dir="true")) == 1
     assert "multiply to 5x5" in capsys.readouterr().err
     assert (tmp_path / ckpt.WEIGHTS).read_bytes() == before  # bad options delete nothing
+    (tmp_path / "comparison.json").write_text("{}")  # it compares the run that goes
     assert main(options(text_file, tmp_path, seed=1, overwrite_output_dir="true")) == 0
+    assert not (tmp_path / "comparison.json").exists()
     assert (tmp_path / ckpt.WEIGHTS).read_bytes() != before
     assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_a_model_goes_on_as_its_record_says(text_file, tmp_path):
+    assert main(options(text_file, tmp_path / "first", max_recurrent_norm=0.9)) == 0
+    words = ["--model", str(tmp_path / "first"), "--dataset", str(text_file), "--max_steps", "2", "--report_to", "none"]
+    assert main([*words, "--output_dir", str(tmp_path / "second")]) == 0
+    record = json.loads((tmp_path / "second" / "training.json").read_text())["options"]
+    assert (record["max_recurrent_norm"], record["architecture"]) == (0.9, "kru")
 
 
 def test_damaged_checkpoint(text_file, tmp_path, capsys):
@@ -236,8 +246,8 @@ def test_tracker_that_is_not_installed(text_file, tmp_path, capsys):
 def test_norm_of_the_recurrent_matrix_is_held(text_file, tmp_path, driver):
     words = options(text_file, tmp_path, learning_rate=0.1, factor_learning_rate_scale=1, unitary_loss_coef=0)
     norms = []
-    for folder, limit in (("free", []), ("held", ["--max_recurrent_norm=0.9"])):
-        assert driver([*words, *limit, f"--output_dir={tmp_path / folder}"]) == 0
+    for folder, limit in (("free", 0), ("held", 0.9)):
+        assert driver([*words, f"--max_recurrent_norm={limit}", f"--output_dir={tmp_path / folder}"]) == 0
         model = KRUForCausalLM.from_pretrained(tmp_path / folder / f"checkpoint-{STEPS}")
         factors = next(m for m in model.modules() if isinstance(m, KRURecurrence)).factors
         norms.append(torch.linalg.matrix_norm(torch.complex(*kron_dense(list(factors))), 2).item())

@@ -58,7 +58,7 @@ CELL_ONLY = frozenset(
     ]
 )
 # What a recipe chooses for its own wiring.
-OF_WIRING = frozenset(["num_hidden_layers", "hidden_size", "io_rank", "intermediate_size"])
+OF_WIRING = frozenset(["num_hidden_layers", "hidden_size", "io_rank", "intermediate_size", "hidden_dropout"])
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -113,7 +113,7 @@ class ModelOptions:
     train_factors: bool | None = option(None, "Whether the Kronecker factors are trained; false freezes them.")
     scan_backend: str | None = option(None, "Engine of the recurrence: auto, reference, torch, cpu or triton.")
     layer_norm_epsilon: float | None = option(None, "Epsilon of the RMS norms.")
-    initializer_range: float | None = option(None, "Standard deviation of embeddings and readout maps at the start.")
+    initializer_range: float | None = option(None, "Standard deviation of the output head's weights at the start.")
     use_cache: bool | None = option(None, "Whether the saved model returns its state by default.")
     tie_word_embeddings: bool | None = option(None, "Whether embedding and output layer share their weights.")
 
@@ -127,6 +127,9 @@ class ModelOptions:
             require(0 <= self.max_recurrent_norm < math.inf, "max_recurrent_norm", self.max_recurrent_norm, "0 or more")
         if self.parameter_budget is not None:
             require(self.parameter_budget >= 1, "parameter_budget", self.parameter_budget, "1 or more")
+        if self.cell_type in ("kru_lstm", "kru_gru"):
+            for name in ("bias_init", "unitary_loss_coef", "max_recurrent_norm"):
+                require(not getattr(self, name), name, getattr(self, name), f"left out with cell_type {self.cell_type}")
         parse_factor_shapes(self.factor_shapes)
         if self.model is not None and self.parameter_budget is not None:
             raise UserError(f"model={self.model!r} has its size already; remove parameter_budget")
@@ -175,7 +178,9 @@ class RunOptions:
     gradient_accumulation_steps: int = option(1, "Batches whose gradients are averaged in one optimizer step.")
     learning_rate: float = option(3e-3, "Peak learning rate.")
     factor_learning_rate_scale: float = option(0.1, "Learning rate of the factors, as a multiple of learning_rate.")
-    weight_decay: float = option(0.01, "AdamW weight decay; never on biases, norms and recurrent factors.")
+    weight_decay: float | None = option(
+        None, "AdamW weight decay (0.01; 0 with rmsprop); never on biases, norms and recurrent factors."
+    )
     adam_beta1: float = option(0.9, "AdamW's first momentum.")
     adam_beta2: float = option(0.98, "AdamW's second momentum.")
     optimizer: Literal["adamw", "rmsprop"] = option("adamw", "Optimizer; rmsprop has decay 0.9.")
@@ -219,6 +224,10 @@ class RunOptions:
             "num_threads",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        if self.weight_decay is None:
+            self.weight_decay = 0.0 if self.optimizer == "rmsprop" else 0.01
+        if self.optimizer == "rmsprop":
+            require(self.weight_decay == 0, "weight_decay", self.weight_decay, "0 with optimizer rmsprop")
         require(0 < self.learning_rate < 1e36, "learning_rate", self.learning_rate, "positive, and fit for fp32")
         require(0 < self.num_train_epochs < math.inf, "num_train_epochs", self.num_train_epochs, "positive and finite")
         for name in ("weight_decay", "max_grad_norm", "factor_learning_rate_scale"):

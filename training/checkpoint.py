@@ -26,6 +26,8 @@ WEIGHTS, OPTIMIZER, CARRIED, RANDOM, STATE = (
     "random_state.safetensors",
     "trainer_state.json",
 )
+# What `training.compare` and `training.compose` may have put beside them.
+COMPANIONS = ("comparison.json", "composition.mid", "composition.png", "composition.json")
 RUN_FILES = ("config.json", "model.safetensors", "all_results.json", "log_history.json", "training.json")
 
 
@@ -141,7 +143,8 @@ def delete_run(folder: Path) -> None:
     for path in checkpoints(folder):
         remove_checkpoint(path)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    for name in (*RUN_FILES, "learning_curve.png", "README.md"):
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    for name in (*RUN_FILES, *tokenizer, *COMPANIONS, "learning_curve.png", "README.md"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from kru_hf.piano_roll import NUM_PITCHES, MidiError, PianoRoll, draw_roll, read_midi, write_midi, write_wav
 
 from .arguments import option, parse_words, require
+from .cards import read_json
+from .checkpoint import RUN_FILES
 from .errors import UserError
 from .evaluate import read_record
 from .machine import shown_command
@@ -53,6 +55,9 @@ class ComposeOptions:
             raise UserError("output is missing: pass --output FILE.mid")
         if Path(self.output).suffix.lower() not in (".mid", ".midi"):
             raise UserError(f"output={self.output!r} is not valid: it must end in .mid or .midi")
+        record = Path(self.output).with_suffix(".json").name
+        free = not self.report or record not in RUN_FILES
+        require(free, "output", self.output, "another name, as a run keeps its own record there")
         require(self.num_frames >= 1, "num_frames", self.num_frames, "1 or more")
         require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more and finite")
         for name in ("prime_frames", "max_voices", "min_voices", "frames_per_quarter", "seed"):
@@ -130,13 +135,17 @@ def run(argv: list[str]) -> dict[str, Any] | None:
         draw_roll(piece, pictures, prime_frames, output.stem)
         write_wav(piece, sound)
         figures = compare(piece.roll[prime_frames:], record["dataset"]) if options.report else None
+        report = output.with_suffix(".json")
+        if figures is None and isinstance(read_json(report), dict) and "report" in read_json(report):
+            report.unlink()  # of an earlier piece of this name
         if figures is not None:
             frames = {"prime_frames": prime_frames, "num_frames": options.num_frames}
             made = {"command": shown_command(argv, "training.compose"), **frames, "report": figures}
-            output.with_suffix(".json").write_text(json.dumps(made, indent=2) + "\n")
+            report.write_text(json.dumps(made, indent=2) + "\n")
     except (OSError, MidiError) as error:
         raise UserError(f"output={options.output!r} cannot be written: {error}") from error
-    print(f"wrote {output}, {pictures.name} and {sound.name}: {prime_frames} + {options.num_frames} frames")
+    reported = "" if figures is None else f", {report.name}"
+    print(f"wrote {output}{reported}, {pictures.name} and {sound.name}: {prime_frames} + {options.num_frames} frames")
     if figures is not None:
         print(json.dumps(figures))
     return figures

@@ -12,7 +12,7 @@ from .arguments import RunOptions
 
 
 def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases and norms without; Kronecker factors at their own rate and without.
+    """Matrices with weight decay; biases (also the (4, N) of gated cells) and norms without; factors at their own rate.
 
     `scale` of a group multiplies the learning rate of the schedule. Generators of unitary and orthogonal matrices are
     treated as factors are: weight decay would draw the matrix to the identity. The dense and low-rank recurrent
@@ -21,9 +21,10 @@ def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
     kind = getattr(model.config, "cell", model.config.model_type)
     factors = dict(model.recurrent_parameters()) if kind in ("kru", "kru_unitary", "orthogonal") else {}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in factors]
+    decayed = {name for name, p in trained if p.ndim > 1 and not name.endswith("bias")}
     groups: list[dict[str, Any]] = [
-        {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": options.weight_decay, "scale": 1.0},
-        {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": 1.0},
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": options.weight_decay, "scale": 1.0},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0, "scale": 1.0},
         {
             "params": [p for p in factors.values() if p.requires_grad],
             "weight_decay": 0.0,
@@ -34,7 +35,7 @@ def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, options: RunOptions) -> torch.optim.Optimizer:
-    """AdamW, or RMSprop with decay 0.9."""
+    """AdamW, or RMSprop with decay 0.9 and without weight decay, which torch would normalise with the gradient."""
     groups = parameter_groups(model, options)
     if options.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, lr=options.learning_rate, alpha=0.9)

@@ -18,9 +18,10 @@ import kru_hf
 
 from . import checkpoint as ckpt
 from . import processes
-from .arguments import Arguments, parse_arguments
+from .arguments import Arguments, ModelOptions, parse_arguments
 from .driver import Driver
 from .errors import Interrupted, UserError
+from .evaluate import read_record
 from .evaluation import evaluate
 from .loop import TrainingLoop
 from .machine import machine_record
@@ -32,6 +33,17 @@ from .stopping import StopRequest
 from .tasks import Task, get_task
 
 
+def inherit(options: ModelOptions) -> None:
+    """What the record of the model's own run says and its config does not: the kind of network, the bound on W."""
+    try:
+        earlier = read_record(str(options.model)).get("options", {})
+    except UserError:  # made by another program
+        return
+    options.architecture = earlier.get("architecture", options.architecture)
+    if options.max_recurrent_norm is None:
+        options.max_recurrent_norm = earlier.get("max_recurrent_norm")
+
+
 def prepare_task(arguments: Arguments) -> tuple[Task, Any]:
     """The task with its data, and the model: new, or a trained one to go on from."""
     task = get_task(arguments.run.task)(arguments.task, arguments.data, arguments.run.seed)
@@ -40,6 +52,7 @@ def prepare_task(arguments: Arguments) -> tuple[Task, Any]:
         torch.manual_seed(arguments.run.seed)  # the same start on every rank
         return task, build_model(task.head, arguments.model, **task.model_kwargs())
     model, tokenizer = load_model(arguments.model.model, task.head)
+    inherit(arguments.model)
     task.load(tokenizer)
     task.check_vocabulary()
     return task, model.float()
