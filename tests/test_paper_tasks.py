@@ -187,7 +187,7 @@ GENERATED = {
 }
 COUNTS = {
     "copy_memory": 2 * 10 * 128 + 128 + 9 * 257 + 56,
-    "adding": 2 * 2 * 512 + 512 + 1025 + 72,
+    "adding_published": 2 * 2 * 512 + 512 + 1025 + 72,
     "pixel_mnist": 2 * 512 + 512 + 10 * 1025 + 72,
 }
 
