@@ -261,7 +261,7 @@ def test_each_task_takes_the_baselines(recipe, architecture, tmp_path, data, cap
 
 
 def test_the_published_lstm_counts():
-    options = parse_arguments(["adding", "--architecture", "lstm", "--state_size", "128"]).model
+    options = parse_arguments(["adding_published", "--architecture", "lstm", "--state_size", "128"]).model
     kwargs = {"vocab_size": 1, "input_size": 2, "num_labels": 1, "problem_type": "regression"}
     assert build_model("sequence_classification", options, **kwargs).num_parameters() == 4 * 128 * (2 + 128 + 2) + 129
 
