@@ -42,6 +42,7 @@ class KRURecurrence(nn.Module):
         factor_shapes: Sequence[Sequence[int]],
         *,
         activation: str = "modrelu",
+        init: str = "random",
         init_scale: float = 0.95,
         bias_init: float = -0.1,
         train_factors: bool = True,
@@ -49,9 +50,12 @@ class KRURecurrence(nn.Module):
     ) -> None:
         super().__init__()
         warn_rectangular(factor_shapes)
+        if init not in ("random", "identity"):
+            raise ValueError(f"init must be 'random' or 'identity', got {init!r}")
         self.factor_shapes = [(p, q) for p, q in factor_shapes]
         self.state_size = math.prod(p for p, _ in self.factor_shapes)
         self.activation = activation
+        self.init = init
         self.init_scale = init_scale
         self.bias_init = bias_init
         self.backend = backend
@@ -62,13 +66,15 @@ class KRURecurrence(nn.Module):
         self.reset_parameters()
 
     def initial_factors(self) -> list[Tensor]:
-        """Random unitary factors (2, P_f, Q_f), each scaled by the F-th root of the spectral norm wanted of W."""
+        """Random unitary or identity factors (2, P_f, Q_f), times the F-th root of the spectral norm wanted of W."""
         scale = self.init_scale ** (1 / len(self.factor_shapes))
+        if self.init == "identity":
+            return [scale * torch.stack([torch.eye(p, q), torch.zeros(p, q)]) for p, q in self.factor_shapes]
         return [scale * random_unitary(p, q) for p, q in self.factor_shapes]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random unitary factors, constant bias. Parameters on the meta device are left for the loader to fill."""
+        """Initial factors, constant bias. Parameters on the meta device are left for the loader to fill."""
         if self.bias.is_meta:
             return
         for factor, start in zip(self.factors, self.initial_factors(), strict=True):
@@ -85,6 +91,8 @@ class KRURecurrence(nn.Module):
 
         The penalty keeps it near 1, on either side. Above 1 a state that is carried on and on can grow beyond float32.
         """
+        if not all(bool(factor.isfinite().all()) for factor in self.factors):
+            return  # there is no norm to hold, and whoever looks at the loss sees it
         norms = [torch.linalg.matrix_norm(to_complex(factor, 0), 2) for factor in self.factors]
         scale = (limit / torch.stack(norms).prod()).clamp(max=1) ** (1 / len(norms))  # ()
         for factor in self.factors:

@@ -17,6 +17,7 @@ CELL_PLANES = {"kru": (2, 2), "kru_lstm": (4, 1), "kru_gru": (3, 1)}
 CELL_TYPES = tuple(CELL_PLANES)
 WIRINGS = ("residual", "plain")
 ACTIVATIONS = ("modrelu", "identity")
+RECURRENT_INITS = ("random", "identity")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
 # What transformers itself passes beside the declared fields when it reads a config.json or an Auto class.
@@ -57,20 +58,23 @@ class KRUConfig(PreTrainedConfig):
             read. Such a model has no state to carry: it classifies, but neither generates nor streams, and
             ``use_cache`` becomes False.
         io_rank: None for full-rank input and readout maps, else their rank: both pass through that width.
+        intermediate_size: width of a gated feed-forward block after each recurrence (residual wiring); None for none.
         readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
+        recurrent_init: "random" (Haar-random unitary factors), or "identity": a memory that keeps what it reads
+            where it is, the better start where a sum is asked for (Henaff, Szlam & LeCun 2016).
         recurrent_init_scale: spectral norm of W at the start (0.95; gated 0.7); each factor gets its F-th root.
         bias_init: modReLU's b at the start.
         input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants).
         activation: "modrelu" or "identity" (the linear network).
         input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
-            the residual branches.
+            the residual branches (0 with the plain wiring, which has none).
         unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
             1.5 on text and gradients through carried state explode within 500 steps; 0.1 holds it near 1.1.
-        train_factors: False freezes W at its random unitary start (the paper's copy-memory setting).
+        train_factors: False freezes W at its start (the paper's copy-memory setting).
         scan_backend: engine of the recurrence, see ``kru_hf.scan_backend_report()``.
         input_size: width of continuous frames given as ``input_values``; None for token ids alone.
         layer_norm_epsilon: of every RMS norm.
-        initializer_range: standard deviation of the embeddings and of the readout maps at the start.
+        initializer_range: standard deviation of the output head's weights at the start.
 
     Raises:
         ValueError: a value outside what is allowed. TypeError: an unknown option; the message names the nearest one.
@@ -89,7 +93,9 @@ class KRUConfig(PreTrainedConfig):
     wiring: str = "residual"
     bidirectional: bool = False
     io_rank: int | None = None
+    intermediate_size: int | None = None
     readout_norm: bool = True
+    recurrent_init: str = "random"
     recurrent_init_scale: float | int | None = None
     bias_init: float | int = -0.1
     input_scale: float | int | None = None
@@ -212,12 +218,13 @@ class KRUConfig(PreTrainedConfig):
             "cell_type": CELL_TYPES,
             "wiring": WIRINGS,
             "activation": ACTIVATIONS,
+            "recurrent_init": RECURRENT_INITS,
             "scan_backend": BACKENDS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "input_size"):
+        for name in ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "intermediate_size", "input_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -234,6 +241,8 @@ class KRUConfig(PreTrainedConfig):
             raise ValueError(f"bias_init must be finite, got {self.bias_init}")
         if self.gated and self.activation != "modrelu":
             raise ValueError(f"activation of a gated cell must stay 'modrelu' (unused), got {self.activation!r}")
+        if self.gated and self.recurrent_init != "random":
+            raise ValueError(f"recurrent_init of a gated cell must be 'random', got {self.recurrent_init!r}")
         if self.gated and self.scan_backend == "triton":
             raise ValueError("scan_backend of a gated cell must be one of auto, reference, torch, cpu, got 'triton'")
         if self.tie_word_embeddings and self.embedding_size != self.feature_size:
@@ -242,6 +251,15 @@ class KRUConfig(PreTrainedConfig):
                 f"{self.feature_size}: set io_rank, or wiring 'residual'"
             )
         if self.wiring == "plain":
+            if self.intermediate_size is not None:
+                raise ValueError(
+                    f"wiring 'plain' has no feed-forward block: intermediate_size must be None, "
+                    f"got {self.intermediate_size}"
+                )
+            if self.hidden_dropout:
+                raise ValueError(
+                    f"wiring 'plain' has no residual branches: hidden_dropout must be 0, got {self.hidden_dropout}"
+                )
             if self.num_hidden_layers != 1:
                 raise ValueError(
                     f"wiring 'plain' is one layer: num_hidden_layers must be 1, got {self.num_hidden_layers}"

@@ -17,8 +17,9 @@ from .bidirectional import KRUBidirectional, refuse_bidirectional, refuse_state
 from .cache_kru import KRUCache, KRUCacheLayer, initial_state
 from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
+from .feed_forward import KRUFeedForward
 from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
-from .readout import normed_linear
+from .readout import linear, normed_linear
 
 
 @dataclass
@@ -48,16 +49,6 @@ class KRUCausalLMOutput(ModelOutput):
     unitary_loss: Tensor | None = None
 
 
-def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:
-    """A linear map without bias whose output starts with ``scale`` times the standard deviation of its input.
-
-    The standard deviation of the weights is left on the module for ``_init_weights``, which sees leaf modules only.
-    """
-    module = nn.Linear(in_features, out_features, bias=False)
-    module.init_std = scale * in_features**-0.5
-    return module
-
-
 def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence | KRUBidirectional:
     """The recurrence of a layer: the cell that ``config.cell_type`` names, or two of them."""
     if config.bidirectional:
@@ -78,6 +69,7 @@ def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
     return KRURecurrence(
         config.factor_shapes,
         activation=config.activation,
+        init=config.recurrent_init,
         init_scale=config.recurrent_init_scale,
         bias_init=config.bias_init,
         train_factors=config.train_factors,
@@ -111,7 +103,7 @@ class KRUPlainLayer(GradientCheckpointingLayer):
 class KRUResidualLayer(GradientCheckpointingLayer):
     """Pre-norm residual block D → 2N → scan → D; the maps pass through ``io_rank`` if given.
 
-    D → 4N → two scans → D if bidirectional.
+    D → 4N → two scans → D if bidirectional. A gated feed-forward block follows with ``intermediate_size``.
     """
 
     def __init__(self, config: KRUConfig) -> None:
@@ -128,6 +120,8 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.state_dropout = nn.Dropout(config.state_dropout)
         self.hidden_dropout = nn.Dropout(config.hidden_dropout)
+        inner = config.intermediate_size
+        self.feed_forward = KRUFeedForward(config.hidden_size, inner, self.epsilon) if inner else None
 
     def forward(self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden_states (B, T, D), state (B, 2, N), mask (B, T): (B, T, D) and the final state (B, 2, N)."""
@@ -143,7 +137,10 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         read = normed_linear(features, self.out_proj.weight, None, epsilon, dropped)  # (B, T, r)
         if self.up is not None:
             read = self.up(read)  # (B, T, D)
-        return hidden_states + self.hidden_dropout(read), final
+        hidden_states = hidden_states + self.hidden_dropout(read)  # (B, T, D)
+        if self.feed_forward is not None:
+            hidden_states = hidden_states + self.hidden_dropout(self.feed_forward(hidden_states))  # (B, T, D)
+        return hidden_states, final
 
 
 class KRUPreTrainedModel(PreTrainedModel):
@@ -334,6 +331,12 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         self.model = KRUModel(config)
         self.lm_head = nn.Linear(config.feature_size, config.vocab_size)
         self.post_init()
+
+    def _prepare_static_cache(self, cache_implementation: str, *args: Any, **kwargs: Any) -> KRUCache:
+        raise ValueError(
+            f"cache_implementation must be unset or 'dynamic', got {cache_implementation!r}: the state of a KRU has a "
+            "fixed size in any case"
+        )
 
     @can_return_tuple
     def forward(

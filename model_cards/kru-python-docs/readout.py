@@ -1,10 +1,20 @@
-"""A linear map of RMS-normalised features, without a normalised copy of them."""
+"""Linear maps: their start, and one of RMS-normalised features without a normalised copy of them."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:
+    """A linear map without bias whose output starts with ``scale`` times the standard deviation of its input.
+
+    The standard deviation of the weights is left on the module for ``_init_weights``, which sees leaf modules only.
+    """
+    module = nn.Linear(in_features, out_features, bias=False)
+    module.init_std = scale * in_features**-0.5
+    return module
 
 
 class _NormedLinear(torch.autograd.Function):
