@@ -230,7 +230,7 @@ def test_weight_decay_is_adamws():
     assert parse_arguments(["training/recipes/ptb_char.yaml"]).run.weight_decay == 0.01
     assert parse_arguments(["training/recipes/adding.yaml", "--optimizer", "rmsprop"]).run.weight_decay == 0
     with pytest.raises(UserError, match="weight_decay=0.1 is not valid: it must be 0 with optimizer rmsprop"):
-        parse_arguments(["--optimizer", "rmsprop"])
+        parse_arguments(["--optimizer", "rmsprop", "--weight_decay", "0.1"])
 
 
 @pytest.mark.parametrize("name", ["bias_init", "unitary_loss_coef", "max_recurrent_norm"])
