@@ -91,6 +91,8 @@ class KRURecurrence(nn.Module):
 
         The penalty keeps it near 1, on either side. Above 1 a state that is carried on and on can grow beyond float32.
         """
+        if not all(bool(factor.isfinite().all()) for factor in self.factors):
+            return  # there is no norm to hold, and whoever looks at the loss sees it
         norms = [torch.linalg.matrix_norm(to_complex(factor, 0), 2) for factor in self.factors]
         scale = (limit / torch.stack(norms).prod()).clamp(max=1) ** (1 / len(norms))  # ()
         for factor in self.factors:

@@ -67,14 +67,14 @@ class KRUConfig(PreTrainedConfig):
         input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants).
         activation: "modrelu" or "identity" (the linear network).
         input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
-            the residual branches.
+            the residual branches (0 with the plain wiring, which has none).
         unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
             1.5 on text and gradients through carried state explode within 500 steps; 0.1 holds it near 1.1.
-        train_factors: False freezes W at its random unitary start (the paper's copy-memory setting).
+        train_factors: False freezes W at its start (the paper's copy-memory setting).
         scan_backend: engine of the recurrence, see ``kru_hf.scan_backend_report()``.
         input_size: width of continuous frames given as ``input_values``; None for token ids alone.
         layer_norm_epsilon: of every RMS norm.
-        initializer_range: standard deviation of the embeddings and of the readout maps at the start.
+        initializer_range: standard deviation of the output head's weights at the start.
 
     Raises:
         ValueError: a value outside what is allowed. TypeError: an unknown option; the message names the nearest one.
@@ -255,6 +255,10 @@ class KRUConfig(PreTrainedConfig):
                 raise ValueError(
                     f"wiring 'plain' has no feed-forward block: intermediate_size must be None, "
                     f"got {self.intermediate_size}"
+                )
+            if self.hidden_dropout:
+                raise ValueError(
+                    f"wiring 'plain' has no residual branches: hidden_dropout must be 0, got {self.hidden_dropout}"
                 )
             if self.num_hidden_layers != 1:
                 raise ValueError(
