@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from training.arguments import parse_arguments
+from training.commands import amended
 from training.errors import UserError
 from training.paper_figures import FIGURES, METRICS, PTB_LARGE, PTB_SMALL
 from training.report import BEGIN, END, main
-from training.results import Run, amended, factors, find_runs, mean_and_spread, settings
+from training.results import Run, factors, find_runs, mean_and_spread, settings
 from training.train import main as train
 
 KRU = {"model_type": "kru", "state_size": 1100, "factor_shapes": [[10, 10], [10, 10], [11, 11]], "num_hidden_layers": 1}
@@ -160,13 +161,25 @@ def test_commands_name_what_recipes_have_changed_since():
     recipe = parse_arguments(["training/recipes/jsb_chorales.yaml"]).flat()
     command = "accelerate launch -m training.train training/recipes/jsb_chorales.yaml --seed 1 --output_dir runs/a"
     made = {**recipe, "seed": 1, "dataset": "/elsewhere/jsb"}
-    assert amended(command, made) == command
+    assert amended(command, made, {}) == command
     older = {**made, "weight_decay": made["weight_decay"] + 1, "max_recurrent_norm": None}
-    assert amended(command, older) == f"{command} --weight_decay {made['weight_decay'] + 1}"
+    assert amended(command, older, {}) == f"{command} --weight_decay {made['weight_decay'] + 1}"
     default = parse_arguments([]).flat()
     unbounded = {name: value for name, value in default.items() if name != "max_recurrent_norm"}
-    assert amended("python -m training.train", unbounded) == "python -m training.train --max_recurrent_norm 0.0"
-    assert amended("python -m training.train gone.yaml", made) == "python -m training.train gone.yaml"
+    assert amended("python -m training.train", unbounded, {}) == "python -m training.train --max_recurrent_norm 0.0"
+    assert amended("python -m training.train gone.yaml", made, {}) == "python -m training.train gone.yaml"
+
+
+def test_an_amended_command_makes_the_same_run():
+    """Another network than the recipe's: what is added displaces more of it, and what was not set has a default."""
+    made = parse_arguments(["training/recipes/adding_published.yaml"]).flat()
+    config = {"recurrent_init": "random", "hidden_dropout": 0.0, "num_hidden_layers": 1, "factor_shapes": [[2, 2]] * 9}
+    command = amended("accelerate launch -m training.train training/recipes/adding.yaml", made, config)
+    again = parse_arguments(shlex.split(command)[4:]).flat()
+    assert {**made, "recurrent_init": "random", "num_hidden_layers": 1} == {
+        **again,
+        "max_recurrent_norm": again["max_recurrent_norm"] or None,
+    }
 
 
 def test_seeds_of_before_and_after_a_new_option_are_one_row(tmp_path):

@@ -59,16 +59,18 @@ def local_place(folder: Path) -> str:
         return f"./{folder.name}"
 
 
-def snippet(record: RunRecord, place: str, revision: str | None) -> str:
-    """Python that loads the model and does with it what it was trained for."""
+def snippet(record: RunRecord, place: str, revision: str | None, carries_code: bool) -> str:
+    """Python that loads the model, by the code beside it or else by `kru_hf`, and does what it was trained for."""
     auto = record.head[0]
     arguments = "repo, revision=revision, trust_remote_code=True" if revision else "repo, trust_remote_code=True"
+    begin = "" if carries_code else "import kru_hf  # registers the model with transformers\n"
+    arguments = arguments if carries_code else "repo"
     start = f'repo = "{place}"'
     if revision:
         start += f'\nrevision = "{revision}"' + ("  # better: the SHA of a commit" if revision == "main" else BLANK)
     if auto == "AutoModelForCausalLM":
         return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"{begin}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"{start}\n"
             f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n"
             f"model = AutoModelForCausalLM.from_pretrained({arguments})\n\n"
@@ -89,13 +91,18 @@ def snippet(record: RunRecord, place: str, revision: str | None) -> str:
     else:
         use = "ids = torch.tensor([[1, 2, 3]])  # your sequences: (batch, time)\nprint(model(input_ids=ids).logits)"
     load = f"model = {auto}.from_pretrained({arguments})"
-    return f"import torch\nfrom transformers import {auto}\n\n{start}\n{load}\n\n{use}"
+    return f"{begin}import torch\nfrom transformers import {auto}\n\n{start}\n{load}\n\n{use}"
 
 
-def how_to_load(record: RunRecord, revision: str | None) -> str:
+def how_to_load(record: RunRecord, revision: str | None, carries_code: bool) -> str:
     """What to know before the snippet runs."""
     if not record.is_kru:
         return "A baseline of the training code: `python -m training.evaluate --model FOLDER` of the checkout loads it."
+    if not carries_code:
+        return (
+            "Needs `kru_hf`, installed from its repository; `training.publish` puts the modelling code beside the "
+            "weights."
+        )
     text = (
         "Needs `torch` and `transformers`, nothing else: the modelling code lies beside the weights, and "
         "`trust_remote_code=True` runs it. An installed `kru_hf` adds its native engine, which is faster on a CPU."

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_text import BLANK, CITATION, DATA_SOURCES, DataSource, how_to_load, limits, local_place, snippet
+from .commands import amended
 from .errors import UserError
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
@@ -98,15 +99,16 @@ class RunRecord:
     def read(cls, folder: Path) -> RunRecord:
         """Read the files that are there."""
         training = read_json(folder / "training.json")
+        config, options = read_json(folder / "config.json"), training.get("options", {})
         return cls(
             folder,
-            read_json(folder / "config.json"),
+            config,
             read_json(folder / "all_results.json"),
-            training.get("options", {}),
+            options,
             training.get("dataset", {}),
             training.get("versions", {}),
             read_json(folder / "comparison.json"),
-            training.get("command", BLANK),
+            amended(training.get("command") or BLANK, options, config),
             training.get("machine", {}),
         )
 
@@ -299,6 +301,8 @@ def render_card(
     kind = "A Kronecker recurrent unit" if record.is_kru else "A recurrent baseline"
     size = [f"{shown(value)} {key.replace('_', ' ')}" for key, value in record.data.items() if key.startswith(SPLITS)]
     source = record.source
+    # What is published always brings its code; a folder of this repository leaves it to the checkout that it lies in.
+    carries_code = repo_id is not None or (record.folder / "modeling_kru.py").is_file()
     paper = f"[Kronecker Recurrent Units]({PAPER}) (Jose, Cissé, Fleuret, ICML 2018)"
     card = ModelCard.from_template(
         card_data(record, title, license),
@@ -330,8 +334,8 @@ def render_card(
         speed=speed(record),
         learning_curve=(record.folder / "learning_curve.png").is_file(),
         composition=composition(record.folder),
-        how_to_load=how_to_load(record, pin),
-        snippet=snippet(record, repo_id or local_place(record.folder), pin) if record.is_kru else BLANK,
+        how_to_load=how_to_load(record, pin, carries_code),
+        snippet=(snippet(record, repo_id or local_place(record.folder), pin, carries_code) if record.is_kru else BLANK),
         limits=limits(record),
         citation=CITATION,
     )

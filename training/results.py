@@ -32,7 +32,6 @@ INCIDENTAL = {
     "label2id", "use_cache", "parameter_budget", "eval_steps", "architecture", "return_dict",
 }  # fmt: skip
 # Options that make a recipe's own ones of the model give way: first when a command is put together.
-PLACES = ("dataset", "model", "output_dir")  # a command shows the last part of a path alone
 DECISIVE = ("architecture", "state_size", "factor_shapes", "factor_size", "parameter_budget")
 PTB_SIZES = ((160_000, PTB_SMALL), (500_000, PTB_LARGE))
 NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "orthogonal": "orthogonal RNN", "low_rank": "low-rank RNN"}
@@ -143,9 +142,9 @@ class Run:
     @property
     def command(self) -> str:
         """The command that made the run; of older runs it is put together from the options that they recorded."""
+        if self.record.command:
+            return self.record.command
         options = self.record.options
-        if self.training.get("command"):
-            return amended(self.training["command"], options)
         if options.get("task") not in task_names():
             return ""
         words = [f"--task={options['task']}", f"--dataset={self.record.data.get('name', '')}"]
@@ -231,27 +230,6 @@ def is_run(folder: Path) -> bool:
     if re.fullmatch(r"checkpoint-\d+", folder.name):
         return False
     return (folder / "training.json").is_file() or (folder / "all_results.json").is_file()
-
-
-def amended(command: str, options: dict[str, Any]) -> str:
-    """A recorded command, with the options that made the run and that its recipe has changed since."""
-    words = shlex.split(command)
-    start = next((i for i, word in enumerate(words) if word.startswith("training.train")), None)
-    if start is None:
-        return command
-    try:
-        now = parse_arguments(words[start + 1 :]).flat()
-    except UserError:  # of a recipe that is gone, or with options that were allowed then
-        return command
-    for name, value in now.items():
-        before = options.get(name)
-        if before is None and name in ("max_recurrent_norm", "hidden_dropout"):
-            before = 0.0  # what was not set then is turned off by a zero
-        if before is None or name in (*UNSHOWN, *PLACES):
-            continue
-        if before != value and (before or value):
-            words += [f"--{name}", before if isinstance(before, str) else json.dumps(before)]
-    return shlex.join(words)
 
 
 def settings(runs: Iterable[Run]) -> dict[str, list[Row]]:

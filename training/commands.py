@@ -1,0 +1,39 @@
+"""The command that makes a run again, although recipes change."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from .arguments import parse_arguments
+from .errors import UserError
+from .machine import UNSHOWN
+
+PLACES = ("dataset", "model", "output_dir")  # a command shows the last part of a path alone
+
+
+def amended(command: str, options: dict[str, Any], config: dict[str, Any]) -> str:
+    """A recorded command, with the options that made the run and that its recipe has changed since."""
+    words = shlex.split(command)
+    start = next((i for i, word in enumerate(words) if word.startswith("training.train")), None)
+    if start is None:
+        return command
+    differing = words
+    while differing:  # an option that is added can displace another one of the recipe
+        try:
+            now = parse_arguments(words[start + 1 :]).flat()
+        except UserError:  # of a recipe that is gone, or with options that were allowed then
+            return command
+        differing = []
+        for name, value in now.items():
+            before = options.get(name)
+            if before is None and value is not None:
+                # Not set then: what the model took for it. The bound of the norm alone is in no config.
+                before = 0.0 if name == "max_recurrent_norm" else config.get(name)
+            if before is None or isinstance(before, list) or name in (*UNSHOWN, *PLACES) or f"--{name}" in words:
+                continue
+            if before != value and (before or value):
+                differing += [f"--{name}", before if isinstance(before, str) else json.dumps(before)]
+        words = words + differing
+    return shlex.join(words)
