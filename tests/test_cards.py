@@ -153,3 +153,11 @@ def test_pushed_files_import_each_other_and_what_every_user_has(head: str) -> No
         foreign = set(get_imports(path)) - set(sys.stdlib_module_names) - ALLOWED_IMPORTS
         assert not foreign, path.name
         assert "kru_hf" not in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), flags=re.MULTILINE), path.name
+
+
+def test_card_loads_by_the_code_that_is_there(folder: Path) -> None:
+    text = render_card(folder)
+    assert "trust_remote_code" not in text and "import kru_hf  # registers" in text
+    assert "trust_remote_code=True" in render_card(folder, repo_id="me/name")  # what is published brings its code
+    (folder / "modeling_kru.py").touch()
+    assert "trust_remote_code=True" in render_card(folder)

@@ -135,3 +135,12 @@ def test_feed_forward_is_swiglu():
     gate, up = block.gate_up_proj.weight.chunk(2)
     expected = (torch.sigmoid(normed @ gate.mT) * (normed @ gate.mT) * (normed @ up.mT)) @ block.down_proj.weight.mT
     assert_near(block(x), expected, RELATIVE[torch.float32])
+
+
+def test_factors_that_are_no_numbers_have_no_norm_to_hold():
+    """Raising here would hide from a training loop that its loss is not a number."""
+    cell = KRU(3, 12, factor_size=2, init_scale=3.0).recurrences[0]
+    finite = [factor.clone() for factor in cell.factors]
+    cell.factors[1].data[0, 0, 0] = torch.nan
+    cell.bound_norm(1.0)
+    assert torch.equal(cell.factors[0], finite[0])
