@@ -58,6 +58,9 @@ class KRUConfig(PreTrainedConfig):
             read. Such a model has no state to carry: it classifies, but neither generates nor streams, and
             ``use_cache`` becomes False.
         io_rank: None for full-rank input and readout maps, else their rank: both pass through that width.
+        kronecker_terms: n, the maps of the residual wiring (input, output, feed-forward) are sums of n Kronecker
+            products of (n, n) and (out/n, in/n) matrices: full rank for 1/n of the parameters (PHM layers, Zhang et
+            al. 2021). None: dense. n divides ``hidden_size``, the width of the states and ``intermediate_size``.
         intermediate_size: width of a gated feed-forward block after each recurrence (residual wiring); None for none.
         readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
         recurrent_init: "random" (Haar-random unitary factors), or "identity": a memory that keeps what it reads
@@ -93,6 +96,7 @@ class KRUConfig(PreTrainedConfig):
     wiring: str = "residual"
     bidirectional: bool = False
     io_rank: int | None = None
+    kronecker_terms: int | None = None
     intermediate_size: int | None = None
     readout_norm: bool = True
     recurrent_init: str = "random"
@@ -224,7 +228,8 @@ class KRUConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "intermediate_size", "input_size"):
+        sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "kronecker_terms", "intermediate_size")
+        for name in (*sizes, "input_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -250,6 +255,8 @@ class KRUConfig(PreTrainedConfig):
                 f"tie_word_embeddings needs an embedding as wide as what the head reads, got {self.embedding_size} and "
                 f"{self.feature_size}: set io_rank, or wiring 'residual'"
             )
+        if self.kronecker_terms is not None:
+            self._validate_terms(self.kronecker_terms)
         if self.wiring == "plain":
             if self.intermediate_size is not None:
                 raise ValueError(
@@ -270,3 +277,20 @@ class KRUConfig(PreTrainedConfig):
                     f"wiring 'plain' has hidden_size = {self.feature_planes} * state_size = {width}, "
                     f"got {self.hidden_size}"
                 )
+
+    def _validate_terms(self, terms: int) -> None:
+        """Each width that a sum of Kronecker products maps has to be a multiple of their number."""
+        if self.wiring == "plain":
+            raise ValueError(f"wiring 'plain' has no such maps: kronecker_terms must be None, got {terms}")
+        if self.io_rank is not None:
+            raise ValueError(f"give io_rank or kronecker_terms, not both: got {self.io_rank} and {terms}")
+        inputs, outputs = CELL_PLANES.get(self.cell_type, (2, 2))
+        widths = {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "the width of U x": self.directions * inputs * int(self.state_size or 0),
+            "the width of the states": self.directions * outputs * int(self.state_size or 0),
+        }
+        for name, width in widths.items():
+            if width is not None and width % terms:
+                raise ValueError(f"kronecker_terms must divide {name} = {width}, got {terms}")

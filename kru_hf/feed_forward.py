@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .readout import linear
+from .kronecker_linear import structured_linear
 
 
 class KRUFeedForward(nn.Module):
@@ -12,11 +12,11 @@ class KRUFeedForward(nn.Module):
     The recurrence mixes steps, this block mixes the features of one step: it has no state.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, epsilon: float) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, epsilon: float, terms: int | None = None) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(hidden_size, eps=epsilon)
-        self.gate_up_proj = linear(hidden_size, 2 * intermediate_size)
-        self.down_proj = linear(intermediate_size, hidden_size)
+        self.gate_up_proj = structured_linear(hidden_size, 2 * intermediate_size, terms)
+        self.down_proj = structured_linear(intermediate_size, hidden_size, terms)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (B, T, D) to the branch that is added to them (B, T, D)."""

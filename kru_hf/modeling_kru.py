@@ -19,6 +19,7 @@ from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
 from .feed_forward import KRUFeedForward
 from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
+from .kronecker_linear import KroneckerLinear, structured_linear
 from .readout import linear, normed_linear
 
 
@@ -101,7 +102,7 @@ class KRUPlainLayer(GradientCheckpointingLayer):
 
 
 class KRUResidualLayer(GradientCheckpointingLayer):
-    """Pre-norm residual block D → 2N → scan → D; the maps pass through ``io_rank`` if given.
+    """Pre-norm residual block D → 2N → scan → D; the maps may have ``io_rank`` or ``kronecker_terms``.
 
     D → 4N → two scans → D if bidirectional. A gated feed-forward block follows with ``intermediate_size``.
     """
@@ -114,14 +115,17 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         rank = config.io_rank or config.hidden_size
         self.down = linear(config.hidden_size, rank) if config.io_rank else None
-        self.in_proj = linear(rank, self.recurrence.input_planes * config.state_size, config.input_scale)
-        self.out_proj = linear(self.recurrence.output_planes * config.state_size, rank)
+        terms = config.kronecker_terms
+        self.in_proj = structured_linear(
+            rank, self.recurrence.input_planes * config.state_size, terms, config.input_scale
+        )
+        self.out_proj = structured_linear(self.recurrence.output_planes * config.state_size, rank, terms)
         self.up = linear(rank, config.hidden_size) if config.io_rank else None
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.state_dropout = nn.Dropout(config.state_dropout)
         self.hidden_dropout = nn.Dropout(config.hidden_dropout)
         inner = config.intermediate_size
-        self.feed_forward = KRUFeedForward(config.hidden_size, inner, self.epsilon) if inner else None
+        self.feed_forward = KRUFeedForward(config.hidden_size, inner, self.epsilon, terms) if inner else None
 
     def forward(self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden_states (B, T, D), state (B, 2, N), mask (B, T): (B, T, D) and the final state (B, 2, N)."""
@@ -168,6 +172,9 @@ class KRUPreTrainedModel(PreTrainedModel):
             for factor, start in zip(module.factors, module.initial_factors(), strict=True):
                 init.copy_(factor, start)  # (G, P, Q)
             init.copy_(module.bias, module.initial_bias())  # (4, N)
+        elif isinstance(module, KroneckerLinear):
+            init.normal_(module.mixing, std=module.mixing_std)  # (n, n, n)
+            init.normal_(module.blocks, std=module.blocks_std)  # (n, out/n, in/n)
         elif (std := getattr(module, "init_std", None)) is not None:
             init.normal_(cast(Tensor, module.weight), std=std)
 

@@ -100,6 +100,7 @@ WIRINGS = [
     {"wiring": "residual"},
     {"wiring": "residual", "io_rank": 3},
     {"wiring": "residual", "io_rank": 3, "intermediate_size": 5},
+    {"wiring": "residual", "kronecker_terms": 2, "intermediate_size": 6},
     {"wiring": "plain"},
     {"wiring": "plain", "io_rank": 3},
     {"wiring": "plain", "readout_norm": False},

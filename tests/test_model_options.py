@@ -13,6 +13,7 @@ from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification
 EXAMPLES = 80
 WIDTH, CLASSES, TOKENS = 5, 3, 11
 STREAMED = (KRUForCausalLM, KRUForPianoRoll)
+EVEN_SHAPES = [[2, 2], [3, 3]]
 SHAPES = [[[4, 4]], [[2, 2], [3, 3]], [[2, 3], [3, 2]], [[1, 4], [2, 2], [4, 1]], [[2, 2]] * 4]
 
 
@@ -78,6 +79,9 @@ def cases(draw) -> Case:
         options["num_hidden_layers"] = draw(st.integers(1, 3))
         options["hidden_size"] = draw(st.sampled_from([4, 9]))
         options["intermediate_size"] = draw(st.sampled_from([None, 5]))
+        if draw(st.booleans()):
+            terms = {"io_rank": None, "kronecker_terms": 2, "hidden_size": 4, "intermediate_size": 6}
+            options |= {**terms, "factor_shapes": EVEN_SHAPES}
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     return Case(head, options, lengths, draw(st.booleans()), draw(st.integers(0, 100)))
 

@@ -203,6 +203,7 @@ def test_labels(tmp_path):
     cases = [
         ({**KRU, "io_rank": 24, "train_factors": False}, "KRU 1100 (10^2·11), rank-24 maps, frozen factors"),
         ({**KRU, "intermediate_size": 96}, "KRU 1100 (10^2·11), feed-forward 96"),
+        ({**KRU, "kronecker_terms": 8}, "KRU 1100 (10^2·11), maps of 8 terms"),
         ({**KRU, "model_type": "kru_unitary"}, "strictly unitary KRU 1100 (10^2·11)"),
         ({**KRU, "cell_type": "kru_lstm", "num_hidden_layers": 2}, "Kron-LSTM 1100 (10^2·11), 2 layers"),
         ({**LSTM, "cell": "low_rank", "recurrent_rank": 18}, "low-rank RNN 150, rank 18"),

@@ -33,6 +33,13 @@ def test_every_architecture_uses_its_budget(architecture, head, fixed, capsys):
     assert f"{model.num_parameters():,} parameters" in said
 
 
+@pytest.mark.parametrize("fixed", [{}, {"state_size": 448}])
+def test_widths_are_multiples_of_the_kronecker_terms(fixed):
+    model = sized(100_000, wiring="residual", kronecker_terms=8, intermediate_size=128, **fixed)
+    assert (1 - UNUSED) * 100_000 <= model.num_parameters() <= 100_000
+    assert model.config.state_size % 8 == model.config.hidden_size % 8 == 0
+
+
 def test_the_next_size_would_be_too_large():
     model = sized(60_000, architecture="lstm")
     larger = build_model(

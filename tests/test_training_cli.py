@@ -171,6 +171,14 @@ def test_what_a_recipe_chose_for_its_own_cell_gives_way(words, tmp_path):
     assert parse_arguments([str(recipe), "--train_factors=false"]).model.max_recurrent_norm is None
 
 
+@pytest.mark.parametrize(("chosen", "other"), [("io_rank", "kronecker_terms"), ("kronecker_terms", "io_rank")])
+def test_other_maps_than_the_recipes(chosen, other, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"wiring: residual\n{chosen}: 4\n")
+    model = parse_arguments([str(recipe), f"--{other}=2"]).model
+    assert (getattr(model, chosen), getattr(model, other)) == (None, 2)
+
+
 def test_folder_loads_with_auto_classes_and_pipeline(trained):
     model = AutoModelForCausalLM.from_pretrained(trained)
     tokenizer = AutoTokenizer.from_pretrained(trained)

@@ -28,6 +28,7 @@ KRU_ONLY = frozenset(
         "wiring",
         "bidirectional",
         "io_rank",
+        "kronecker_terms",
         "intermediate_size",
         "readout_norm",
         "recurrent_init",
@@ -58,7 +59,9 @@ CELL_ONLY = frozenset(
     ]
 )
 # What a recipe chooses for its own wiring.
-OF_WIRING = frozenset(["num_hidden_layers", "hidden_size", "io_rank", "intermediate_size", "hidden_dropout"])
+OF_WIRING = frozenset(
+    ["num_hidden_layers", "hidden_size", "io_rank", "kronecker_terms", "intermediate_size", "hidden_dropout"]
+)
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -93,6 +96,9 @@ class ModelOptions:
         None, "Whether a kru model also reads from the end of the sequence: for tasks that classify."
     )
     io_rank: int | None = option(None, "Rank of the input and readout maps of a kru model; not given means full.")
+    kronecker_terms: int | None = option(
+        None, "Kronecker products whose sum each map of a residual kru model is; not given means dense maps."
+    )
     intermediate_size: int | None = option(
         None, "Width of the gated feed-forward block after each recurrence of a kru model; not given means none."
     )
@@ -347,6 +353,9 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
     if name in ("factor_shapes", "factor_size") and (given.state_size or given.factor_shapes or given.factor_size):
         return True
     if name == "state_size" and given.factor_shapes is not None:
+        return True
+    # Maps are low-rank or sums of Kronecker products, not both.
+    if (name == "io_rank" and given.kronecker_terms) or (name == "kronecker_terms" and given.io_rank):
         return True
     # Another cell starts in another way, and only trained factors of a complex one have a norm to hold.
     if name in CELL_ONLY and given.cell_type not in (None, recipe.get("cell_type", "kru")):

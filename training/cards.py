@@ -52,7 +52,7 @@ RECIPE_OPTIONS = (
 )
 CONFIG_ROWS = (
     *("cell_type", "wiring", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
-    *("intermediate_size", "recurrent_init", "recurrent_init_scale", "train_factors"),
+    *("kronecker_terms", "intermediate_size", "recurrent_init", "recurrent_init_scale", "train_factors"),
     *("input_dropout", "state_dropout", "hidden_dropout"),
 )
 

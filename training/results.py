@@ -123,6 +123,7 @@ class Run:
             kind = CELLS.get(config.get("cell_type", "kru"), "KRU")
             kind = f"strictly unitary {kind}" if config["model_type"] == "kru_unitary" else kind
             rank = f", rank-{config['io_rank']} maps" if config.get("io_rank") else ""
+            rank += f", maps of {config['kronecker_terms']} terms" if config.get("kronecker_terms") else ""
             rank += f", feed-forward {config['intermediate_size']}" if config.get("intermediate_size") else ""
             frozen = "" if config.get("train_factors", True) else ", frozen factors"
             return f"{kind} {size} ({factors(config.get('factor_shapes') or [])}){rank}{frozen}{several}"

@@ -68,17 +68,19 @@ def fit_to_budget(budget: int, architecture: str, values: dict[str, Any], count:
             counts[size] = count(complete(size))
         return counts[size]
 
+    # Widths that a sum of n Kronecker products maps are multiples of n.
+    step = values.get("kronecker_terms") or 1 if kronecker else 1
     choices: Iterable[Sequence[int]]
     if kronecker and field == "state_size":
         wanted = values.get("factor_size") or DEFAULT_SIZE
-        limit = 4
+        limit = 4 * step
         while count({**complete(limit), "factor_size": 2}) <= budget:  # the fewest factor parameters that N can have
             limit *= 2
         ranges = [range(7, 12)] if values.get("factor_size") is None else []
         ranges += [range(math.ceil(wanted / x), int(wanted * x) + 1) for x in SPREADS]
-        choices = (kronecker_sizes(wanted, sizes, 2 * limit) for sizes in ranges)
+        choices = ([n for n in kronecker_sizes(wanted, sizes, 2 * limit) if n % step == 0] for sizes in ranges)
     else:
-        choices = [range(1, (values["state_size"] if field == "recurrent_rank" else budget) + 1)]
+        choices = [range(step, (values["state_size"] if field == "recurrent_rank" else budget) + 1, step)]
 
     for candidates in choices:
         size = largest(budget, candidates, counted)
