@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kru_hf import scan_cpu
@@ -127,6 +127,8 @@ def test_equals_reference(shapes, bias_mean, lanes):
     seed=st.integers(0, 2**31),
 )
 def test_equals_reference_everywhere(sizes, swap, batch, length, bias_mean, initial, mask, activation, lanes, seed):
+    # With N = 1 a gradient is a single number, whose terms can cancel to less than their own rounding: "scalar" above.
+    assume(math.prod(sizes) > 1)
     columns = sizes[1:] + sizes[:1] if swap else sizes  # the same product: rectangular factors
     shapes = list(zip(sizes, columns, strict=True))
     case = make_case(shapes, batch, length, bias_mean=bias_mean, initial=initial, mask=mask, seed=seed)
