@@ -91,6 +91,14 @@ def test_another_recipe_and_options_for_every_run(tmp_path):
     assert (arguments.data.dataset, arguments.model.readout_norm) == ("my data", True)
 
 
+def test_folders_of_long_options_are_names_and_differ(tmp_path):
+    folders = set()
+    for last in ("a", "b"):
+        words = call("readout_norm.sh", tmp_path, "--dataset", f"{'x' * 300}{last}")[-1]
+        folders.add(words[words.index("--output_dir") + 1].split("/")[2])
+    assert len(folders) == 2 and all(len(name) < 256 for name in folders)
+
+
 def test_runs_of_an_ablation_are_rows_of_three_seeds(tmp_path):
     call("carried_state.sh", tmp_path)
     ((first, second),) = settings(find_runs([tmp_path / "runs" / "ablations" / "carried_state-char_lm"])).values()

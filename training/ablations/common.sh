@@ -11,7 +11,11 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
 fi
 options=("$@")
 # Options are part of the folder's name: other options are other runs.
-out=runs/ablations/$(basename "$0" .sh)-$(basename "$recipe" .yaml)$(printf '%s' "$*" | tr -cs 'A-Za-z0-9_.' '-')
+named=$(basename "$0" .sh)-$(basename "$recipe" .yaml)$(printf '%s' "$*" | tr -cs 'A-Za-z0-9_.' '-')
+if [ ${#named} -gt 200 ]; then # file systems end a name at 255 bytes
+    named=${named:0:180}-$(printf '%s' "$*" | cksum | cut -d ' ' -f 1)
+fi
+out=runs/ablations/$named
 
 train() {
     local name=$1
