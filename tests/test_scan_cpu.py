@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kru_hf import scan_cpu
@@ -83,8 +83,12 @@ def assert_equal(case, activation="modrelu", engine=kru_scan_cpu):
     for name, want in expected.items():
         tolerance = GRADIENT_TOLERANCE_POSITIVE_BIAS if positive else GRADIENT_TOLERANCE
         tolerance = STATE_TOLERANCE if name in ("states", "final_state") else tolerance
-        error = (actual[name].double() - want).norm().item()
-        assert error <= tolerance * (want.norm().item() + 1e-3), f"{name}: error {error}, norm {want.norm()}"
+        error, scale = (actual[name].double() - want).norm().item(), want.norm().item()
+        if name == "bias" and want.numel() == 1:
+            # One number, a sum over steps that can cancel to less than the rounding of its terms, which are as large as
+            # the gradients of the inputs.
+            scale = max(scale, expected["inputs"].norm().item())
+        assert error <= tolerance * (scale + 1e-3), f"{name}: error {error}, scale {scale}"
 
 
 SHAPES = {
@@ -127,8 +131,6 @@ def test_equals_reference(shapes, bias_mean, lanes):
     seed=st.integers(0, 2**31),
 )
 def test_equals_reference_everywhere(sizes, swap, batch, length, bias_mean, initial, mask, activation, lanes, seed):
-    # With N = 1 a gradient is a single number, whose terms can cancel to less than their own rounding: "scalar" above.
-    assume(math.prod(sizes) > 1)
     columns = sizes[1:] + sizes[:1] if swap else sizes  # the same product: rectangular factors
     shapes = list(zip(sizes, columns, strict=True))
     case = make_case(shapes, batch, length, bias_mean=bias_mean, initial=initial, mask=mask, seed=seed)
