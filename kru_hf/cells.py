@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .kronecker import random_unitary, to_complex, unitary_penalty
+from .kronecker import check_max_phase, random_unitary, slow_unitary, to_complex, unitary_penalty
 from .scan import kru_scan
 
 _warned_rectangular = False
@@ -44,6 +44,7 @@ class KRURecurrence(nn.Module):
         activation: str = "modrelu",
         init: str = "random",
         init_scale: float = 0.95,
+        init_max_phase: float | None = None,
         bias_init: float = -0.1,
         train_factors: bool = True,
         backend: str = "auto",
@@ -52,11 +53,14 @@ class KRURecurrence(nn.Module):
         warn_rectangular(factor_shapes)
         if init not in ("random", "identity"):
             raise ValueError(f"init must be 'random' or 'identity', got {init!r}")
+        if init_max_phase is not None:
+            check_max_phase("init_max_phase", init_max_phase, init, factor_shapes)
         self.factor_shapes = [(p, q) for p, q in factor_shapes]
         self.state_size = math.prod(p for p, _ in self.factor_shapes)
         self.activation = activation
         self.init = init
         self.init_scale = init_scale
+        self.init_max_phase = init_max_phase
         self.bias_init = bias_init
         self.backend = backend
         self.factors = nn.ParameterList(
@@ -67,9 +71,13 @@ class KRURecurrence(nn.Module):
 
     def initial_factors(self) -> list[Tensor]:
         """Random unitary or identity factors (2, P_f, Q_f), times the F-th root of the spectral norm wanted of W."""
-        scale = self.init_scale ** (1 / len(self.factor_shapes))
+        count = len(self.factor_shapes)
+        scale = self.init_scale ** (1 / count)
         if self.init == "identity":
             return [scale * torch.stack([torch.eye(p, q), torch.zeros(p, q)]) for p, q in self.factor_shapes]
+        if self.init_max_phase is not None:
+            # The phases of a Kronecker product are the sums of its factors' phases.
+            return [scale * slow_unitary(p, self.init_max_phase / count) for p, _ in self.factor_shapes]
         return [scale * random_unitary(p, q) for p, q in self.factor_shapes]
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .kronecker import plan_factor_shapes
+from .kronecker import check_max_phase, plan_factor_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,9 @@ class KRUConfig(PreTrainedConfig):
         recurrent_init: "random" (Haar-random unitary factors), or "identity": a memory that keeps what it reads
             where it is, the better start where a sum is asked for (Henaff, Szlam & LeCun 2016).
         recurrent_init_scale: spectral norm of W at the start (0.95; gated 0.7); each factor gets its F-th root.
+        recurrent_init_max_phase: in radians, the phases of W's eigenvalues at the start lie within ± this; None: all
+            around the circle. What an eigenvalue holds turns once in 2π / |phase| steps: the better start for smooth
+            signals, such as pixels in their order.
         bias_init: modReLU's b at the start.
         input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants).
         activation: "modrelu" or "identity" (the linear network).
@@ -101,6 +104,7 @@ class KRUConfig(PreTrainedConfig):
     readout_norm: bool = True
     recurrent_init: str = "random"
     recurrent_init_scale: float | int | None = None
+    recurrent_init_max_phase: float | int | None = None
     bias_init: float | int = -0.1
     input_scale: float | int | None = None
     activation: str = "modrelu"
@@ -248,6 +252,17 @@ class KRUConfig(PreTrainedConfig):
             raise ValueError(f"activation of a gated cell must stay 'modrelu' (unused), got {self.activation!r}")
         if self.gated and self.recurrent_init != "random":
             raise ValueError(f"recurrent_init of a gated cell must be 'random', got {self.recurrent_init!r}")
+        if self.recurrent_init_max_phase is not None:
+            if self.gated:
+                raise ValueError(
+                    f"recurrent_init_max_phase of a gated cell must be None, got {self.recurrent_init_max_phase}"
+                )
+            check_max_phase(
+                "recurrent_init_max_phase",
+                self.recurrent_init_max_phase,
+                self.recurrent_init,
+                self.factor_shapes or [],
+            )
         if self.gated and self.scan_backend == "triton":
             raise ValueError("scan_backend of a gated cell must be one of auto, reference, torch, cpu, got 'triton'")
         if self.tie_word_embeddings and self.embedding_size != self.feature_size:

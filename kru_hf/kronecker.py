@@ -94,6 +94,26 @@ def random_unitary(rows: int, columns: int, generator: torch.Generator | None = 
     return to_planes(matrix, 0).float()
 
 
+def slow_unitary(size: int, max_phase: float, generator: torch.Generator | None = None) -> Tensor:
+    """Q diag(exp(iφ)) Q^H, a unitary (2, P, P), float32: Q Haar-random, phases φ uniform within ±``max_phase`` radians.
+
+    An eigenvalue exp(iφ) turns what it holds once in 2π / |φ| steps (Orvieto et al. 2023 bound their phases alike).
+    """
+    q = to_complex(random_unitary(size, size, generator).double(), 0)  # (P, P)
+    phases = (2 * torch.rand(size, dtype=torch.float64, generator=generator) - 1) * max_phase  # (P,)
+    return to_planes((q * torch.exp(1j * phases)) @ q.mH, 0).float()  # (2, P, P)
+
+
+def check_max_phase(name: str, value: float, init: str, shapes: Sequence[Sequence[int]]) -> None:
+    """Raise `ValueError` unless phases within ±``value`` can be drawn: random square factors, 0 < value ≤ π."""
+    if not 0 < value <= math.pi:
+        raise ValueError(f"{name} must be above 0 and at most π, got {value}")
+    if init != "random":
+        raise ValueError(f"{name} is for factors that start at 'random': it must be None, got {value}")
+    if any(p != q for p, q in shapes):
+        raise ValueError(f"{name} needs square factors, got {list(map(list, shapes))}")
+
+
 def random_orthogonal(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
     """A Haar-random real (P, Q) factor with orthonormal columns (rows where P < Q), float32."""
     big, small = max(rows, columns), min(rows, columns)

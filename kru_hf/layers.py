@@ -177,8 +177,8 @@ class _KroneckerLayer(nn.Module):
 class KRU(_KroneckerLayer):
     """The paper's complex recurrence: features [Re h; Im h], 2N wide a direction; state (L·directions, B, 2N).
 
-    Further options: ``activation``, ``init``, ``init_scale``, ``bias_init`` of ``KRURecurrence``. Add :meth:`penalty`,
-    times a coefficient, to the training loss.
+    Further options: ``activation``, ``init``, ``init_scale``, ``init_max_phase``, ``bias_init`` of ``KRURecurrence``.
+    Add :meth:`penalty`, times a coefficient, to the training loss.
     """
 
     def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRURecurrence:

@@ -72,6 +72,7 @@ def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
         activation=config.activation,
         init=config.recurrent_init,
         init_scale=config.recurrent_init_scale,
+        init_max_phase=config.recurrent_init_max_phase,
         bias_init=config.bias_init,
         train_factors=config.train_factors,
         backend=config.scan_backend,

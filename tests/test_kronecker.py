@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kru_hf import kron_apply, kron_dense, plan_factor_shapes, random_unitary, unitary_penalty
-from kru_hf.kronecker import apply_order, group_factors, to_complex
+from kru_hf.kronecker import apply_order, group_factors, slow_unitary, to_complex
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
 
@@ -47,6 +47,21 @@ def test_random_unitary_has_no_penalty(shape):
     factor = random_unitary(*shape)
     assert factor.shape == (2, *shape) and factor.dtype == torch.float32
     assert unitary_penalty([factor]).item() < 1e-10
+
+
+@given(st.integers(1, 6), st.floats(0.01, math.pi), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_slow_unitary_turns_no_faster_than_asked(size, max_phase, seed):
+    factor = slow_unitary(size, max_phase, torch.Generator().manual_seed(seed))
+    assert factor.shape == (2, size, size) and factor.dtype == torch.float32
+    assert unitary_penalty([factor]).item() < 1e-10
+    phases = torch.linalg.eigvals(to_complex(factor.double(), 0)).angle()  # (P,)
+    assert phases.abs().max() <= max_phase + 1e-6
+
+
+def test_phases_of_slow_unitaries_fill_their_range():
+    phases = torch.linalg.eigvals(to_complex(slow_unitary(400, 0.5).double(), 0)).angle()  # (P,)
+    assert -0.5 <= phases.min() < -0.45 and 0.45 < phases.max() <= 0.5
 
 
 def test_penalty_by_hand():

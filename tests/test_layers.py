@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
 from kru_hf.feed_forward import KRUFeedForward
+from kru_hf.kronecker import kron_dense, to_complex
 from kru_hf.layers import KRU, KRUGRU, KRULSTM
 
 FLOAT64_TOLERANCE = 1e-10
@@ -126,6 +127,19 @@ def test_identity_keeps_what_it_reads_where_it_is():
     assert_near(summing(x)[0][:, -1], summing.input_maps[0](x).sum(1), RELATIVE[torch.float32])
     with pytest.raises(ValueError, match="init must be 'random' or 'identity', got 'eye'"):
         KRU(3, 12, init="eye")
+
+
+def test_the_phases_of_the_product_are_those_asked_for():
+    torch.manual_seed(0)
+    slow = KRU(3, 512, factor_size=8, init_max_phase=0.6, init_scale=0.9).recurrences[0]
+    phases = torch.cat([torch.linalg.eigvals(to_complex(f.detach(), 0)).angle() for f in slow.factors])  # (F·P,)
+    assert 0.15 < phases.abs().max() < 0.2001  # three factors share 0.6
+    matrix = to_complex(kron_dense([f.detach() for f in slow.factors]), 0)  # (N, N)
+    values = torch.linalg.eigvals(matrix)  # (N,)
+    assert 0.4 < values.angle().abs().max() < 0.6001
+    assert_near(values.abs(), torch.full((512,), 0.9), RELATIVE[torch.float32])
+    with pytest.raises(ValueError, match="init_max_phase needs square factors"):
+        KRU(3, 6, factor_shapes=[[2, 3], [3, 2]], init_max_phase=0.6)
 
 
 def test_feed_forward_is_swiglu():

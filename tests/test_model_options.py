@@ -74,6 +74,8 @@ def cases(draw) -> Case:
     if options["cell_type"] == "kru":
         options["activation"] = draw(st.sampled_from(["modrelu", "identity"]))
         options["recurrent_init"] = draw(st.sampled_from(["random", "identity"]))
+        if options["recurrent_init"] == "random" and options["factor_shapes"] == SHAPES[1]:
+            options["recurrent_init_max_phase"] = draw(st.sampled_from([None, 0.5]))
     if options["wiring"] == "residual":
         options["num_hidden_layers"] = draw(st.integers(1, 3))
         options["hidden_size"] = draw(st.sampled_from([4, 9]))

@@ -33,6 +33,7 @@ KRU_ONLY = frozenset(
         "readout_norm",
         "recurrent_init",
         "recurrent_init_scale",
+        "recurrent_init_max_phase",
         "bias_init",
         "input_scale",
         "activation",
@@ -52,6 +53,7 @@ CELL_ONLY = frozenset(
         "input_scale",
         "recurrent_init",
         "recurrent_init_scale",
+        "recurrent_init_max_phase",
         "bias_init",
         "activation",
         "unitary_loss_coef",
@@ -106,6 +108,9 @@ class ModelOptions:
     recurrent_rank: int | None = option(None, "Rank of the recurrent matrix of low_rank; default: state_size / 8.")
     recurrent_init: str | None = option(None, "Start of the recurrent matrix: random (unitary) or identity.")
     recurrent_init_scale: float | None = option(None, "Spectral norm of the recurrent matrix at the start.")
+    recurrent_init_max_phase: float | None = option(
+        None, "Largest phase (radians) of the recurrent matrix's eigenvalues at the start; not given: all of them."
+    )
     bias_init: float | None = option(None, "Start value of the modReLU bias.")
     input_scale: float | None = option(None, "Standard deviation of the input map at the start.")
     activation: str | None = option(None, "State activation of a kru model: modrelu or identity.")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Soft unitary constraint against gradient clipping: each alone, both, neither (max_grad_norm 0 turns clipping off).
+# Soft unitary constraint against gradient clipping: each alone, both, neither (max_grad_norm 0 turns clipping off);
+# and strictly unitary factors, clipped.
 . "$(dirname "$0")/common.sh"
 for seed in 0 1 2; do
     for weight in 0 0.1; do
@@ -8,5 +9,6 @@ for seed in 0 1 2; do
                 --max_grad_norm $norm --seed $seed
         done
     done
+    train "strict-$seed" --architecture unitary --seed $seed
 done
 report
