@@ -208,6 +208,15 @@ def test_output_folder_of_another_run(text_file, tmp_path, capsys):
     assert (tmp_path / "notes.md").read_text() == "mine"
 
 
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_output_folder_below_a_file(text_file, tmp_path, capsys, overwrite):
+    (tmp_path / "taken").write_text("mine")
+    assert main(options(text_file, tmp_path / "taken" / "run", overwrite_output_dir=overwrite)) == 1
+    expected = f"output_dir='{tmp_path}/taken/run' cannot be a folder: '{tmp_path}/taken' is a file"
+    assert expected in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_a_model_goes_on_as_its_record_says(text_file, tmp_path):
     assert main(options(text_file, tmp_path / "first", max_recurrent_norm=0.9)) == 0
     words = ["--model", str(tmp_path / "first"), "--dataset", str(text_file), "--max_steps", "2", "--report_to", "none"]

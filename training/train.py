@@ -80,6 +80,9 @@ def build_accelerator(arguments: Arguments) -> Accelerator:
 def check_folder(arguments: Arguments) -> Path | None:
     """The checkpoint to go on from, if any; an error if the output folder holds a run that would be overwritten."""
     run, folder = arguments.run, arguments.output_dir
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"output_dir={str(folder)!r} cannot be a folder: {str(nearest)!r} is a file")
     if run.resume_from_checkpoint is not None:
         ckpt.clean(folder)
         found = ckpt.find_checkpoint(run.resume_from_checkpoint, folder)
