@@ -179,6 +179,14 @@ def test_other_maps_than_the_recipes(chosen, other, tmp_path):
     assert (getattr(model, chosen), getattr(model, other)) == (None, 2)
 
 
+def test_another_start_than_the_recipes():
+    own, other = (
+        parse_arguments(["training/recipes/sequential_mnist.yaml", *words]).model
+        for words in (["--recurrent_init=random"], ["--recurrent_init=identity"])
+    )
+    assert (own.recurrent_init_max_phase, other.recurrent_init_max_phase) == (0.9, None)
+
+
 def test_folder_loads_with_auto_classes_and_pipeline(trained):
     model = AutoModelForCausalLM.from_pretrained(trained)
     tokenizer = AutoTokenizer.from_pretrained(trained)

@@ -362,6 +362,9 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
     # Maps are low-rank or sums of Kronecker products, not both.
     if (name == "io_rank" and given.kronecker_terms) or (name == "kronecker_terms" and given.io_rank):
         return True
+    # Only random factors have phases to choose.
+    if name == "recurrent_init_max_phase" and given.recurrent_init not in (None, "random"):
+        return True
     # Another cell starts in another way, and only trained factors of a complex one have a norm to hold.
     if name in CELL_ONLY and given.cell_type not in (None, recipe.get("cell_type", "kru")):
         return True
