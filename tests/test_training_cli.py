@@ -181,7 +181,7 @@ def test_other_maps_than_the_recipes(chosen, other, tmp_path):
 
 def test_another_start_than_the_recipes():
     own, other = (
-        parse_arguments(["training/recipes/sequential_mnist.yaml", *words]).model
+        parse_arguments(["sequential_mnist", *words]).model
         for words in (["--recurrent_init=random"], ["--recurrent_init=identity"])
     )
     assert (own.recurrent_init_max_phase, other.recurrent_init_max_phase) == (0.9, None)
