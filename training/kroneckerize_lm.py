@@ -29,7 +29,7 @@ from .errors import UserError
 from .evaluate import EvaluateOptions, load_task, read_record
 from .evaluation import evaluate
 from .loop import TrainingLoop
-from .machine import shown_command
+from .machine import keep_freed_memory, shown_command
 from .models import load_model
 from .report import table
 from .reporting import Progress
@@ -106,6 +106,7 @@ class Shrinker:
         self.record = read_record(str(options.model))
         self.accelerator = Accelerator(cpu=options.use_cpu or not torch.accelerator.is_available())
         processes.share_cores(self.record["options"].get("num_threads", 0))
+        keep_freed_memory()
         model, tokenizer = self.fresh()
         self.state_size = model.config.state_size
         self.dense = model.num_recurrent_parameters()

@@ -1,7 +1,8 @@
-"""What a run's record says about where and how it was made."""
+"""The machine of a run: what its record says about it, and how memory is kept."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 UNSHOWN = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run went on, not what it was
 
 
@@ -27,6 +29,15 @@ def machine_record(accelerator: Accelerator) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: a step of `ptb_char_120k` frees 3,000 pages and faults them in
+    again, a tenth of its time. Other C libraries are left as they are."""
+    if platform.libc_ver()[0] == "glibc":
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(_M_MMAP_MAX, 0)
+        c_library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def processor() -> str:

@@ -24,7 +24,7 @@ from .errors import Interrupted, UserError
 from .evaluate import read_record
 from .evaluation import evaluate
 from .loop import TrainingLoop
-from .machine import machine_record
+from .machine import keep_freed_memory, machine_record
 from .models import build_model, load_model
 from .publish import check_before_training, publish_command, publish_folder
 from .publish import report as publish_report
@@ -131,6 +131,7 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
     torch.use_deterministic_algorithms(not torch.cuda.is_available())  # costs nothing on a CPU
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     processes.share_cores(arguments.run.num_threads)
+    keep_freed_memory()
     accelerator = build_accelerator(arguments)
     is_main = accelerator.is_main_process
     found = processes.together(accelerator, lambda: check_folder(arguments) if is_main else None)
