@@ -1,6 +1,7 @@
 """The recurrent state as a transformers cache: between steps of ``generate()``, between windows of truncated BPTT."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -106,12 +107,14 @@ def initial_state(cache: DynamicCache | None, layer_index: int, shape: tuple[int
     if cache is None:
         return None
     layer = cache.layers[layer_index] if layer_index < len(cache.layers) else None
-    if not isinstance(layer, KRUCacheLayer):
+    # By its mark, not its class: transformers makes every cache's layers of one class a mark, and two models that were
+    # loaded from the Hub bring a class each.
+    if getattr(layer, "_layer_type", None) != KRUCacheLayer._layer_type:
         raise ValueError(
             "past_key_values must be a KRUCache with a layer for each of the model's, or what a KRU model returned, "
             f"got {type(cache).__name__} with {len(cache.layers)} layers"
         )
-    state = layer.state
+    state = cast(KRUCacheLayer, layer).state
     if state is not None and tuple(state.shape) != shape:
         raise ValueError(f"past_key_values holds a state of the shape {tuple(state.shape)}, this call needs {shape}")
     return state if state is None or state.dtype == torch.float64 else state.float()

@@ -46,6 +46,7 @@ class KRURecurrence(nn.Module):
         init_scale: float = 0.95,
         init_max_phase: float | None = None,
         bias_init: float = -0.1,
+        bias: bool = True,
         train_factors: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -61,12 +62,12 @@ class KRURecurrence(nn.Module):
         self.init = init
         self.init_scale = init_scale
         self.init_max_phase = init_max_phase
-        self.bias_init = bias_init
+        self.bias_init = bias_init if bias else 0.0
         self.backend = backend
         self.factors = nn.ParameterList(
             [nn.Parameter(torch.empty(2, p, q), requires_grad=train_factors) for p, q in self.factor_shapes]
         )
-        self.bias = nn.Parameter(torch.empty(self.state_size))
+        self.bias = nn.Parameter(torch.empty(self.state_size), requires_grad=bias)
         self.reset_parameters()
 
     def initial_factors(self) -> list[Tensor]:

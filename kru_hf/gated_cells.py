@@ -27,6 +27,7 @@ class KRUGatedRecurrence(nn.Module):
         factor_shapes: Sequence[Sequence[int]],
         *,
         init_scale: float = 0.7,
+        bias: bool = True,
         train_factors: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -42,7 +43,8 @@ class KRUGatedRecurrence(nn.Module):
                 for p, q in self.factor_shapes
             ]
         )
-        self.bias = nn.Parameter(torch.empty(GATED_CELLS[self.cell][1], self.state_size))
+        self.has_bias = bias
+        self.bias = nn.Parameter(torch.empty(GATED_CELLS[self.cell][1], self.state_size), requires_grad=bias)
         self.reset_parameters()
 
     def initial_factors(self) -> list[Tensor]:
@@ -54,9 +56,12 @@ class KRUGatedRecurrence(nn.Module):
         ]
 
     def initial_bias(self) -> Tensor:
-        """Biases (4, N): zero, but one for the LSTM's forget gate, so that memory survives the start of training."""
+        """Biases (4, N): zero, but one for the LSTM's forget gate, so that memory survives the start of training.
+
+        All zero, and not trained, for ``bias=False``.
+        """
         bias = torch.zeros(self.bias.shape)  # (4, N)
-        if self.cell == "lstm":
+        if self.cell == "lstm" and self.has_bias:
             bias[1] = 1.0
         return bias
 

@@ -3,6 +3,7 @@
 nn.LSTM(64, 900, num_layers=2, batch_first=True)  ->  KRULSTM(64, 900, num_layers=2, batch_first=True)
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -58,7 +59,11 @@ class _KroneckerLayer(nn.Module):
             raise ValueError(f"dropout must be in [0, 1], got {dropout}")
         if factor_shapes is not None and factor_size is not None:
             raise ValueError(f"give factor_shapes or factor_size, not both: got {factor_shapes} and {factor_size}")
-        shapes = factor_shapes or plan_factor_shapes(state_size, factor_size or 8)
+        shapes = factor_shapes
+        if shapes is None:
+            shapes = plan_factor_shapes(state_size, 8 if factor_size is None else factor_size)
+        if any(math.prod(sizes) != state_size for sizes in zip(*shapes, strict=True)) or not shapes:
+            raise ValueError(f"factor_shapes {list(shapes)} must multiply to state_size = {state_size} on both sides")
         self.input_size, self.state_size, self.num_layers = input_size, state_size, num_layers
         self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
         self.num_directions = 2 if bidirectional else 1
@@ -66,11 +71,7 @@ class _KroneckerLayer(nn.Module):
         width = input_size
         for _ in range(num_layers):
             for _ in range(self.num_directions):
-                cell = self._cell(shapes, train_factors=train_factors, backend=backend, **cell_options)
-                if cell.state_size != state_size:
-                    raise ValueError(f"factor_shapes {list(shapes)} must multiply to state_size = {state_size}")
-                if not bias:
-                    nn.init.zeros_(cell.bias).requires_grad_(False)
+                cell = self._cell(shapes, bias=bias, train_factors=train_factors, backend=backend, **cell_options)
                 self.recurrences.append(cell)
                 self.input_maps.append(nn.Linear(width, cell.input_planes * state_size, bias=False))
             width = self.num_directions * cell.output_planes * state_size

@@ -14,7 +14,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .bidirectional import KRUBidirectional, refuse_bidirectional, refuse_state
-from .cache_kru import KRUCache, KRUCacheLayer, initial_state
+from .cache_kru import KRUCache, initial_state
 from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
 from .feed_forward import KRUFeedForward
@@ -288,6 +288,9 @@ class KRUModel(KRUPreTrainedModel):
         batch, length = hidden.shape[:2]
         mask = None
         if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+                shape = tuple(attention_mask.shape)
+                raise ValueError(f"attention_mask must have the shape ({batch}, {length}) or be longer, got {shape}")
             mask = attention_mask[:, -length:].bool()  # (B, T)
             if not torch.compiler.is_compiling() and bool(mask.all()):
                 mask = None
@@ -298,9 +301,7 @@ class KRUModel(KRUPreTrainedModel):
             state = initial_state(past_key_values, index, (batch, cell.state_planes, cell.state_size))
             hidden, final = layer(hidden, state, mask)  # (B, T, D), (B, 2, N)
             if past_key_values is not None:
-                cache_layer = past_key_values.layers[index]
-                assert isinstance(cache_layer, KRUCacheLayer)
-                cache_layer.store(final, length)
+                past_key_values.layers[index].store(final, length)
         if self.norm is not None:
             hidden = self.norm(hidden)  # (B, T, D)
         if self.readout is not None:

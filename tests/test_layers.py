@@ -158,3 +158,34 @@ def test_factors_that_are_no_numbers_have_no_norm_to_hold():
     cell.factors[1].data[0, 0, 0] = torch.nan
     cell.bound_norm(1.0)
     assert torch.equal(cell.factors[0], finite[0])
+
+
+@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
+def test_bias_false_and_frozen_factors_stay_so(layer_class):
+    layer = layer_class(3, 6, num_layers=2, bias=False, train_factors=False)
+    for _ in range(2):
+        for cell in layer.recurrences:
+            assert not cell.bias.any() and not cell.bias.requires_grad
+            assert not any(factor.requires_grad for factor in cell.factors)
+            cell.reset_parameters()
+    assert all(cell.bias.any() and cell.bias.requires_grad for cell in KRU(3, 6).recurrences)
+
+
+@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
+def test_dropout_acts_between_layers_in_training_only(layer_class):
+    layer, x = layer_class(3, 6, num_layers=2, dropout=1.0), torch.randn(4, 2, 3)
+    alone = layer_class(3, 6, num_layers=2)
+    alone.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.eval()(x)[0], alone(x)[0])
+    dropped = layer.train()(x)[0]
+    assert torch.equal(dropped, layer(torch.randn(4, 2, 3))[0])  # the second layer saw nothing of either input
+    assert not torch.equal(dropped, alone(x)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"factor_size": 0}, {"factor_shapes": []}, {"factor_shapes": [[7, 8], [8, 9], [9, 8]]}],
+)
+def test_factors_that_do_not_fit_are_refused(options):
+    with pytest.raises(ValueError, match="factor_s"):
+        KRU(3, 504, **options)

@@ -36,7 +36,7 @@ folder, answer, alone = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "alone"
 sys.modules["triton"] = None  # makes every import of it fail
 if alone:
     sys.modules["kru_hf"] = None
-started = []
+started, first = [], None
 sys.addaudithook(lambda event, args: started.append(args[0]) if event == "subprocess.Popen" else None)
 import torch, transformers
 from safetensors.torch import load_file, save_file
@@ -56,10 +56,12 @@ for path in sorted(p for p in folder.iterdir() if p.is_dir()):
         with torch.no_grad():
             logits[path.name] = model(**{model.main_input_name: values}).logits.contiguous()
         if trained == "KRUForCausalLM":
+            first = first or model
             generate = transformers.pipeline("text-generation", str(path), trust_remote_code=True)
             said[path.name] = generate("abc", max_new_tokens=6, do_sample=False)[0]["generated_text"]
         if trained == "KRUForPianoRoll":
             said[path.name] = model.generate_piano_roll(inputs["frames"][0], num_frames=4, seed=0).int().tolist()
+first.generate(inputs["ids"], max_new_tokens=2)  # each model has brought classes of the same names since
 scan = sys.modules[type(model).__module__.rpartition(".")[0] + ".scan"]
 save_file(logits, answer)
 imported = sys.modules.get("kru_hf") is not None

@@ -235,7 +235,7 @@ def test_damaged_checkpoint(text_file, tmp_path, capsys):
         assert "damaged" in capsys.readouterr().err
         path.write_bytes(content)
     assert main(options(text_file, tmp_path, resume_from_checkpoint=str(tmp_path / "nowhere"))) == 1
-    assert "is not a checkpoint folder" in capsys.readouterr().err
+    assert f"must be last or a checkpoint's folder; output_dir={str(tmp_path)!r} holds: " in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_folder(uninterrupted, text_file, tmp_path, capsys):
@@ -308,3 +308,29 @@ def test_early_stopping(text_file, tmp_path, monkeypatch):
     assert main(options(text_file, tmp_path, early_stopping_patience=2)) == 0
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert (results["steps"], results["best_step"]) == (16, 8)
+
+
+def test_a_folder_with_the_users_own_files_is_refused(text_file, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    for extra in ({}, {"overwrite_output_dir": "true"}):
+        assert main(options(text_file, tmp_path, **extra)) == 1
+        assert "holds README.md" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path != text_file] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["dataset_config", "dataset_revision", "text_column"])
+def test_hub_options_are_refused_for_local_data(text_file, tmp_path, capsys, name):
+    assert main(options(text_file, tmp_path / "run", **{name: "x"})) == 1
+    assert f"{name}='x' is for a data set of the Hub" in capsys.readouterr().err
+
+
+def test_a_signal_outside_the_loop_ends_the_run_at_once(text_file, tmp_path, uninterrupted):
+    child = spawn(["-m", "training.train"], options(text_file, tmp_path, sample_length=1_000_000))
+    wait_for(lambda: (tmp_path / "all_results.json").exists(), child)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGINT, errors.decode()
+    assert "go on with: python -m training.train" in errors.decode()
+    assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 0
+    same_end(uninterrupted, tmp_path)

@@ -243,8 +243,10 @@ class RunOptions:
         require(0 < self.num_train_epochs < math.inf, "num_train_epochs", self.num_train_epochs, "positive and finite")
         for name in ("weight_decay", "max_grad_norm", "factor_learning_rate_scale"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
-        for name in ("min_learning_rate_ratio", "plateau_factor", "adam_beta1", "adam_beta2"):
+        for name in ("min_learning_rate_ratio", "plateau_factor"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and less than 1")
         if self.push_to_hub:
             ok = self.hub_model_id is not None and self.hub_model_id.count("/") == 1
             require(ok, "hub_model_id", self.hub_model_id, "ME/NAME where push_to_hub is true")

@@ -28,6 +28,7 @@ WEIGHTS, OPTIMIZER, CARRIED, RANDOM, STATE = (
 )
 # What `training.compare` and `training.compose` may have put beside them.
 COMPANIONS = ("comparison.json", "composition.mid", "composition.png", "composition.json")
+PRESENTED = ("README.md", "learning_curve.png")
 RUN_FILES = ("config.json", "model.safetensors", "all_results.json", "log_history.json", "training.json")
 
 
@@ -138,13 +139,20 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def foreign_files(folder: Path) -> list[str]:
+    """Files of the user that a run in `folder` would replace: those of a folder in which there never was a run."""
+    return [] if holds_run(folder) else [name for name in PRESENTED if (folder / name).exists()]
+
+
 def delete_run(folder: Path) -> None:
-    """Remove an earlier run's files and checkpoints from `folder`, and nothing else."""
+    """Remove an earlier run's files and checkpoints from `folder`, if it holds one, and nothing else."""
+    if not holds_run(folder):
+        return
     for path in checkpoints(folder):
         remove_checkpoint(path)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-    for name in (*RUN_FILES, *tokenizer, *COMPANIONS, "learning_curve.png", "README.md"):
+    for name in (*RUN_FILES, *PRESENTED, *tokenizer, *COMPANIONS):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -122,6 +122,8 @@ def load_corpus(options: DataOptions) -> Corpus:
     else:
         data = load_hub(options)
     local = source == EMBEDDED or path.exists()
+    if local:
+        options.refuse_hub_options()
     texts = {key: joined(data[key], "text" if local else options.text_column, name) for key in SPLITS if key in data}
     if set(texts) != set(SPLITS):
         if len(texts["train"]) < 2:

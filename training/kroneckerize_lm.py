@@ -193,7 +193,8 @@ class Shrinker:
         start_folder(arguments, loop)
         progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
         try:
-            loop.run(progress)
+            with self.stop.deferred():
+                loop.run(progress)
         finally:
             progress.close()
         return finish(arguments, self.task, loop)
@@ -241,6 +242,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: stopped; the rows so far are saved", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -90,6 +90,8 @@ def load_pieces(data: DataOptions, frames_per_quarter: int) -> Pieces:
     source = data.dataset or CHORALES
     path, report = Path(source), Counter[str]()
     splits: dict[str, list[np.ndarray]]
+    if source == CHORALES or path.is_dir():
+        data.refuse_hub_options()
     if source == CHORALES:
         name, splits = source, {"train": music21_chorales(frames_per_quarter)}
     elif path.is_dir():

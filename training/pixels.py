@@ -52,6 +52,8 @@ def load_pictures(data: DataOptions) -> Pictures:
         UserError: nothing there, a split or column missing, pictures of several sizes, labels that are not 0, 1, 2 …
     """
     source = data.dataset or DIGITS
+    if source == DIGITS or Path(source).is_dir():
+        data.refuse_hub_options()
     if source == DIGITS:
         return sklearn_digits()
     path = Path(source)

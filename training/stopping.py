@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
 class StopRequest:
     """Remembers the first signal; later ones change nothing, because launchers send several.
+
+    Inside `deferred()` the loop asks `pending()` and saves a checkpoint. Elsewhere (data that are being loaded, a test
+    split, an upload) there is nothing to save: the first signal raises KeyboardInterrupt.
 
     Under `accelerate launch` the death of the launcher counts as SIGTERM: it cannot pass the signal on, and a training
     process that nobody waits for would otherwise run on unnoticed.
@@ -16,6 +21,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self.in_loop = False
         self.launched = "ACCELERATE_MIXED_PRECISION" in os.environ
         self.parent = os.getppid()
 
@@ -29,9 +35,25 @@ class StopRequest:
         for number, handler in self.former.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While the loop runs, a signal waits for the loop to ask."""
+        self.in_loop = True
+        try:
+            yield
+        finally:
+            self.in_loop = False
+
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
+        """Signal handler.
+
+        Raises:
+            KeyboardInterrupt: the first signal, outside the loop. No `except Exception` of a library swallows it.
+        """
+        first = not self.signal_number
         self.signal_number = self.signal_number or number
+        if first and not self.in_loop:
+            raise KeyboardInterrupt
 
     def pending(self) -> int:
         """Number of the signal that asked to stop, or 0."""

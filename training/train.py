@@ -5,6 +5,7 @@ Without arguments: a character language model on the embedded text `python_docs`
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,21 @@ def check_folder(arguments: Arguments) -> Path | None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"output_dir={str(folder)!r} cannot be a folder: {str(nearest)!r} is a file")
+    foreign = ckpt.foreign_files(folder)
+    if foreign:
+        raise UserError(
+            f"output_dir={str(folder)!r} is not the folder of a run and holds {' and '.join(foreign)}, which the run "
+            "would replace; pass another --output_dir"
+        )
     if run.resume_from_checkpoint is not None:
         ckpt.clean(folder)
         found = ckpt.find_checkpoint(run.resume_from_checkpoint, folder)
+        if found is not None and not found.is_dir():
+            there = ", ".join(str(path) for path in ckpt.checkpoints(folder)) or "none"
+            raise UserError(
+                f"resume_from_checkpoint={run.resume_from_checkpoint!r} must be last or a checkpoint's folder; "
+                f"output_dir={str(folder)!r} holds: {there}"
+            )
         if found is not None and found.resolve().parent != folder.resolve():
             raise UserError(
                 f"resume_from_checkpoint={str(found)!r} is not in output_dir={str(folder)!r}, but with the best "
@@ -142,19 +155,20 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
     if found is not None:
         processes.together(accelerator, lambda: loop.resume(found))
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        start_folder(arguments, loop)
-        describe(arguments, task, model, loop, found)
-    accelerator.wait_for_everyone()
-    if arguments.run.report_to != "none":
-        paths = ("output_dir", "dataset", "model", "resume_from_checkpoint")
-        config = {k: v for k, v in arguments.flat().items() if isinstance(v, (int, float, str)) and k not in paths}
-        accelerator.init_trackers("kru", config=config)
-    progress = Progress(task, accelerator, loop.total_steps, loop.state.step)
-    try:
-        loop.run(progress)
-    finally:
-        progress.close()
+    with stop.deferred():  # from the moment at which there is a folder to go on from
+        if accelerator.is_main_process:
+            start_folder(arguments, loop)
+            describe(arguments, task, model, loop, found)
+        accelerator.wait_for_everyone()
+        if arguments.run.report_to != "none":
+            paths = ("output_dir", "dataset", "model", "resume_from_checkpoint")
+            config = {k: v for k, v in arguments.flat().items() if isinstance(v, (int, float, str)) and k not in paths}
+            accelerator.init_trackers("kru", config=config)
+        progress = Progress(task, accelerator, loop.total_steps, loop.state.step)
+        try:
+            loop.run(progress)
+        finally:
+            progress.close()
     figures = finish(arguments, task, loop)
     loop.close()
     accelerator.end_training()
@@ -232,14 +246,20 @@ def main(argv: list[str] | None = None, driver: type[Driver] = TrainingLoop, pro
     argv = list(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()  # bars for single files would break the training's own
     deterministic = torch.are_deterministic_algorithms_enabled()
+    stop = StopRequest()
     try:
-        with StopRequest() as stop:
+        with stop:
             run(parse_arguments(argv, program), stop, driver)
     except UserError as error:
         processes.say(error)
         if isinstance(error, Interrupted) and processes.rank() == 0:
             print(f"go on with: {processes.how_to_go_on(argv, program)}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        if processes.rank() == 0:
+            again = processes.how_to_go_on(argv, program)
+            print(f"error: stopped; what was saved is whole\ngo on with: {again}", file=sys.stderr)
+        return 128 + (stop.signal_number or signal.SIGINT)
     except RuntimeError as error:
         if not processes.lost_others(error):
             raise

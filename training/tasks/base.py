@@ -43,7 +43,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -113,6 +113,18 @@ class DataOptions:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision (tag, branch or commit) of it."})
     text_column: str = field(default="text", metadata={"help": "Column of a Hub data set that holds the text."})
+
+    def refuse_hub_options(self) -> None:
+        """For data that are not the Hub's.
+
+        Raises:
+            UserError: an option that only a data set of the Hub has; it would be recorded, and have no effect.
+        """
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name != "dataset" and value != option.default:
+                where = "built in" if self.dataset is None else f"dataset={self.dataset!r}"
+                raise UserError(f"{option.name}={value!r} is for a data set of the Hub, but the data are {where}")
 
 
 class Task(ABC):

@@ -56,6 +56,7 @@ class Phonemes(SequenceTask):
 
     def load(self, tokenizer: Any = None) -> None:
         source = self.data.dataset or ESPEAK
+        self.data.refuse_hub_options()
         extra: dict[str, Any] = {}
         classes: dict[str, int | None]
         if source == ESPEAK:
