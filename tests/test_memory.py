@@ -87,4 +87,5 @@ def test_training_keeps_freed_memory_for_the_next_step():
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True, check=True).stdout)
         for how in ("keep", "free")
     }
-    assert faults["keep"] < 1000 < faults["free"], faults
+    # The heap may grow once more, by one of the 50 steps' pages, when something small lands in the gap.
+    assert 10 * faults["keep"] < faults["free"], faults
