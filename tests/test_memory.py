@@ -61,7 +61,7 @@ def test_forward_and_backward_need_little_beside_inputs_and_outputs(backend):
     assert all(-0.5 < times <= BEYOND for times in measured), f"{measured} times the bytes of the states"
 
 
-# Allocates and frees the tensors of 50 steps, 40 MB each, and prints the pages faulted in after the first two.
+# Allocates and frees the tensors of 50 steps, 40 MB each, and prints the pages faulted in after the first ten.
 FAULTS = """
 import resource, sys
 import torch
@@ -73,7 +73,8 @@ if sys.argv[1] == "keep":
 def step():
     torch.ones(10_000_000)
 
-step(), step()  # the heap grows once
+for _ in range(10):  # the heap grows in the first one to three
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(50):
     step()
@@ -87,5 +88,4 @@ def test_training_keeps_freed_memory_for_the_next_step():
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True, check=True).stdout)
         for how in ("keep", "free")
     }
-    # The heap may grow once more, by one of the 50 steps' pages, when something small lands in the gap.
-    assert 10 * faults["keep"] < faults["free"], faults
+    assert faults["keep"] < 1000 < faults["free"], faults

@@ -210,6 +210,9 @@ def test_bad_inputs_are_named():
         model()
     with pytest.raises(ValueError, match="at least one token"):
         model(torch.zeros(1, 0, dtype=torch.long))
+    for shape in ((len(IDS), IDS.shape[1] - 1), (1, IDS.shape[1]), (len(IDS), 1, IDS.shape[1])):
+        with pytest.raises(ValueError, match="attention_mask must have the shape"):
+            model(IDS, attention_mask=torch.ones(shape))
     with pytest.raises(ValueError, match="holds a state of the shape"):
         model(IDS, past_key_values=model(IDS[:1], use_cache=True).past_key_values)
 

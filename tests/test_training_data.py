@@ -17,6 +17,7 @@ from training.errors import UserError
 from training.optimization import learning_rate, parameter_groups
 from training.tasks import DataOptions, Layout
 from training.tasks.char_lm import IGNORED, CharLM, CharOptions
+from training.train import main
 
 SETTINGS = settings(max_examples=30, deadline=None)
 
@@ -179,6 +180,8 @@ def test_recipe_and_command_line(tmp_path):
         (["--state_siz=3"], "did you mean 'state_size'"),
         (["--learning_rate", "fast"], "learning_rate.*invalid float value"),
         (["--learning_rate", "-1"], "learning_rate=-1.0 is not valid"),
+        (["--adam_beta1", "1"], "adam_beta1=1.0 is not valid"),
+        (["--adam_beta2", "1"], "adam_beta2=1.0 is not valid"),
         (["--unitary_loss_coef", "-1"], "unitary_loss_coef=-1.0 is not valid"),
         (["--architecture", "transformer"], "architecture='transformer' is not valid"),
         (["--task", "chess"], "task='chess'"),
@@ -237,3 +240,9 @@ def test_weight_decay_is_adamws():
 def test_options_of_the_complex_cell_are_refused_for_gated_ones(name):
     with pytest.raises(UserError, match=f"{name}=0.5 is not valid: it must be left out with cell_type kru_gru"):
         parse_arguments(["--cell_type", "kru_gru", f"--{name}", "0.5"])
+
+
+@pytest.mark.parametrize("task", ["pixel_mnist", "piano_roll", "phonemes"])
+def test_hub_options_are_refused_for_built_in_data(tmp_path, capsys, task):
+    assert main(["--task", task, "--dataset_revision", "x", "--output_dir", str(tmp_path / "run")]) == 1
+    assert "dataset_revision='x' is for a data set of the Hub, but dataset='" in capsys.readouterr().err

@@ -48,12 +48,13 @@ class StopRequest:
         """Signal handler.
 
         Raises:
-            KeyboardInterrupt: the first signal, outside the loop. No `except Exception` of a library swallows it.
+            KeyboardInterrupt: with the number of the first signal, outside the loop. No library's `except Exception`
+                swallows it.
         """
         first = not self.signal_number
         self.signal_number = self.signal_number or number
         if first and not self.in_loop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
 
     def pending(self) -> int:
         """Number of the signal that asked to stop, or 0."""

@@ -246,20 +246,19 @@ def main(argv: list[str] | None = None, driver: type[Driver] = TrainingLoop, pro
     argv = list(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()  # bars for single files would break the training's own
     deterministic = torch.are_deterministic_algorithms_enabled()
-    stop = StopRequest()
     try:
-        with stop:
+        with StopRequest() as stop:
             run(parse_arguments(argv, program), stop, driver)
     except UserError as error:
         processes.say(error)
         if isinstance(error, Interrupted) and processes.rank() == 0:
             print(f"go on with: {processes.how_to_go_on(argv, program)}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if processes.rank() == 0:
             again = processes.how_to_go_on(argv, program)
             print(f"error: stopped; what was saved is whole\ngo on with: {again}", file=sys.stderr)
-        return 128 + (stop.signal_number or signal.SIGINT)
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except RuntimeError as error:
         if not processes.lost_others(error):
             raise

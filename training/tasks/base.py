@@ -123,8 +123,9 @@ class DataOptions:
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name != "dataset" and value != option.default:
-                where = "built in" if self.dataset is None else f"dataset={self.dataset!r}"
-                raise UserError(f"{option.name}={value!r} is for a data set of the Hub, but the data are {where}")
+                raise UserError(
+                    f"{option.name}={value!r} is for a data set of the Hub, but dataset={self.dataset!r} is not one"
+                )
 
 
 class Task(ABC):
