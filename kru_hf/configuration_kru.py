@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .gate_bias import check_chrono
 from .kronecker import check_max_phase, plan_factor_shapes
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class KRUConfig(PreTrainedConfig):
             around the circle. What an eigenvalue holds turns once in 2π / |phase| steps: the better start for smooth
             signals, such as pixels in their order.
         bias_init: modReLU's b at the start.
+        chrono_max_length: T_max in steps, for gated cells: the gates start with memories spread over 1 … T_max steps
+            (chrono initialisation, Tallec & Ollivier 2018). None: forget bias 1 (kru_lstm), all biases 0 (kru_gru).
         input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants).
         activation: "modrelu" or "identity" (the linear network).
         input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
@@ -106,6 +109,7 @@ class KRUConfig(PreTrainedConfig):
     recurrent_init_scale: float | int | None = None
     recurrent_init_max_phase: float | int | None = None
     bias_init: float | int = -0.1
+    chrono_max_length: int | None = None
     input_scale: float | int | None = None
     activation: str = "modrelu"
     input_dropout: float | int = 0.0
@@ -252,6 +256,10 @@ class KRUConfig(PreTrainedConfig):
             raise ValueError(f"activation of a gated cell must stay 'modrelu' (unused), got {self.activation!r}")
         if self.gated and self.recurrent_init != "random":
             raise ValueError(f"recurrent_init of a gated cell must be 'random', got {self.recurrent_init!r}")
+        if self.chrono_max_length is not None:
+            if not self.gated:
+                raise ValueError(f"chrono_max_length of an ungated cell must be None, got {self.chrono_max_length}")
+            check_chrono("chrono_max_length", self.chrono_max_length)
         if self.recurrent_init_max_phase is not None:
             if self.gated:
                 raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .cells import warn_rectangular
+from .gate_bias import check_chrono, gate_bias
 from .kronecker import random_orthogonal
 from .scan_gated import GATED_CELLS, kru_gated_scan
 
@@ -14,7 +15,8 @@ from .scan_gated import GATED_CELLS, kru_gated_scan
 class KRUGatedRecurrence(nn.Module):
     """A gated cell: real factors (G, P_f, Q_f), a set a gate, and biases (4, N). The interface of ``KRURecurrence``.
 
-    ``init_scale`` is the spectral norm of each gate's matrix at the start.
+    ``init_scale`` is the spectral norm of each gate's matrix at the start, ``chrono_max_length`` the longest memory, in
+    steps, that the gates start with: see ``gate_bias``.
     """
 
     cell: str
@@ -27,6 +29,7 @@ class KRUGatedRecurrence(nn.Module):
         factor_shapes: Sequence[Sequence[int]],
         *,
         init_scale: float = 0.7,
+        chrono_max_length: int | None = None,
         bias: bool = True,
         train_factors: bool = True,
         backend: str = "auto",
@@ -36,6 +39,11 @@ class KRUGatedRecurrence(nn.Module):
         self.factor_shapes = [(p, q) for p, q in factor_shapes]
         self.state_size = math.prod(p for p, _ in self.factor_shapes)
         self.init_scale = init_scale
+        if chrono_max_length is not None:
+            check_chrono("chrono_max_length", chrono_max_length)
+            if not bias:
+                raise ValueError(f"chrono_max_length must be None without a bias, got {chrono_max_length}")
+        self.chrono_max_length = chrono_max_length
         self.backend = backend
         self.factors = nn.ParameterList(
             [
@@ -56,14 +64,10 @@ class KRUGatedRecurrence(nn.Module):
         ]
 
     def initial_bias(self) -> Tensor:
-        """Biases (4, N): zero, but one for the LSTM's forget gate, so that memory survives the start of training.
-
-        All zero, and not trained, for ``bias=False``.
-        """
-        bias = torch.zeros(self.bias.shape)  # (4, N)
-        if self.cell == "lstm" and self.has_bias:
-            bias[1] = 1.0
-        return bias
+        """Biases (4, N): see ``gate_bias``. All zero, and not trained, for ``bias=False``."""
+        if not self.has_bias:
+            return torch.zeros(self.bias.shape)  # (4, N)
+        return gate_bias(self.cell, self.bias.shape[0], self.state_size, self.chrono_max_length)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

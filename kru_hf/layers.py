@@ -199,7 +199,7 @@ class KRU(_KroneckerLayer):
 class KRULSTM(_KroneckerLayer):
     """LSTM with Kronecker recurrent matrices: features N wide a direction; state (h, c), (L·directions, B, N) each.
 
-    Further option: ``init_scale`` of ``KRULSTMRecurrence``.
+    Further options: ``init_scale`` and ``chrono_max_length`` of ``KRULSTMRecurrence``.
     """
 
     def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRULSTMRecurrence:
@@ -217,7 +217,7 @@ class KRULSTM(_KroneckerLayer):
 class KRUGRU(_KroneckerLayer):
     """GRU with Kronecker recurrent matrices: features N wide a direction; state (L·directions, B, N).
 
-    Further option: ``init_scale`` of ``KRUGRURecurrence``.
+    Further options: ``init_scale`` and ``chrono_max_length`` of ``KRUGRURecurrence``.
     """
 
     def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRUGRURecurrence:

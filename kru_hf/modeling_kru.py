@@ -64,6 +64,7 @@ def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
         return cell_class(
             config.factor_shapes,
             init_scale=config.recurrent_init_scale,
+            chrono_max_length=config.chrono_max_length,
             train_factors=config.train_factors,
             backend=config.scan_backend,
         )

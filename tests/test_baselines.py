@@ -209,6 +209,8 @@ def test_generators_have_the_factors_rate_and_no_decay():
         ("unitary", {"factor_shapes": "3x4,4x3"}, "must be square"),
         ("low_rank", {"recurrent_rank": 13}, r"recurrent_rank must be in \[1, state_size = 12\], got 13"),
         ("lstm", {"recurrent_rank": 2}, "recurrent_rank is for cell 'low_rank' only"),
+        ("rnn", {"chrono_max_length": 9}, "chrono_max_length is for lstm and gru only, got 9 with cell 'rnn'"),
+        ("gru", {"chrono_max_length": 2}, "chrono_max_length must be None or at least 3 steps, got 2"),
         ("kru", {"recurrent_rank": 2}, "recurrent_rank cannot be given with architecture='kru'"),
         ("orthogonal", {"io_rank": 2}, "io_rank cannot be given with architecture='orthogonal'"),
     ],
@@ -233,6 +235,12 @@ def test_another_architecture_than_the_recipes(tmp_path):
     assert (model.factor_shapes, model.unitary_loss_coef, model.io_rank) == ("3x3,4x4", None, 4)
     model = parse_arguments([str(recipe), "--architecture", "orthogonal"]).model
     assert (model.state_size, model.factor_shapes, model.io_rank) == (12, None, None)
+    recipe.write_text("cell_type: kru_lstm\nchrono_max_length: 50\n")
+    kept = {"lstm": 50, "gru": 50, "rnn": None, "low_rank": None, "unitary": None, "kru": 50}
+    for architecture, expected in kept.items():
+        found = parse_arguments([str(recipe), "--architecture", architecture]).model
+        assert found.chrono_max_length == expected, architecture
+    assert parse_arguments([str(recipe), "--cell_type", "kru"]).model.chrono_max_length is None
 
 
 @pytest.mark.parametrize("architecture", ["unitary", "orthogonal", "low_rank"])

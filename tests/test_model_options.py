@@ -76,6 +76,8 @@ def cases(draw) -> Case:
         options["recurrent_init"] = draw(st.sampled_from(["random", "identity"]))
         if options["recurrent_init"] == "random" and options["factor_shapes"] == SHAPES[1]:
             options["recurrent_init_max_phase"] = draw(st.sampled_from([None, 0.5]))
+    else:
+        options["chrono_max_length"] = draw(st.sampled_from([None, 20]))
     if options["wiring"] == "residual":
         options["num_hidden_layers"] = draw(st.integers(1, 3))
         options["hidden_size"] = draw(st.sampled_from([4, 9]))

@@ -49,16 +49,8 @@ KRU_ONLY = frozenset(
 SOFT_ONLY = frozenset(["cell_type", "recurrent_init_scale", "unitary_loss_coef", "max_recurrent_norm"])
 # What a recipe chooses for its own cell_type.
 CELL_ONLY = frozenset(
-    [
-        "input_scale",
-        "recurrent_init",
-        "recurrent_init_scale",
-        "recurrent_init_max_phase",
-        "bias_init",
-        "activation",
-        "unitary_loss_coef",
-        "max_recurrent_norm",
-    ]
+    ["input_scale", "recurrent_init", "recurrent_init_scale", "recurrent_init_max_phase", "bias_init"]
+    + ["chrono_max_length", "activation", "unitary_loss_coef", "max_recurrent_norm"]
 )
 # What a recipe chooses for its own wiring.
 OF_WIRING = frozenset(
@@ -112,6 +104,9 @@ class ModelOptions:
         None, "Largest phase (radians) of the recurrent matrix's eigenvalues at the start; not given: all of them."
     )
     bias_init: float | None = option(None, "Start value of the modReLU bias.")
+    chrono_max_length: int | None = option(
+        None, "Longest memory, in steps, that gates start with (chrono initialisation); not given: forget bias 1."
+    )
     input_scale: float | None = option(None, "Standard deviation of the input map at the start.")
     activation: str | None = option(None, "State activation of a kru model: modrelu or identity.")
     input_dropout: float | None = option(None, "Dropout after the input map (after the embedding for baselines).")
@@ -376,8 +371,10 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
     if name in OF_WIRING and given.wiring not in (None, recipe.get("wiring")):
         return True
     asked = any(word.split("=")[0].replace("-", "_") == "__architecture" for word in words)
-    foreign = SOFT_ONLY if given.architecture == "unitary" else KRU_ONLY
-    return asked and given.architecture != recipe.get("architecture", "kru") and name in (foreign | {"architecture"})
+    foreign = (SOFT_ONLY if given.architecture == "unitary" else KRU_ONLY) | {"architecture"}
+    if given.architecture not in ("lstm", "gru"):
+        foreign |= {"chrono_max_length"}
+    return asked and given.architecture != recipe.get("architecture", "kru") and name in foreign
 
 
 def parse_words(classes: list[Any], words: list[str], program: str) -> list[Any]:

@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
 from kru_hf.cache_kru import KRUCache, initial_state
+from kru_hf.gate_bias import check_chrono, gate_bias
 from kru_hf.kroneckerize import kroneckerize
 from kru_hf.modeling_kru import KRUCausalLMOutput, KRUModelOutput
 
@@ -34,6 +35,7 @@ class BaselineConfig(PreTrainedConfig):
             products of real factors, see ``kru_hf.kroneckerize``; for "rnn", "lstm" and "gru".
         input_dropout, hidden_dropout, state_dropout: on the embedding, between layers, and before the readout.
         forget_bias: start of the LSTM's forget-gate bias.
+        chrono_max_length: as in KRUConfig, for "lstm" and "gru": the bias of the gate that keeps is drawn instead.
     """
 
     model_type = "kru_baseline"
@@ -51,6 +53,7 @@ class BaselineConfig(PreTrainedConfig):
     state_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     forget_bias: float | int = 1.0
+    chrono_max_length: int | None = None
     initializer_range: float | int = 0.1
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -91,6 +94,12 @@ class BaselineConfig(PreTrainedConfig):
             )
         if self.recurrent_factor_shapes is not None and self.cell not in TORCH_CELLS:
             raise ValueError(f"recurrent_factor_shapes is for {', '.join(TORCH_CELLS)} only, got cell {self.cell!r}")
+        if self.chrono_max_length is not None:
+            if self.cell not in ("lstm", "gru"):
+                raise ValueError(
+                    f"chrono_max_length is for lstm and gru only, got {self.chrono_max_length} with cell {self.cell!r}"
+                )
+            check_chrono("chrono_max_length", self.chrono_max_length)
         for name in ("input_dropout", "state_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -126,10 +135,11 @@ class BaselinePreTrainedModel(PreTrainedModel):
                     init.uniform_(parameter, -bound, bound)
                     continue
                 init.zeros_(parameter)
-                if isinstance(module, nn.LSTM) and "bias_ih" in name:  # gates in torch's order: i, f, g, o
-                    start = torch.zeros_like(parameter)  # (4H,)
-                    start[module.hidden_size : 2 * module.hidden_size] = self.config.forget_bias
-                    init.copy_(parameter, start)
+                if "bias_ih" in name and not isinstance(module, nn.RNN):
+                    config, size = self.config, module.hidden_size
+                    rows = parameter.numel() // size  # gates in torch's order: i f g o, and r z n
+                    start = gate_bias(config.cell, rows, size, config.chrono_max_length, config.forget_bias)
+                    init.copy_(parameter, start.flatten())  # (rows·H,)
 
     def recurrent_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The stored parameters of the hidden-to-hidden matrices with their names."""

@@ -1,0 +1,59 @@
+"""Where gates start: torch's layers and the Kronecker cells alike, by construction and by transformers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kru_hf import KRUGRU, KRULSTM, KRUConfig, KRUForCausalLM
+from kru_hf.gate_bias import gate_bias
+from training.baselines import BaselineConfig, BaselineForCausalLM
+
+ROWS = {"lstm": 4, "gru": 4}  # a GRU's fourth row is the bias b'_n inside the reset gate
+EDGE = 1e-5  # of log u at the ends of its interval, fp32
+
+
+@given(st.sampled_from(sorted(ROWS)), st.integers(1, 40), st.integers(3, 10_000), st.integers(0, 100))
+def test_kept_lengths_lie_between_two_steps_and_the_longest(cell, size, longest, seed):
+    torch.manual_seed(seed)
+    bias = gate_bias(cell, ROWS[cell], size, longest)
+    kept = 1 / (1 - bias[1].double().sigmoid())  # (N,): steps in which a gate forgets a share of 1 - 1/e
+    assert kept.min() >= 2 * (1 - EDGE) and kept.max() <= longest * (1 + EDGE)
+    assert torch.equal(bias[0], -bias[1] if cell == "lstm" else torch.zeros(size))
+    assert not bias[2:].any()
+
+
+def test_lengths_are_uniform():
+    torch.manual_seed(0)
+    kept = 1 + gate_bias("gru", 3, 20_000, 101)[1].exp()  # (N,) ~ U[2, 101]
+    quartiles = torch.quantile(kept, torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(quartiles, torch.tensor([26.75, 51.5, 76.25]), atol=1.5, rtol=0)
+
+
+def chrono_models(longest: int | None):
+    """(cell, its bias by rows) of every class that takes the option."""
+    for cell, layer in (("lstm", KRULSTM), ("gru", KRUGRU)):
+        yield cell, layer(3, 64, chrono_max_length=longest).recurrences[0].bias
+        config = KRUConfig(vocab_size=9, state_size=64, cell_type=f"kru_{cell}", chrono_max_length=longest)
+        yield cell, KRUForCausalLM(config).model.layers[1].recurrence.bias
+        baseline = BaselineForCausalLM(BaselineConfig(cell=cell, state_size=64, chrono_max_length=longest))
+        yield cell, baseline.model.recurrent.bias_ih_l0.view(-1, 64)
+        assert not baseline.model.recurrent.bias_hh_l0.any()
+
+
+def test_every_gated_network_starts_so():
+    torch.manual_seed(0)
+    for cell, bias in chrono_models(1000):
+        assert bias[1].exp().std() > 150  # of U[1, 999]: 288
+        assert torch.equal(bias[0], -bias[1] if cell == "lstm" else torch.zeros(64))
+        assert not bias[2:].any()
+    for cell, bias in chrono_models(None):
+        assert (bias[1] == (1 if cell == "lstm" else 0)).all()
+        assert not bias[[0, 2]].any()
+
+
+def test_a_layer_says_what_is_allowed():
+    with pytest.raises(ValueError, match="chrono_max_length must be None or at least 3 steps, got 0"):
+        KRULSTM(3, 8, chrono_max_length=0)
+    with pytest.raises(ValueError, match="chrono_max_length must be None without a bias, got 50"):
+        KRUGRU(3, 8, bias=False, chrono_max_length=50)
