@@ -232,8 +232,40 @@ def test_factors_have_their_own_rate_and_no_decay():
 def test_weight_decay_is_adamws():
     assert parse_arguments(["training/recipes/ptb_char.yaml"]).run.weight_decay == 0.01
     assert parse_arguments(["training/recipes/adding.yaml", "--optimizer", "rmsprop"]).run.weight_decay == 0
+    recipe = ["training/recipes/char_lm.yaml", "--optimizer", "rmsprop"]
+    assert parse_arguments(recipe).run.weight_decay == 0
     with pytest.raises(UserError, match="weight_decay=0.1 is not valid: it must be 0 with optimizer rmsprop"):
         parse_arguments(["--optimizer", "rmsprop", "--weight_decay", "0.1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "needed"),
+    [
+        ("--optimizer rmsprop --adam_beta1 0.8", "adam_beta1=0.8", "optimizer adamw"),
+        ("--optimizer=rmsprop --adam-beta2=0.8", "adam_beta2=0.8", "optimizer adamw"),
+        ("--lr_scheduler_type constant --min_learning_rate_ratio 0.1", "min_learning_rate_ratio=0.1", ".* cosine"),
+        ("--plateau_factor 0.5", "plateau_factor=0.5", "lr_scheduler_type plateau"),
+        ("--architecture lstm --factor_learning_rate_scale 1", "factor_learning_rate_scale=1.0", "trained factors"),
+        ("--train_factors false --factor_learning_rate_scale 1", "factor_learning_rate_scale=1.0", "trained factors"),
+        ("--train_factors false --unitary_loss_coef 0.1", "unitary_loss_coef=0.1", "trained factors"),
+        ("--hub_model_id me/kru", "hub_model_id='me/kru'", "push_to_hub true"),
+        ("--hub_private_repo true", "hub_private_repo=True", "push_to_hub true"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(words, name, needed):
+    with pytest.raises(UserError, match=f"{name} has no effect here: it works with {needed}"):
+        parse_arguments(words.split())
+
+
+def test_what_has_an_effect_or_is_off_is_none(tmp_path):
+    frozen = "--train_factors false --unitary_loss_coef 0 --hub_private_repo false --adam_beta1 0.8"
+    assert parse_arguments(frozen.split()).run.adam_beta1 == 0.8
+    pushed = parse_arguments(["--push_to_hub", "true", "--hub_model_id", "me/kru", "--hub_private_repo", "true"]).run
+    assert pushed.hub_private_repo
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("adam_beta2: 0.9\nfactor_learning_rate_scale: 1.0\n")
+    assert parse_arguments([str(recipe), "--optimizer", "rmsprop"]).run.optimizer == "rmsprop"
+    assert parse_arguments([str(recipe), "--architecture", "lstm"]).run.factor_learning_rate_scale == 1.0
 
 
 @pytest.mark.parametrize("name", ["bias_init", "unitary_loss_coef", "max_recurrent_norm"])

@@ -16,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .errors import UserError
+from .idle_options import given_names, refuse_idle
 from .machine import shown_command
 from .tasks import DataOptions, get_task, task_names
 
@@ -336,7 +337,10 @@ def parse_arguments(argv: list[str] | None = None, program: str = "training.trai
     # A recipe describes its own kind of network: that is dropped when the command line asks for another kind.
     given = parse_words(classes, words, program)
     recipe = {name: value for name, value in recipe.items() if not superseded(name, recipe, given[1], words)}
+    if given[0].optimizer == "rmsprop" and recipe.get("optimizer") != "rmsprop":
+        recipe.pop("weight_decay", None)
     arguments = Arguments(*parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], program))
+    refuse_idle(words, arguments.run, arguments.model)
     arguments.command = shown_command(argv, program)
     return arguments
 
@@ -370,7 +374,7 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
     # Another wiring is another network: the plain one has a single layer, and its width follows from the state.
     if name in OF_WIRING and given.wiring not in (None, recipe.get("wiring")):
         return True
-    asked = any(word.split("=")[0].replace("-", "_") == "__architecture" for word in words)
+    asked = "architecture" in given_names(words)
     foreign = (SOFT_ONLY if given.architecture == "unitary" else KRU_ONLY) | {"architecture"}
     if given.architecture not in ("lstm", "gru"):
         foreign |= {"chrono_max_length"}
