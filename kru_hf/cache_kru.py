@@ -35,6 +35,9 @@ class KRUCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a KRU layer keeps a state, not keys and values: use store()")
 
+    def crop(self, *args, **kwargs) -> None:
+        raise NotImplementedError("a recurrent state holds no single tokens to drop: keep the state of an earlier call")
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen_tokens + query_length, 0
 

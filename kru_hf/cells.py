@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .kronecker import check_max_phase, random_unitary, slow_unitary, to_complex, unitary_penalty
-from .scan import kru_scan
+from .scan import BACKENDS, kru_scan
+from .scan_reference import ACTIVATIONS
 
 _warned_rectangular = False
 
@@ -24,6 +25,18 @@ def warn_rectangular(shapes: Sequence[Sequence[int]]) -> None:
             f"{math.prod(p for p, _ in shapes)} and is a partial isometry at best, never unitary",
             stacklevel=3,
         )
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise `ValueError` unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_scale(init_scale: float) -> None:
+    """Raise `ValueError` unless it can be the spectral norm that a recurrent matrix starts with."""
+    if not 0 < init_scale < math.inf:
+        raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
 
 
 class KRURecurrence(nn.Module):
@@ -54,6 +67,11 @@ class KRURecurrence(nn.Module):
         warn_rectangular(factor_shapes)
         if init not in ("random", "identity"):
             raise ValueError(f"init must be 'random' or 'identity', got {init!r}")
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("backend", backend, BACKENDS)
+        check_scale(init_scale)
+        if not math.isfinite(bias_init):
+            raise ValueError(f"bias_init must be finite, got {bias_init}")
         if init_max_phase is not None:
             check_max_phase("init_max_phase", init_max_phase, init, factor_shapes)
         self.factor_shapes = [(p, q) for p, q in factor_shapes]

@@ -252,8 +252,13 @@ class KRUConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be non-negative and finite, got {getattr(self, name)}")
         if not math.isfinite(self.bias_init):
             raise ValueError(f"bias_init must be finite, got {self.bias_init}")
-        if self.gated and self.activation != "modrelu":
-            raise ValueError(f"activation of a gated cell must stay 'modrelu' (unused), got {self.activation!r}")
+        if self.gated:
+            unused = {"activation": ("modrelu",), "bias_init": (-0.1,), "unitary_loss_coef": (0.1, 0.0)}
+            for name, values in unused.items():
+                if getattr(self, name) not in values:
+                    raise ValueError(
+                        f"{name} of a gated cell must stay {values[0]!r} (unused), got {getattr(self, name)!r}"
+                    )
         if self.gated and self.recurrent_init != "random":
             raise ValueError(f"recurrent_init of a gated cell must be 'random', got {self.recurrent_init!r}")
         if self.chrono_max_length is not None:

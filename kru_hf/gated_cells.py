@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .cells import warn_rectangular
+from .cells import check_choice, check_scale, warn_rectangular
 from .gate_bias import check_chrono, gate_bias
 from .kronecker import random_orthogonal
-from .scan_gated import GATED_CELLS, kru_gated_scan
+from .scan_gated import GATED_BACKENDS, GATED_CELLS, kru_gated_scan
 
 
 class KRUGatedRecurrence(nn.Module):
@@ -36,6 +36,8 @@ class KRUGatedRecurrence(nn.Module):
     ) -> None:
         super().__init__()
         warn_rectangular(factor_shapes)
+        check_choice("backend", backend, GATED_BACKENDS)
+        check_scale(init_scale)
         self.factor_shapes = [(p, q) for p, q in factor_shapes]
         self.state_size = math.prod(p for p, _ in self.factor_shapes)
         self.init_scale = init_scale

@@ -127,7 +127,7 @@ class _KroneckerLayer(nn.Module):
         state = None
         if hx is not None:
             if single:
-                hx = tuple(h.unsqueeze(1) for h in hx) if isinstance(hx, tuple) else hx.unsqueeze(1)
+                hx = tuple(h.unsqueeze(1) for h in hx) if isinstance(hx, (tuple, list)) else hx.unsqueeze(1)
             state = self._planes(hx)  # (L·directions, B, S, N)
             if packed is not None and packed.sorted_indices is not None:
                 state = state[:, packed.sorted_indices]
@@ -206,7 +206,7 @@ class KRULSTM(_KroneckerLayer):
         return KRULSTMRecurrence(shapes, **options)
 
     def _planes(self, hx: tuple[Tensor, Tensor]) -> Tensor:
-        if not isinstance(hx, tuple) or len(hx) != 2:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             raise ValueError(f"the initial state of KRULSTM is a pair (h_0, c_0), got {type(hx).__name__}")
         return torch.cat([self._state_tensor("h_0", hx[0], 1), self._state_tensor("c_0", hx[1], 1)], 2)
 

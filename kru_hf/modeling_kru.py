@@ -246,6 +246,9 @@ class KRUModel(KRUPreTrainedModel):
         if input_values is not None:
             return self._embed_frames(input_values)
         if inputs_embeds is not None:
+            width, shape = self.config.embedding_size, tuple(inputs_embeds.shape)
+            if len(shape) != 3 or shape[-1] != width or shape[1] == 0:
+                raise ValueError(f"inputs_embeds must have the shape (B, T, {width}), got {shape}")
             return inputs_embeds
         if self.embed_tokens is None:
             raise ValueError(f"a model with input_size = {self.config.input_size} takes input_values, not input_ids")

@@ -74,6 +74,8 @@ def test_plain_width_is_the_state():
         ({"recurrent_init_max_phase": 1.0, "recurrent_init": "identity"}, "it must be None, got 1.0"),
         ({"recurrent_init_max_phase": 1.0, "factor_shapes": [[2, 3], [3, 2]]}, "needs square factors"),
         ({"recurrent_init_max_phase": 1.0, "cell_type": "kru_lstm"}, "of a gated cell must be None, got 1.0"),
+        ({"bias_init": -0.2, "cell_type": "kru_gru"}, r"bias_init of a gated cell must stay -0.1 \(unused\), got -0.2"),
+        ({"unitary_loss_coef": 1.0, "cell_type": "kru_lstm"}, "unitary_loss_coef of a gated cell must stay 0.1"),
         ({"chrono_max_length": 9}, "chrono_max_length of an ungated cell must be None, got 9"),
         ({"chrono_max_length": 2, "cell_type": "kru_gru"}, "chrono_max_length must be None or at least 3 steps, got 2"),
         ({"input_dropout": 1.0}, "input_dropout"),

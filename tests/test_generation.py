@@ -105,3 +105,9 @@ def test_stops_at_the_end_token():
 def test_static_cache_is_refused():
     with pytest.raises(ValueError, match="cache_implementation must be unset or 'dynamic', got 'static'"):
         tiny_model().generate(IDS, cache_implementation="static", **NEW)
+
+
+def test_a_state_cannot_be_cropped():
+    cache = tiny_model()(IDS).past_key_values
+    with pytest.raises(NotImplementedError, match="a recurrent state holds no single tokens to drop"):
+        cache.crop(-1)

@@ -1,5 +1,7 @@
 """KRU, KRULSTM and KRUGRU against the habits and the numbers of torch's own layers."""
 
+import math
+
 import pytest
 import torch
 from helpers import RELATIVE, assert_near
@@ -111,8 +113,23 @@ def test_bad_arguments_are_named():
         KRULSTM(3, 5, factor_shapes=[[2, 2]])
     with pytest.raises(ValueError, match="input must be"):
         KRUGRU(3, 4)(torch.zeros(2, 2, 5))
+    layer, pair = KRULSTM(3, 4), [torch.randn(1, 2, 4), torch.randn(1, 2, 4)]
+    x = torch.randn(2, 2, 3)
+    assert torch.equal(layer(x, pair)[0], layer(x, tuple(pair))[0])
     with pytest.raises(ValueError, match="pair"):
         KRULSTM(3, 4)(torch.zeros(2, 2, 3), torch.zeros(1, 2, 4))
+    for options, message in (
+        ({"activation": "tanh"}, "activation must be one of modrelu, identity, got 'tanh'"),
+        ({"backend": "cuda"}, "backend must be one of auto, reference, torch, cpu, triton, got 'cuda'"),
+        ({"init_scale": -1.0}, "init_scale must be positive and finite, got -1.0"),
+        ({"bias_init": math.nan}, "bias_init must be finite, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KRU(3, 4, **options)
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, torch, cpu, got 'triton'"):
+        KRULSTM(3, 4, backend="triton")
+    with pytest.raises(ValueError, match="init_scale must be positive and finite, got nan"):
+        KRUGRU(3, 4, init_scale=math.nan)
     with pytest.raises(ValueError, match="h_0 must have the shape"):
         KRUGRU(3, 4)(torch.zeros(2, 2, 3), torch.zeros(1, 2, 5))
 

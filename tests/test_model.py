@@ -92,6 +92,10 @@ def test_hidden_states_embeds_and_tuple(wiring):
     assert all(hidden.shape[:2] == IDS.shape for hidden in output.hidden_states)
     embeds = model.get_input_embeddings()(IDS)
     assert torch.equal(model(inputs_embeds=embeds).logits, output.logits)
+    width = embeds.shape[-1]
+    for wrong in (embeds[:, :0], embeds[..., :-1], embeds[0]):
+        with pytest.raises(ValueError, match=rf"inputs_embeds must have the shape \(B, T, {width}\), got \("):
+            model(inputs_embeds=wrong)
     assert torch.equal(model(IDS, return_dict=False)[0], output.logits)
     assert_near(model(IDS, logits_to_keep=1).logits, output.logits[:, -1:], LOGITS)
 
@@ -144,11 +148,12 @@ def test_gradient_through_windows_is_that_of_the_whole():
 
 @EVERY
 def test_loss_and_penalty(wiring):
-    model = tiny_model(unitary_loss_coef=0.5, **wiring)
+    penalised = "cell_type" not in wiring  # gated cells have no penalty
+    model = tiny_model(**({"unitary_loss_coef": 0.5} if penalised else {}), **wiring)
     output = model(IDS, labels=IDS)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     assert_near(output.loss, expected, RELATIVE[torch.float32])
-    assert (output.unitary_loss > 0) == ("cell_type" not in wiring)  # gated cells have no penalty
+    assert (output.unitary_loss > 0) == penalised
     trained = model.train()(IDS, labels=IDS)
     assert_near(trained.loss, expected + 0.5 * output.unitary_loss, RELATIVE[torch.float32])
 
