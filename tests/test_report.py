@@ -167,6 +167,11 @@ def test_commands_name_what_recipes_have_changed_since():
     default = parse_arguments([]).flat()
     unbounded = {name: value for name, value in default.items() if name != "max_recurrent_norm"}
     assert amended("python -m training.train", unbounded, {}) == "python -m training.train --max_recurrent_norm 0.0"
+    chrono = "python -m training.train training/recipes/adding_gated.yaml"
+    without = {**parse_arguments(chrono.split()[3:]).flat(), "chrono_max_length": None}
+    assert amended(chrono, without, {"chrono_max_length": None}) == f"{chrono} --chrono_max_length 0"
+    off = parse_arguments([*chrono.split()[3:], "--chrono_max_length", "0"]).model
+    assert "chrono_max_length" not in off.config_values()
     assert amended("python -m training.train gone.yaml", made, {}) == "python -m training.train gone.yaml"
 
 

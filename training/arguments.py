@@ -106,7 +106,7 @@ class ModelOptions:
     )
     bias_init: float | None = option(None, "Start value of the modReLU bias.")
     chrono_max_length: int | None = option(
-        None, "Longest memory, in steps, that gates start with (chrono initialisation); not given: forget bias 1."
+        None, "Longest memory, in steps, that gates start with (chrono initialisation); not given or 0: forget bias 1."
     )
     input_scale: float | None = option(None, "Standard deviation of the input map at the start.")
     activation: str | None = option(None, "State activation of a kru model: modrelu or identity.")
@@ -149,6 +149,8 @@ class ModelOptions:
         """The config fields that were given, by name."""
         others = ("architecture", "model", "parameter_budget", "max_recurrent_norm")
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k not in others}
+        if self.chrono_max_length == 0:
+            del values["chrono_max_length"]
         if "factor_shapes" in values:
             values["factor_shapes"] = parse_factor_shapes(values["factor_shapes"])
         return values

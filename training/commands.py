@@ -10,6 +10,7 @@ from .arguments import parse_arguments
 from .errors import UserError
 from .machine import UNSHOWN
 
+OFF = {"max_recurrent_norm": 0.0, "chrono_max_length": 0}  # what turns off an option that a recipe has got since
 PLACES = ("dataset", "model", "output_dir")  # a command shows the last part of a path alone
 
 
@@ -29,8 +30,8 @@ def amended(command: str, options: dict[str, Any], config: dict[str, Any]) -> st
         for name, value in now.items():
             before = options.get(name)
             if before is None and value is not None:
-                # Not set then: what the model took for it. The bound of the norm alone is in no config.
-                before = 0.0 if name == "max_recurrent_norm" else config.get(name)
+                # Not set then: what the model took for it. The bound of the norm is in no config.
+                before = OFF.get(name) if config.get(name) is None else config[name]
             if before is None or isinstance(before, list) or name in (*UNSHOWN, *PLACES) or f"--{name}" in words:
                 continue
             if before != value and (before or value):
