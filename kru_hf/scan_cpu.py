@@ -391,7 +391,7 @@ def kru_scan_cpu(
         raise RuntimeError(f"the native CPU engine is not available: {_reason}")
     modrelu = activation == "modrelu"
     leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
-    plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
+    plain = type(inputs) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
         return _forward(inputs, factors, bias, initial_state, mask, modrelu)  # generation: no dispatcher in the way
     return _differentiable(inputs, list(factors), bias, initial_state, mask, modrelu)

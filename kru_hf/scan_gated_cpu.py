@@ -296,7 +296,7 @@ def kru_gated_scan_cpu(
             f"inputs of the cell {cell!r} must have {4 if cell == 'lstm' else 3} gates, got {inputs.shape}"
         )
     leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
-    plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
+    plain = type(inputs) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
         return _forward(inputs, factors, bias, initial_state, mask, False)[:2]  # generation: no dispatcher in the way
     return _differentiable(inputs, list(factors), bias, initial_state, mask)[:2]

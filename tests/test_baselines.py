@@ -241,6 +241,7 @@ def test_another_architecture_than_the_recipes(tmp_path):
         found = parse_arguments([str(recipe), "--architecture", architecture]).model
         assert found.chrono_max_length == expected, architecture
     assert parse_arguments([str(recipe), "--cell_type", "kru"]).model.chrono_max_length is None
+    assert parse_arguments([str(recipe), "--cell_type", "kru_gru"]).model.chrono_max_length == 50
 
 
 @pytest.mark.parametrize("architecture", ["unitary", "orthogonal", "low_rank"])

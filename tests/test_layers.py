@@ -159,6 +159,13 @@ def test_the_phases_of_the_product_are_those_asked_for():
         KRU(3, 6, factor_shapes=[[2, 3], [3, 2]], init_max_phase=0.6)
 
 
+@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
+def test_a_trace_of_frozen_layers_computes_what_they_do(layer_class):
+    layer, x = layer_class(4, 8).eval().requires_grad_(False), torch.randn(5, 3, 4)
+    traced = torch.jit.trace(layer, (torch.randn(5, 3, 4),), check_trace=False)
+    assert_near(traced(x)[0], layer(x)[0], RELATIVE[torch.float32])
+
+
 def test_feed_forward_is_swiglu():
     block = KRUFeedForward(6, 4, epsilon=1e-6)
     x = torch.randn(2, 3, 6)

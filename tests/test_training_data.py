@@ -244,6 +244,7 @@ def test_weight_decay_is_adamws():
         ("--optimizer rmsprop --adam_beta1 0.8", "adam_beta1=0.8", "optimizer adamw"),
         ("--optimizer=rmsprop --adam-beta2=0.8", "adam_beta2=0.8", "optimizer adamw"),
         ("--lr_scheduler_type constant --min_learning_rate_ratio 0.1", "min_learning_rate_ratio=0.1", ".* cosine"),
+        ("--max_steps 9 --num_train_epochs 2", "num_train_epochs=2.0", "max_steps -1"),
         ("--plateau_factor 0.5", "plateau_factor=0.5", "lr_scheduler_type plateau"),
         ("--architecture lstm --factor_learning_rate_scale 1", "factor_learning_rate_scale=1.0", "trained factors"),
         ("--train_factors false --factor_learning_rate_scale 1", "factor_learning_rate_scale=1.0", "trained factors"),
@@ -262,6 +263,7 @@ def test_what_has_an_effect_or_is_off_is_none(tmp_path):
     assert parse_arguments(frozen.split()).run.adam_beta1 == 0.8
     pushed = parse_arguments(["--push_to_hub", "true", "--hub_model_id", "me/kru", "--hub_private_repo", "true"]).run
     assert pushed.hub_private_repo
+    assert parse_arguments(["--num_train_epochs", "2"]).run.max_steps == -1  # the default recipe counts steps
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("adam_beta2: 0.9\nfactor_learning_rate_scale: 1.0\n")
     assert parse_arguments([str(recipe), "--optimizer", "rmsprop"]).run.optimizer == "rmsprop"

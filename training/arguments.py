@@ -336,10 +336,12 @@ def parse_arguments(argv: list[str] | None = None, program: str = "training.trai
 
     classes = [RunOptions, ModelOptions, DataOptions, task.Options]
     known = [f.name for c in classes for f in dataclasses.fields(c)]
-    # A recipe describes its own kind of network: that is dropped when the command line asks for another kind.
+    # A recipe's own kind of network, or length, is dropped when the command line asks for another.
     given = parse_words(classes, words, program)
     recipe = {name: value for name, value in recipe.items() if not superseded(name, recipe, given[1], words)}
-    if given[0].optimizer == "rmsprop" and recipe.get("optimizer") != "rmsprop":
+    if "num_train_epochs" in given_names(words):
+        recipe.pop("max_steps", None)
+    if given[0].optimizer == "rmsprop" != recipe.get("optimizer"):
         recipe.pop("weight_decay", None)
     arguments = Arguments(*parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], program))
     refuse_idle(words, arguments.run, arguments.model)
@@ -370,7 +372,7 @@ def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: li
         return True
     # Another cell starts in another way, and only trained factors of a complex one have a norm to hold.
     if name in CELL_ONLY and given.cell_type not in (None, recipe.get("cell_type", "kru")):
-        return True
+        return name != "chrono_max_length" or given.cell_type == "kru"
     if name == "max_recurrent_norm" and given.train_factors is False:
         return True
     # Another wiring is another network: the plain one has a single layer, and its width follows from the state.

@@ -28,6 +28,8 @@ def amended(command: str, options: dict[str, Any], config: dict[str, Any]) -> st
             return command
         differing = []
         for name, value in now.items():
+            if name == "num_train_epochs" and options.get("max_steps", -1) > 0:
+                continue  # without effect, and refused
             before = options.get(name)
             if before is None and value is not None:
                 # Not set then: what the model took for it. The bound of the norm is in no config.

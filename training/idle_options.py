@@ -27,6 +27,7 @@ def refuse_idle(words: list[str], run: RunOptions, model: ModelOptions) -> None:
     works = {
         "adam_beta1": (run.optimizer == "adamw", "optimizer adamw"),
         "adam_beta2": (run.optimizer == "adamw", "optimizer adamw"),
+        "num_train_epochs": (run.max_steps < 0, "max_steps -1"),
         "min_learning_rate_ratio": (run.lr_scheduler_type == "cosine", "lr_scheduler_type cosine"),
         "plateau_factor": (run.lr_scheduler_type == "plateau", "lr_scheduler_type plateau"),
         "factor_learning_rate_scale": (trained, f"trained factors, of architecture {', '.join(WITH_FACTORS)}"),
