@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .kronecker import check_max_phase, random_unitary, slow_unitary, to_complex, unitary_penalty
+from .kronecker import check_choice, check_max_phase, random_unitary, slow_unitary, to_complex, unitary_penalty
 from .scan import BACKENDS, kru_scan
 from .scan_reference import ACTIVATIONS
 
@@ -25,12 +25,6 @@ def warn_rectangular(shapes: Sequence[Sequence[int]]) -> None:
             f"{math.prod(p for p, _ in shapes)} and is a partial isometry at best, never unitary",
             stacklevel=3,
         )
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise `ValueError` unless the value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_scale(init_scale: float) -> None:

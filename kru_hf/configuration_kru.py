@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .gate_bias import check_chrono
-from .kronecker import check_max_phase, plan_factor_shapes
+from .kronecker import check_choice, check_max_phase, plan_factor_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -234,8 +234,7 @@ class KRUConfig(PreTrainedConfig):
             "scan_backend": BACKENDS,
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), allowed)
         sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "kronecker_terms", "intermediate_size")
         for name in (*sizes, "input_size"):
             value = getattr(self, name)

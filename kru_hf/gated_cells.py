@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .cells import check_choice, check_scale, warn_rectangular
+from .cells import check_scale, warn_rectangular
 from .gate_bias import check_chrono, gate_bias
-from .kronecker import random_orthogonal
+from .kronecker import check_choice, random_orthogonal
 from .scan_gated import GATED_BACKENDS, GATED_CELLS, kru_gated_scan
 
 

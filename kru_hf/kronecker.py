@@ -104,6 +104,12 @@ def slow_unitary(size: int, max_phase: float, generator: torch.Generator | None 
     return to_planes((q * torch.exp(1j * phases)) @ q.mH, 0).float()  # (2, P, P)
 
 
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise `ValueError` unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 def check_max_phase(name: str, value: float, init: str, shapes: Sequence[Sequence[int]]) -> None:
     """Raise `ValueError` unless phases within ±``value`` can be drawn: random square factors, 0 < value ≤ π."""
     if not 0 < value <= math.pi:

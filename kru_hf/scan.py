@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .kronecker import check_choice
 from .scan_cpu import is_available as cpu_is_available
 from .scan_cpu import kru_scan_cpu
 from .scan_cpu import supports as cpu_supports
@@ -75,10 +76,8 @@ def _check(
     backend: str,
 ) -> None:
     """Raise ValueError or TypeError naming the argument, its value and what is allowed."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_choice("backend", backend, BACKENDS)
+    check_choice("activation", activation, ACTIVATIONS)
     if inputs.dim() != 4 or inputs.shape[2] != 2 or 0 in inputs.shape:
         raise ValueError(f"inputs must have the shape (B, T, 2, N) with no empty axis, got {tuple(inputs.shape)}")
     if inputs.dtype not in (torch.float32, torch.float64):

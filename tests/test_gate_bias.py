@@ -9,14 +9,14 @@ from kru_hf import KRUGRU, KRULSTM, KRUConfig, KRUForCausalLM
 from kru_hf.gate_bias import gate_bias
 from training.baselines import BaselineConfig, BaselineForCausalLM
 
-ROWS = {"lstm": 4, "gru": 4}  # a GRU's fourth row is the bias b'_n inside the reset gate
+ROWS = 4  # a GRU's fourth is the bias b'_n inside the reset gate
 EDGE = 1e-5  # of log u at the ends of its interval, fp32
 
 
-@given(st.sampled_from(sorted(ROWS)), st.integers(1, 40), st.integers(3, 10_000), st.integers(0, 100))
+@given(st.sampled_from(["lstm", "gru"]), st.integers(1, 40), st.integers(3, 10_000), st.integers(0, 100))
 def test_kept_lengths_lie_between_two_steps_and_the_longest(cell, size, longest, seed):
     torch.manual_seed(seed)
-    bias = gate_bias(cell, ROWS[cell], size, longest)
+    bias = gate_bias(cell, ROWS, size, longest)
     kept = 1 / (1 - bias[1].double().sigmoid())  # (N,): steps in which a gate forgets a share of 1 - 1/e
     assert kept.min() >= 2 * (1 - EDGE) and kept.max() <= longest * (1 + EDGE)
     assert torch.equal(bias[0], -bias[1] if cell == "lstm" else torch.zeros(size))

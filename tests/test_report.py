@@ -172,6 +172,8 @@ def test_commands_name_what_recipes_have_changed_since():
     assert amended(chrono, without, {"chrono_max_length": None}) == f"{chrono} --chrono_max_length 0"
     off = parse_arguments([*chrono.split()[3:], "--chrono_max_length", "0"]).model
     assert "chrono_max_length" not in off.config_values()
+    counted = {**default, "max_steps": 9, "num_train_epochs": 3.0}  # the one decided, the other cannot be given with it
+    assert amended("python -m training.train", counted, {}) == "python -m training.train --max_steps 9"
     assert amended("python -m training.train gone.yaml", made, {}) == "python -m training.train gone.yaml"
 
 

@@ -341,10 +341,10 @@ def parse_arguments(argv: list[str] | None = None, program: str = "training.trai
     recipe = {name: value for name, value in recipe.items() if not superseded(name, recipe, given[1], words)}
     if "num_train_epochs" in given_names(words):
         recipe.pop("max_steps", None)
-    if given[0].optimizer == "rmsprop" != recipe.get("optimizer"):
+    if given[0].optimizer not in ("adamw", recipe.get("optimizer")):  # it has no weight decay
         recipe.pop("weight_decay", None)
     arguments = Arguments(*parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], program))
-    refuse_idle(words, arguments.run, arguments.model)
+    refuse_idle(words, arguments.flat())
     arguments.command = shown_command(argv, program)
     return arguments
 

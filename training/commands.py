@@ -8,6 +8,7 @@ from typing import Any
 
 from .arguments import parse_arguments
 from .errors import UserError
+from .idle_options import idle
 from .machine import UNSHOWN
 
 OFF = {"max_recurrent_norm": 0.0, "chrono_max_length": 0}  # what turns off an option that a recipe has got since
@@ -27,9 +28,10 @@ def amended(command: str, options: dict[str, Any], config: dict[str, Any]) -> st
         except UserError:  # of a recipe that is gone, or with options that were allowed then
             return command
         differing = []
+        without_effect = idle({**now, **options})  # refused on a command line
         for name, value in now.items():
-            if name == "num_train_epochs" and options.get("max_steps", -1) > 0:
-                continue  # without effect, and refused
+            if name in without_effect:
+                continue
             before = options.get(name)
             if before is None and value is not None:
                 # Not set then: what the model took for it. The bound of the norm is in no config.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .arguments import ModelOptions, RunOptions
 
 WITH_FACTORS = ("kru", "unitary", "orthogonal")  # architectures whose recurrent matrices come from trained generators
 
@@ -17,26 +15,36 @@ def given_names(words: list[str]) -> set[str]:
     return {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
 
 
-def refuse_idle(words: list[str], run: RunOptions, model: ModelOptions) -> None:
-    """`UserError` naming the first option of `words` that has no effect, and what it works with.
+def idle(values: Mapping[str, Any]) -> dict[str, str]:
+    """The options of a run, by name and value, that have no effect beside the others, and what they would work with."""
+    frozen = values.get("train_factors") is False
+    with_factors = values.get("model") is not None or values.get("architecture", "kru") in WITH_FACTORS
+    adamw = values.get("optimizer", "adamw") == "adamw"
+    schedule = values.get("lr_scheduler_type", "cosine")
+    pushed = bool(values.get("push_to_hub"))
+    works = {
+        "adam_beta1": (adamw, "optimizer adamw"),
+        "adam_beta2": (adamw, "optimizer adamw"),
+        "num_train_epochs": (values.get("max_steps", -1) < 0, "max_steps -1"),
+        "min_learning_rate_ratio": (schedule == "cosine", "lr_scheduler_type cosine"),
+        "plateau_factor": (schedule == "plateau", "lr_scheduler_type plateau"),
+        "factor_learning_rate_scale": (
+            with_factors and not frozen,
+            f"trained factors, of architecture {', '.join(WITH_FACTORS)}",
+        ),
+        "unitary_loss_coef": (not (frozen and values.get("unitary_loss_coef")), "trained factors"),
+        "hub_model_id": (pushed, "push_to_hub true"),
+        "hub_private_repo": (pushed or not values.get("hub_private_repo"), "push_to_hub true"),
+    }
+    return {name: needed for name, (effective, needed) in works.items() if not effective}
+
+
+def refuse_idle(words: list[str], values: Mapping[str, Any]) -> None:
+    """`UserError` naming the first option of command-line words that has no effect, and what it works with.
 
     A recipe may hold such a pair: its lines are defaults, and the command line may turn off what they were for.
     """
-    frozen = model.train_factors is False
-    trained = model.model is not None or (model.architecture in WITH_FACTORS and not frozen)
-    works = {
-        "adam_beta1": (run.optimizer == "adamw", "optimizer adamw"),
-        "adam_beta2": (run.optimizer == "adamw", "optimizer adamw"),
-        "num_train_epochs": (run.max_steps < 0, "max_steps -1"),
-        "min_learning_rate_ratio": (run.lr_scheduler_type == "cosine", "lr_scheduler_type cosine"),
-        "plateau_factor": (run.lr_scheduler_type == "plateau", "lr_scheduler_type plateau"),
-        "factor_learning_rate_scale": (trained, f"trained factors, of architecture {', '.join(WITH_FACTORS)}"),
-        "unitary_loss_coef": (not (frozen and model.unitary_loss_coef), "trained factors"),
-        "hub_model_id": (run.push_to_hub, "push_to_hub true"),
-        "hub_private_repo": (run.push_to_hub or not run.hub_private_repo, "push_to_hub true"),
-    }
-    values = {**vars(run), **vars(model)}
-    for name in sorted(given_names(words) & set(works)):
-        effective, needed = works[name]
-        if not effective:
-            raise UserError(f"{name}={values[name]!r} has no effect here: it works with {needed}; remove it")
+    without_effect = idle(values)
+    for name in sorted(given_names(words) & set(without_effect)):
+        needed = without_effect[name]
+        raise UserError(f"{name}={values[name]!r} has no effect here: it works with {needed}; remove it")
