@@ -174,6 +174,8 @@ def test_commands_name_what_recipes_have_changed_since():
     assert "chrono_max_length" not in off.config_values()
     counted = {**default, "max_steps": 9, "num_train_epochs": 3.0}  # the one decided, the other cannot be given with it
     assert amended("python -m training.train", counted, {}) == "python -m training.train --max_steps 9"
+    ignored = "python -m training.train --num_train_epochs 3 --seed=0"
+    assert amended(ignored, counted, {}) == "python -m training.train --seed=0 --max_steps 9"
     assert amended("python -m training.train gone.yaml", made, {}) == "python -m training.train gone.yaml"
 
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Collection
 from typing import Any
 
 from .arguments import parse_arguments
 from .errors import UserError
-from .idle_options import idle
+from .idle_options import given_names, idle
 from .machine import UNSHOWN
 
 OFF = {"max_recurrent_norm": 0.0, "chrono_max_length": 0}  # what turns off an option that a recipe has got since
 PLACES = ("dataset", "model", "output_dir")  # a command shows the last part of a path alone
+
+
+def without(words: list[str], names: Collection[str]) -> list[str]:
+    """Command-line words without the options of those names and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = bool(given_names([word]) & set(names))
+        if not dropping:
+            kept.append(word)
+    return kept
 
 
 def amended(command: str, options: dict[str, Any], config: dict[str, Any]) -> str:
@@ -21,6 +33,7 @@ def amended(command: str, options: dict[str, Any], config: dict[str, Any]) -> st
     start = next((i for i, word in enumerate(words) if word.startswith("training.train")), None)
     if start is None:
         return command
+    words = without(words, idle(options))  # what had no effect then is refused now
     differing = words
     while differing:  # an option that is added can displace another one of the recipe
         try:
