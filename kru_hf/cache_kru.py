@@ -105,19 +105,26 @@ class KRUCache(DynamicCache):
         return cache
 
 
+def check_cache(cache: object, num_layers: int) -> None:
+    """A ValueError unless ``cache`` is None or holds a recurrent state for each of ``num_layers`` layers."""
+    if cache is None:
+        return
+    layers: list[object] = getattr(cache, "layers", [])
+    # By its mark, not its class: transformers makes every cache's layers of one class a mark, and two models that were
+    # loaded from the Hub bring a class each.
+    ours = all(getattr(layer, "_layer_type", None) == KRUCacheLayer._layer_type for layer in layers)
+    if not ours or len(layers) != num_layers:
+        found = f"{type(cache).__name__} with {len(layers)} layers"
+        raise ValueError(
+            f"past_key_values must be a KRUCache with {num_layers} layers, or what this model returned, got {found}"
+        )
+
+
 def initial_state(cache: DynamicCache | None, layer_index: int, shape: tuple[int, ...]) -> Tensor | None:
     """The state (B, S, N) that ``cache`` holds for a layer, or None; a batch that differs is a ValueError."""
     if cache is None:
         return None
-    layer = cache.layers[layer_index] if layer_index < len(cache.layers) else None
-    # By its mark, not its class: transformers makes every cache's layers of one class a mark, and two models that were
-    # loaded from the Hub bring a class each.
-    if getattr(layer, "_layer_type", None) != KRUCacheLayer._layer_type:
-        raise ValueError(
-            "past_key_values must be a KRUCache with a layer for each of the model's, or what a KRU model returned, "
-            f"got {type(cache).__name__} with {len(cache.layers)} layers"
-        )
-    state = cast(KRUCacheLayer, layer).state
+    state = cast(KRUCacheLayer, cache.layers[layer_index]).state
     if state is not None and tuple(state.shape) != shape:
         raise ValueError(f"past_key_values holds a state of the shape {tuple(state.shape)}, this call needs {shape}")
     return state if state is None or state.dtype == torch.float64 else state.float()

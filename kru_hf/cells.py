@@ -33,6 +33,16 @@ def check_scale(init_scale: float) -> None:
         raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
 
 
+class FactorList(nn.ParameterList):
+    """The factors of a cell. They are read by a call, which is when weights that are offloaded are brought in."""
+
+    __call__ = nn.Module.__call__  # ParameterList refuses calls
+
+    def forward(self) -> list[Tensor]:
+        """The factors, slowest index of the state first."""
+        return list(self)
+
+
 class KRURecurrence(nn.Module):
     """h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t): factors (2, P_f, Q_f) and b (N,).
 
@@ -76,7 +86,7 @@ class KRURecurrence(nn.Module):
         self.init_max_phase = init_max_phase
         self.bias_init = bias_init if bias else 0.0
         self.backend = backend
-        self.factors = nn.ParameterList(
+        self.factors = FactorList(
             [nn.Parameter(torch.empty(2, p, q), requires_grad=train_factors) for p, q in self.factor_shapes]
         )
         self.bias = nn.Parameter(torch.empty(self.state_size), requires_grad=bias)
@@ -104,7 +114,7 @@ class KRURecurrence(nn.Module):
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ_f ‖W_f^H W_f − I‖²: a scalar."""
-        return unitary_penalty([factor.float() for factor in self.factors])
+        return unitary_penalty([factor.float() for factor in self.factors()])
 
     @torch.no_grad()
     def bound_norm(self, limit: float) -> None:
@@ -129,7 +139,7 @@ class KRURecurrence(nn.Module):
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         return kru_scan(
             inputs.to(dtype),
-            [factor.to(dtype) for factor in self.factors],
+            [factor.to(dtype) for factor in self.factors()],
             self.bias.to(dtype),
             None if initial_state is None else initial_state.to(dtype),
             mask,

@@ -83,7 +83,9 @@ class KRUConfig(PreTrainedConfig):
         scan_backend: engine of the recurrence, see ``kru_hf.scan_backend_report()``.
         input_size: width of continuous frames given as ``input_values``; None for token ids alone.
         layer_norm_epsilon: of every RMS norm.
-        initializer_range: standard deviation of the output head's weights at the start.
+        initializer_range: standard deviation of the output head's weights at the start, and of the embedding if tied.
+        tie_word_embeddings: the embedding is the head as well. With the plain wiring it is U and starts as U does; the
+            normalised state is then divided by the square root of its width, as in T5.
 
     Raises:
         ValueError: a value outside what is allowed. TypeError: an unknown option; the message names the nearest one.

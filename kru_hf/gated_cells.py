@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .cells import check_scale, warn_rectangular
+from .cells import FactorList, check_scale, warn_rectangular
 from .gate_bias import check_chrono, gate_bias
 from .kronecker import check_choice, random_orthogonal
 from .scan_gated import GATED_BACKENDS, GATED_CELLS, kru_gated_scan
@@ -47,7 +47,7 @@ class KRUGatedRecurrence(nn.Module):
                 raise ValueError(f"chrono_max_length must be None without a bias, got {chrono_max_length}")
         self.chrono_max_length = chrono_max_length
         self.backend = backend
-        self.factors = nn.ParameterList(
+        self.factors = FactorList(
             [
                 nn.Parameter(torch.empty(self.input_planes, p, q), requires_grad=train_factors)
                 for p, q in self.factor_shapes
@@ -90,7 +90,7 @@ class KRUGatedRecurrence(nn.Module):
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         states, final = kru_gated_scan(
             inputs.to(dtype),
-            [factor.to(dtype) for factor in self.factors],
+            [factor.to(dtype) for factor in self.factors()],
             self.bias.to(dtype),
             None if initial_state is None else initial_state.to(dtype),
             mask,

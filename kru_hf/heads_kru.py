@@ -20,7 +20,8 @@ class KRUClassifierOutput(ModelOutput):
     """Output of the classification heads.
 
     loss: with λ · unitary_loss in training mode only. logits: (B, K) for a sequence, (B, T, K) for its steps, with K
-    labels. past_key_values: the state after the last step. unitary_loss: the penalty without λ.
+    labels. past_key_values: the state after the last step. unitary_loss: the penalty without λ, in training mode and
+    beside a loss; else None.
     """
 
     loss: Tensor | None = None
@@ -118,18 +119,18 @@ class _Classifier(KRUPreTrainedModel):
         num_items_in_batch: Tensor | int | None,
     ) -> KRUClassifierOutput:
         """The output, with the loss and in training mode the penalty, which counts once an optimizer step."""
-        loss = None
+        loss: Tensor | None = None
+        share: Tensor | float = 1.0
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch, scored)
-            if self.training and self.config.unitary_loss_coef:
-                share = target_share(labels, num_items_in_batch)
-                loss = loss + self.config.unitary_loss_coef * share * outputs.unitary_loss.to(loss.device)
+            share = target_share(labels, num_items_in_batch)
+        loss, penalty = self.with_penalty(loss, outputs, share)
         return KRUClassifierOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            unitary_loss=outputs.unitary_loss,
+            unitary_loss=penalty,
         )
 
 

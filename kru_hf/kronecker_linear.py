@@ -1,10 +1,18 @@
-"""Linear maps that are sums of Kronecker products: the maps around the recurrence for a fraction of the parameters."""
+"""The maps around the recurrence: dense, or sums of Kronecker products for a fraction of the parameters."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .readout import linear
+
+def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:
+    """A linear map without bias whose output starts with ``scale`` times the standard deviation of its input.
+
+    The standard deviation of the weights is left on the module for ``_init_weights``, which sees leaf modules only.
+    """
+    module = nn.Linear(in_features, out_features, bias=False)
+    module.init_std = scale * in_features**-0.5
+    return module
 
 
 class KroneckerLinear(nn.Module):

@@ -71,7 +71,7 @@ class _KroneckerLayer(nn.Module):
         width = input_size
         for _ in range(num_layers):
             for _ in range(self.num_directions):
-                cell = self._cell(shapes, bias=bias, train_factors=train_factors, backend=backend, **cell_options)
+                cell = self._cell(shapes, bias=bool(bias), train_factors=train_factors, backend=backend, **cell_options)
                 self.recurrences.append(cell)
                 self.input_maps.append(nn.Linear(width, cell.input_planes * state_size, bias=False))
             width = self.num_directions * cell.output_planes * state_size

@@ -7,20 +7,19 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .bidirectional import KRUBidirectional, refuse_bidirectional, refuse_state
-from .cache_kru import KRUCache, initial_state
+from .bidirectional import refuse_bidirectional, refuse_state
+from .blocks import KRUPlainLayer, KRUResidualLayer
+from .cache_kru import KRUCache, check_cache, initial_state
 from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
-from .feed_forward import KRUFeedForward
-from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
-from .kronecker_linear import KroneckerLinear, structured_linear
-from .readout import linear, normed_linear
+from .gated_cells import KRUGatedRecurrence
+from .kronecker_linear import KroneckerLinear, linear
+from .readout import normed_linear, undropped
 
 
 @dataclass
@@ -30,7 +29,8 @@ class KRUModelOutput(ModelOutput):
     last_hidden_state: (B, T, D), or (B, T, r) with low-rank plain maps; with the full-rank plain wiring the states
         [Re h; Im h] (B, T, 2N) as they are: the heads normalise them while they read.
     past_key_values: the state after the last step. hidden_states: embeddings and each layer's output.
-    unitary_loss: Σ over layers and factors of ‖W_f^H W_f − I‖², without λ.
+    unitary_loss: Σ over layers and factors of ‖W_f^H W_f − I‖², without λ; in training mode only. At any time
+        ``model.unitary_loss()`` gives it.
     """
 
     last_hidden_state: Tensor | None = None
@@ -41,112 +41,16 @@ class KRUModelOutput(ModelOutput):
 
 @dataclass
 class KRUCausalLMOutput(ModelOutput):
-    """loss (with λ · unitary_loss in training mode only), logits (B, T, V), the state, hidden states, the penalty."""
+    """loss (with λ · unitary_loss in training mode only), logits (B, T, V), the state, hidden states.
+
+    unitary_loss: the penalty without λ, in training mode and beside a loss; else None.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: KRUCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     unitary_loss: Tensor | None = None
-
-
-def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence | KRUBidirectional:
-    """The recurrence of a layer: the cell that ``config.cell_type`` names, or two of them."""
-    if config.bidirectional:
-        return KRUBidirectional(build_cell(config), build_cell(config))
-    return build_cell(config)
-
-
-def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
-    """The cell that ``config.cell_type`` names."""
-    if config.gated:
-        cell_class = KRULSTMRecurrence if config.cell_type == "kru_lstm" else KRUGRURecurrence
-        return cell_class(
-            config.factor_shapes,
-            init_scale=config.recurrent_init_scale,
-            chrono_max_length=config.chrono_max_length,
-            train_factors=config.train_factors,
-            backend=config.scan_backend,
-        )
-    return KRURecurrence(
-        config.factor_shapes,
-        activation=config.activation,
-        init=config.recurrent_init,
-        init_scale=config.recurrent_init_scale,
-        init_max_phase=config.recurrent_init_max_phase,
-        bias_init=config.bias_init,
-        train_factors=config.train_factors,
-        backend=config.scan_backend,
-    )
-
-
-class KRUPlainLayer(GradientCheckpointingLayer):
-    """The paper's layer: the embedding is U (through ``io_rank`` if given), the output is [Re h; Im h].
-
-    A bidirectional layer has twice as many planes of U x and of the states: those of the reverse direction come second.
-    """
-
-    def __init__(self, config: KRUConfig) -> None:
-        super().__init__()
-        self.recurrence = build_recurrence(config)
-        width = self.recurrence.input_planes * config.state_size
-        self.in_proj = linear(config.io_rank, width) if config.io_rank else None
-        self.input_dropout = nn.Dropout(config.input_dropout)
-        self.state_dropout = nn.Dropout(config.state_dropout)
-
-    def forward(self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, 2N) or (B, T, r), state (B, 2, N), mask (B, T): (B, T, 2N) and the final state."""
-        cell = self.recurrence
-        inputs = hidden_states if self.in_proj is None else self.in_proj(hidden_states)  # (B, T, 2N)
-        inputs = self.input_dropout(inputs).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
-        states, final = cell(inputs, state, mask)  # (B, T, 2, N), (B, 2, N)
-        return self.state_dropout(states.flatten(-2)), final
-
-
-class KRUResidualLayer(GradientCheckpointingLayer):
-    """Pre-norm residual block D → 2N → scan → D; the maps may have ``io_rank`` or ``kronecker_terms``.
-
-    D → 4N → two scans → D if bidirectional. A gated feed-forward block follows with ``intermediate_size``.
-    """
-
-    def __init__(self, config: KRUConfig) -> None:
-        super().__init__()
-        self.recurrence = build_recurrence(config)
-        self.readout_norm = config.readout_norm
-        self.epsilon = config.layer_norm_epsilon
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        rank = config.io_rank or config.hidden_size
-        self.down = linear(config.hidden_size, rank) if config.io_rank else None
-        terms = config.kronecker_terms
-        self.in_proj = structured_linear(
-            rank, self.recurrence.input_planes * config.state_size, terms, config.input_scale
-        )
-        self.out_proj = structured_linear(self.recurrence.output_planes * config.state_size, rank, terms)
-        self.up = linear(rank, config.hidden_size) if config.io_rank else None
-        self.input_dropout = nn.Dropout(config.input_dropout)
-        self.state_dropout = nn.Dropout(config.state_dropout)
-        self.hidden_dropout = nn.Dropout(config.hidden_dropout)
-        inner = config.intermediate_size
-        self.feed_forward = KRUFeedForward(config.hidden_size, inner, self.epsilon, terms) if inner else None
-
-    def forward(self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, D), state (B, 2, N), mask (B, T): (B, T, D) and the final state (B, 2, N)."""
-        cell = self.recurrence
-        x = self.norm(hidden_states)  # (B, T, D)
-        if self.down is not None:
-            x = self.down(x)  # (B, T, r)
-        inputs = self.input_dropout(self.in_proj(x)).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
-        states, final = cell(inputs, state, mask)  # (B, T, 2, N), (B, 2, N)
-        features = self.state_dropout(states.flatten(-2)).to(x.dtype)  # (B, T, 2N)
-        epsilon = self.epsilon if self.readout_norm else None
-        dropped = self.state_dropout.p if self.training else 0.0
-        read = normed_linear(features, self.out_proj.weight, None, epsilon, dropped)  # (B, T, r)
-        if self.up is not None:
-            read = self.up(read)  # (B, T, D)
-        hidden_states = hidden_states + self.hidden_dropout(read)  # (B, T, D)
-        if self.feed_forward is not None:
-            hidden_states = hidden_states + self.hidden_dropout(self.feed_forward(hidden_states))  # (B, T, D)
-        return hidden_states, final
 
 
 class KRUPreTrainedModel(PreTrainedModel):
@@ -180,6 +84,12 @@ class KRUPreTrainedModel(PreTrainedModel):
         elif (std := getattr(module, "init_std", None)) is not None:
             init.normal_(cast(Tensor, module.weight), std=std)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; a ValueError for a config with ``input_size``, whose model has no tokens."""
+        if self.config.input_size is not None:
+            raise ValueError(f"there is no embedding to resize: input_size must be None, got {self.config.input_size}")
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def recurrent_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The Kronecker factors W_f with their names: the recurrent parameters that the paper counts."""
         return [(name, parameter) for name, parameter in self.named_parameters() if ".factors." in f".{name}"]
@@ -191,16 +101,34 @@ class KRUPreTrainedModel(PreTrainedModel):
     def unitary_loss(self) -> Tensor:
         """Soft unitary penalty of all layers, without λ: a scalar; zero for gated cells, which have none."""
         if self.config.gated:
-            return torch.zeros((), device=self.device)
+            return torch.zeros((), device=None if self.device.type == "meta" else self.device)
         penalties = [module.penalty() for module in self.modules() if isinstance(module, KRURecurrence)]
         return torch.stack(penalties).sum()
 
+    def with_penalty(
+        self, loss: Tensor | None, outputs: KRUModelOutput, share: Tensor | float = 1.0
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss, to which training mode adds λ · ``share`` · penalty, and the penalty to return beside it.
+
+        Without a loss an inference call returns none: pipelines cut all tensors of an output along the batch.
+        """
+        penalty = outputs.unitary_loss
+        if loss is None:
+            return loss, penalty
+        penalty = self.unitary_loss() if penalty is None else penalty  # ()
+        if self.training and self.config.unitary_loss_coef:
+            loss = loss + self.config.unitary_loss_coef * share * penalty.to(loss.device)
+        return loss, penalty
+
     def read(self, features: Tensor, head: nn.Linear) -> Tensor:
         """``head`` on what :class:`KRUModel` returns, normalising states that come as they are: (B, T, out)."""
-        raw = self.config.wiring == "plain" and self.config.io_rank is None and self.config.readout_norm
-        features = features.to(head.weight.dtype)  # (B, T, ·)
-        dropped = float(self.config.state_dropout) if self.training else 0.0
-        return normed_linear(features, head.weight, head.bias, self.config.layer_norm_epsilon if raw else None, dropped)
+        config = self.config
+        raw = config.wiring == "plain" and config.io_rank is None and config.readout_norm
+        scale = undropped(config.state_dropout, self.training)
+        if config.tie_word_embeddings:
+            # The states point where U x does: normalised to length 1, they leave its rows to say how large logits are.
+            scale *= features.shape[-1] ** -0.5
+        return normed_linear(features, head, config.layer_norm_epsilon if raw else None, scale)
 
 
 class KRUModel(KRUPreTrainedModel):
@@ -214,7 +142,9 @@ class KRUModel(KRUPreTrainedModel):
         self.embed_tokens = self.input_map = None
         if config.input_size is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
-            self.embed_tokens.init_std = scale  # type: ignore[assignment]
+            # Tied, it is the output head as well, which has to start with small logits. As U it has to be felt first.
+            shared = config.tie_word_embeddings and not plain
+            self.embed_tokens.init_std = config.initializer_range if shared else scale  # type: ignore[assignment]
         else:
             self.input_map = linear(config.input_size, config.embedding_size, scale * config.input_size**0.5)
         layer_class = KRUPlainLayer if plain else KRUResidualLayer
@@ -252,8 +182,9 @@ class KRUModel(KRUPreTrainedModel):
             return inputs_embeds
         if self.embed_tokens is None:
             raise ValueError(f"a model with input_size = {self.config.input_size} takes input_values, not input_ids")
-        if input_ids.shape[-1] == 0:
-            raise ValueError(f"input_ids must hold at least one token, got the shape {tuple(input_ids.shape)}")
+        if input_ids.ndim != 2 or input_ids.shape[-1] == 0:
+            shape = tuple(input_ids.shape)
+            raise ValueError(f"input_ids must have the shape (B, T) with at least one token, got {shape}")
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(n) for n in input_ids.aminmax())
             vocabulary = self.embed_tokens.num_embeddings
@@ -298,6 +229,7 @@ class KRUModel(KRUPreTrainedModel):
             mask = attention_mask[:, -length:].bool()  # (B, T)
             if not torch.compiler.is_compiling() and bool(mask.all()):
                 mask = None
+        check_cache(past_key_values, len(self.layers))
         if past_key_values is None and use_cache:
             past_key_values = KRUCache(len(self.layers))
         for index, layer in enumerate(self.layers):
@@ -310,13 +242,12 @@ class KRUModel(KRUPreTrainedModel):
             hidden = self.norm(hidden)  # (B, T, D)
         if self.readout is not None:
             epsilon = self.config.layer_norm_epsilon if self.config.readout_norm else None
-            features = hidden.to(self.readout.weight.dtype)  # (B, T, 2N)
-            dropped = float(self.config.state_dropout) if self.training else 0.0
-            hidden = normed_linear(features, self.readout.weight, None, epsilon, dropped)  # (B, T, r)
+            scale = undropped(self.config.state_dropout, self.training)
+            hidden = normed_linear(hidden, self.readout, epsilon, scale)  # (B, T, r)
         return KRUModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
-            unitary_loss=self.unitary_loss(),
+            unitary_loss=self.unitary_loss() if self.training else None,
         )
 
 
@@ -378,20 +309,20 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.read(outputs.last_hidden_state[:, keep], self.lm_head)  # (B, T, V)
-        loss = None
+        loss: Tensor | None = None
+        share: Tensor | float = 1.0
         if labels is not None:
             if kwargs.get("shift_labels") is not None:
                 # transformers takes a view of it, which a window cut from a longer stream does not allow
                 kwargs["shift_labels"] = kwargs["shift_labels"].contiguous()
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training and self.config.unitary_loss_coef:
-                targets = kwargs.get("shift_labels")
-                share = target_share(labels[:, 1:] if targets is None else targets, kwargs.get("num_items_in_batch"))
-                loss = loss + self.config.unitary_loss_coef * share * outputs.unitary_loss.to(loss.device)
+            targets = kwargs.get("shift_labels")
+            share = target_share(labels[:, 1:] if targets is None else targets, kwargs.get("num_items_in_batch"))
+        loss, penalty = self.with_penalty(loss, outputs, share)
         return KRUCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            unitary_loss=outputs.unitary_loss,
+            unitary_loss=penalty,
         )

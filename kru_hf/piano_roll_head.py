@@ -25,7 +25,8 @@ class KRUPianoRollOutput(ModelOutput):
 
     loss: nats per scored frame, with λ · unitary_loss in training mode only; None if no frame is scored.
     logits: (B, T, width), row t for frame t+1. past_key_values: the state after the last frame.
-    hidden_states: embeddings and each layer's output. unitary_loss: the penalty without λ.
+    hidden_states: embeddings and each layer's output. unitary_loss: the penalty without λ, in
+    training mode and beside a loss; else None.
     """
 
     loss: Tensor | None = None
@@ -213,7 +214,6 @@ class KRUForPianoRoll(PianoRollMixin, KRUPreTrainedModel):
         input_values: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: KRUCache | None = None,
-        shift_labels: Tensor | None = None,
         shift_mask: Tensor | None = None,
         use_cache: bool | None = None,
         return_loss: bool = True,
@@ -225,10 +225,11 @@ class KRUForPianoRoll(PianoRollMixin, KRUPreTrainedModel):
             input_values: frames (B, T, width).
             attention_mask: (B, T), 0 for padding before or after a piece: the state holds, the frame is not scored.
             past_key_values: the state that an earlier call returned.
-            shift_labels: targets (B, T, width) already aligned with the logits, for windows of a longer piece; without
-                them frame t is scored with input_values[:, t+1].
             shift_mask: (B, T), which rows of ``shift_labels`` are scored; None: all.
             use_cache: return the state. return_loss: False saves the loss.
+            kwargs: ``shift_labels``, targets (B, T, width) already aligned with the logits, for windows of a longer
+                piece; without them frame t is scored with input_values[:, t+1]. It is no named argument, or the
+                ``Trainer`` would take it for labels that every batch must have.
 
         Returns:
             the loss is the mean over all scored frames of the binary cross-entropy summed over the keys, in nats.
@@ -242,17 +243,16 @@ class KRUForPianoRoll(PianoRollMixin, KRUPreTrainedModel):
             **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
         logits = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width)
-        loss = None
+        loss, shift_labels = None, kwargs.get("shift_labels")
         if return_loss and (shift_labels is not None or input_values.shape[1] > 1):
             loss = roll_loss(logits, *self.scored_frames(input_values, attention_mask, shift_labels, shift_mask))
-            if self.training and self.config.unitary_loss_coef:
-                loss = loss + self.config.unitary_loss_coef * outputs.unitary_loss.to(loss.device)
+        loss, penalty = self.with_penalty(loss, outputs)
         return KRUPianoRollOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            unitary_loss=outputs.unitary_loss,
+            unitary_loss=penalty,
         )
 
 

@@ -1,20 +1,13 @@
-"""Linear maps: their start, and one of RMS-normalised features without a normalised copy of them."""
+"""A linear map of RMS-normalised features, without a normalised copy of them."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:
-    """A linear map without bias whose output starts with ``scale`` times the standard deviation of its input.
-
-    The standard deviation of the weights is left on the module for ``_init_weights``, which sees leaf modules only.
-    """
-    module = nn.Linear(in_features, out_features, bias=False)
-    module.init_std = scale * in_features**-0.5
-    return module
+from .kronecker_linear import KroneckerLinear
+from .transforms import is_transformed
 
 
 class _NormedLinear(torch.autograd.Function):
@@ -40,22 +33,39 @@ class _NormedLinear(torch.autograd.Function):
         return grad_x, scaled.mT @ x, None
 
 
-def normed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float | None, dropped: float = 0.0
-) -> Tensor:
-    """``rms_norm(x) @ weight.T + bias`` for x (…, in), weight (out, in), bias (out,): (…, out).
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of the module is its map and nothing else: no adapter, quantized layer, hook or offloading."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in (nn.Linear, KroneckerLinear) and "forward" not in vars(module) and not any(hooks)
 
-    The norm has no parameters and is applied to the product as one scale a position: x, the widest tensor of the model,
-    is neither copied nor saved a second time. ``epsilon`` None: no norm, an ordinary linear map. ``dropped`` is the
-    probability p with which dropout has zeroed entries of x: that made the norm (1 - p)^(-1/2) times as large, and the
-    product is scaled back by as much, or evaluation would be surer of itself than training was.
+
+def undropped(dropout: float, training: bool) -> float:
+    """By how much the RMS norm of features makes up too little where dropout has zeroed a share of them.
+
+    Dropout makes the norm (1 - p)^(-1/2) times as large: evaluation would be surer of itself than training was.
     """
+    return (1 - dropout) ** -0.5 if training else 1.0
+
+
+def normed_linear(x: Tensor, module: nn.Module, epsilon: float | None, scale: float = 1.0) -> Tensor:
+    """``module(scale * rms_norm(x))`` for a linear map and x (…, in), which is cast to the dtype of the map: (…, out).
+
+    The norm has no parameters. A bare map is not called: norm and scale are applied to the product as one number a
+    position, and x, the widest tensor of the model, is neither copied nor saved a second time. ``epsilon`` None: no
+    norm and no scale, ``module(x)``.
+    """
+    parameter = next(module.parameters(), None)
+    if parameter is not None and parameter.is_floating_point():
+        x = x.to(parameter.dtype)  # (…, in)
     if epsilon is None:
-        return F.linear(x, weight, bias)
+        return module(x)
+    if not is_bare(module) or is_transformed((x, *module.parameters())):
+        return module(F.rms_norm(x, x.shape[-1:], eps=epsilon) * scale)
+    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, getattr(module, "bias", None))  # (out, in), (out,)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     y = _NormedLinear.apply(x.reshape(-1, x.shape[-1]), weight, epsilon)  # (M, out)
-    y = y * (1 - dropped) ** -0.5 if dropped else y  # (M, out)
+    y = y if scale == 1 else y * scale  # (M, out)
     y = y if bias is None else y + bias  # (M, out)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -18,6 +18,7 @@ from .scan_triton import is_available as triton_is_available
 from .scan_triton import kru_scan_triton
 from .scan_triton import supports as triton_supports
 from .scan_triton import unavailable_reason as triton_unavailable_reason
+from .transforms import is_transformed, transformed_backend
 
 logger = logging.getLogger(__name__)
 
@@ -136,14 +137,17 @@ def kru_scan(
 
     Returns:
         states (B, T, 2, N) and final_state (B, 2, N), a copy. Differentiable once in inputs, factors, bias and
-        initial_state.
+        initial_state; more often, by forward mode and by torch.func's transforms with "reference", which "auto" takes
+        for the last two.
 
     Raises:
         ValueError: a shape or an option that does not fit. TypeError: a dtype or device that does not.
-        RuntimeError: the named backend cannot run here.
+        RuntimeError: the named backend cannot run here. NotImplementedError: it cannot be differentiated that way.
     """
     _check(inputs, factors, bias, initial_state, mask, activation, backend)
-    if backend == "auto":
+    if is_transformed((inputs, bias, initial_state, *factors)):
+        backend = transformed_backend(backend)
+    elif backend == "auto":
         backend, reason = choose_backend(inputs, factors)
         if not torch.compiler.is_compiling() and reason not in _told:
             _told.add(reason)

@@ -21,6 +21,7 @@ from .scan_gated_cpu import kru_gated_scan_cpu
 from .scan_gated_cpu import supports as cpu_supports
 from .scan_gated_cpu import unavailable_reason as cpu_unavailable_reason
 from .scan_gated_torch import kru_gated_scan_torch
+from .transforms import is_transformed, transformed_backend
 
 logger = logging.getLogger(__name__)
 
@@ -145,15 +146,18 @@ def kru_gated_scan(
 
     Returns:
         states h_t (B, T, N) and final_state (B, S, N), a copy. Differentiable once in inputs, factors, bias and
-        initial_state.
+        initial_state; more often, by forward mode and by torch.func's transforms with "reference", which "auto" takes
+        for the last two.
 
     Raises:
         ValueError: a shape or an option that does not fit. TypeError: a dtype or device that does not.
-        RuntimeError: the named backend cannot run here.
+        RuntimeError: the named backend cannot run here. NotImplementedError: it cannot be differentiated that way.
     """
     if backend not in GATED_BACKENDS:
         raise ValueError(f"backend of a gated cell must be one of {', '.join(GATED_BACKENDS)}, got {backend!r}")
     _check(inputs, factors, bias, initial_state, mask, cell)
+    if is_transformed((inputs, bias, initial_state, *factors)):
+        backend = transformed_backend(backend)
     if backend in ("auto", "cpu"):
         wanted, (backend, reason) = backend, choose_gated_backend(inputs, factors)
         if wanted == "cpu" != backend:

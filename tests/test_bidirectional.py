@@ -57,7 +57,7 @@ def test_plain_model_equals_two_runs(cell, wiring):
         expected = torch.cat((ahead, behind), -1)
         assert expected.shape[-1] == model.config.hidden_size == 2 * STATE_WIDTH[cell]
         if model.readout is not None:
-            expected = normed_linear(expected, model.readout.weight, None, model.config.layer_norm_epsilon)
+            expected = normed_linear(expected, model.readout, model.config.layer_norm_epsilon)
         assert_near(model(IDS).last_hidden_state, expected, RELATIVE[torch.float32])
     assert (ahead - behind).abs().max() > LOGITS
 
@@ -73,7 +73,7 @@ def test_residual_layer_equals_two_runs(cell):
         ahead, _ = layer.recurrence.forward_cell(inputs[:, :, :half], None, mask)
         behind, _ = layer.recurrence.reverse_cell(inputs[:, :, half:].flip(1), None, mask.flip(1))
         features = torch.cat((ahead.flatten(-2), behind.flip(1).flatten(-2)), -1)
-        expected = x + normed_linear(features, layer.out_proj.weight, None, layer.epsilon)
+        expected = x + normed_linear(features, layer.out_proj, layer.epsilon)
         assert_near(layer(x, None, mask)[0], expected, RELATIVE[torch.float32])
 
 

@@ -97,3 +97,8 @@ def test_bad_arguments_are_named():
         model(torch.ones(2, 3, dtype=torch.long), labels=torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="takes input_values"):
         KRUForTokenClassification(config(input_size=4))(torch.ones(2, 3, dtype=torch.long))
+
+
+def test_a_model_without_tokens_has_no_embedding_to_resize():
+    with pytest.raises(ValueError, match="input_size must be None, got 4"):
+        KRUForSequenceClassification(config(input_size=4)).resize_token_embeddings(12)

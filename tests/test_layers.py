@@ -186,7 +186,7 @@ def test_factors_that_are_no_numbers_have_no_norm_to_hold():
 
 @pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
 def test_bias_false_and_frozen_factors_stay_so(layer_class):
-    layer = layer_class(3, 6, num_layers=2, bias=False, train_factors=False)
+    layer = layer_class(3, 6, num_layers=2, bias=0, train_factors=False)  # torch's layers take 0 for False
     for _ in range(2):
         for cell in layer.recurrences:
             assert not cell.bias.any() and not cell.bias.requires_grad

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = {
     "configuration_kru": 1,
     "kronecker": 0,
+    "transforms": 0,
     "scan_reference": 2,
     "scan_torch": 2,
     "scan_cpu": 2,
@@ -21,13 +22,15 @@ RANK = {
     "scan": 5,
     "cells": 6,
     "cache_kru": 6,
-    "readout": 6,
+    "kronecker_linear": 6,
+    "readout": 7,
     "feed_forward": 7,
     "gated_cells": 7,
     "bidirectional": 8,
-    "modeling_kru": 9,
-    "heads_kru": 10,
-    "piano_roll_head": 10,
+    "blocks": 9,
+    "modeling_kru": 10,
+    "heads_kru": 11,
+    "piano_roll_head": 11,
 }
 PACKAGE = sorted((ROOT / "kru_hf").glob("*.py"))
 SOURCES = [path for folder in ("kru_hf", "training", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -1,5 +1,7 @@
 """The language model behaves as transformers' own models do."""
 
+import math
+
 import pytest
 import torch
 from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, tiny_config, tiny_model
@@ -203,6 +205,16 @@ def test_trainer_with_defaults_saves_and_evaluates(tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
+@EVERY
+def test_tied_embeddings_start_near_the_level_of_chance(wiring):
+    """The embedding is the head as well, and what the head reads points where the embedding does."""
+    torch.manual_seed(0)
+    model = KRUForCausalLM(
+        tiny_config(tie_word_embeddings=True, state_size=144, factor_shapes=[[12, 12]] * 2, **wiring)
+    )
+    assert model(IDS, labels=IDS).loss < math.log(11) + 1
+
+
 @pytest.mark.parametrize("bad", [-1, 11])
 def test_ids_out_of_range(bad):
     with pytest.raises(ValueError, match=rf"input_ids must be in \[0, 11\), got {bad}"):
@@ -213,8 +225,9 @@ def test_bad_inputs_are_named():
     model = tiny_model()
     with pytest.raises(ValueError, match="exactly one of"):
         model()
-    with pytest.raises(ValueError, match="at least one token"):
-        model(torch.zeros(1, 0, dtype=torch.long))
+    for shape in ((1, 0), (5,), (1, 2, 3)):
+        with pytest.raises(ValueError, match="input_ids must have the shape .* at least one token"):
+            model(torch.zeros(shape, dtype=torch.long))
     for shape in ((len(IDS), IDS.shape[1] - 1), (1, IDS.shape[1]), (len(IDS), 1, IDS.shape[1])):
         with pytest.raises(ValueError, match="attention_mask must have the shape"):
             model(IDS, attention_mask=torch.ones(shape))

@@ -32,7 +32,6 @@ class BaselineForPianoRoll(PianoRollMixin, BaselinePreTrainedModel):
         input_values: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: KRUCache | None = None,
-        shift_labels: Tensor | None = None,
         shift_mask: Tensor | None = None,
         use_cache: bool | None = None,
         return_loss: bool = True,
@@ -46,7 +45,7 @@ class BaselineForPianoRoll(PianoRollMixin, BaselinePreTrainedModel):
             attention_mask=attention_mask, past_key_values=past_key_values, inputs_embeds=frames, use_cache=use_cache
         )
         logits = self.key_head(self.dropout(out.last_hidden_state))  # (B, T, width)
-        loss = None
+        loss, shift_labels = None, kwargs.get("shift_labels")
         if return_loss and (shift_labels is not None or input_values.shape[1] > 1):
             loss = roll_loss(logits, *self.scored_frames(input_values, attention_mask, shift_labels, shift_mask))
         return KRUPianoRollOutput(loss=loss, logits=logits, past_key_values=out.past_key_values)

@@ -45,10 +45,9 @@ PARTS = {
 TWO_STEP = "kru 2×2 before"
 
 
-def two_step_readout(x, weight, bias, epsilon, dropped=0.0):
+def two_step_readout(x, module, epsilon, scale=1.0):
     """`normed_linear` as it was at first: a normalised copy of the states x (B, T, 2N), then the map."""
-    normed = x if epsilon is None else F.rms_norm(x, x.shape[-1:], eps=epsilon)  # (B, T, 2N)
-    return F.linear(normed, weight, bias)  # (B, T, out)
+    return module(x if epsilon is None else F.rms_norm(x, x.shape[-1:], eps=epsilon))  # (B, T, out)
 
 
 def train_step(name: str, loop: TrainingLoop) -> None:

@@ -1,0 +1,64 @@
+"""The cache's operations on the batch, and the precision of the states that a model is given."""
+
+import pytest
+import torch
+from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_model
+
+from kru_hf import KRUCache
+
+EVERY = pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
+IDS = torch.tensor([[3, 1, 4, 1, 5], [2, 6, 5, 3, 5], [8, 9, 7, 9, 3]])
+FIRST, LAST = IDS[:, :3], IDS[:, 3:]
+
+
+def after_first(model, rows=slice(None)):
+    """The state after the first tokens of these sequences."""
+    return model(FIRST[rows], use_cache=True).past_key_values
+
+
+@EVERY
+def test_rows_of_a_state_go_where_they_are_sent(options):
+    model = tiny_model(**options)
+    rows = torch.tensor([2, 0])
+    expected = model(IDS).logits[:, 3:]
+    for method in ("batch_select_indices", "reorder_cache"):
+        cache = after_first(model)
+        getattr(cache, method)(rows)
+        assert_near(model(LAST[rows], past_key_values=cache).logits, expected[rows], LOGITS)
+    cache = after_first(model)
+    cache.batch_repeat_interleave(2)
+    twice = LAST.repeat_interleave(2, 0)
+    assert_near(model(twice, past_key_values=cache).logits, expected.repeat_interleave(2, 0), LOGITS)
+
+
+@EVERY
+def test_a_reset_cache_is_an_empty_one(options):
+    model = tiny_model(**options)
+    cache = after_first(model)
+    assert cache.get_seq_length() == FIRST.shape[1]
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.states == []
+    assert_near(model(IDS[:1], past_key_values=cache).logits, model(IDS[:1]).logits, LOGITS)
+
+
+@EVERY
+def test_given_states_are_carried_in_full_precision(options):
+    """A state in bfloat16 is taken for what it says, and what is computed from it keeps all digits."""
+    model = tiny_model(**options)
+    states = [state.bfloat16() for state in after_first(model).states]
+    expected = model(LAST, past_key_values=KRUCache.from_states([s.float() for s in states]), use_cache=True)
+    found = model(LAST, past_key_values=KRUCache.from_states(states), use_cache=True)
+    assert torch.equal(found.logits, expected.logits)
+    assert [state.dtype for state in found.past_key_values.states] == [torch.float32] * len(states)
+
+
+def test_a_cache_for_another_model_is_refused():
+    model = tiny_model()
+    states = after_first(model).states
+    for given in (states[:1], [*states, states[0]]):
+        with pytest.raises(
+            ValueError, match=f"past_key_values must be a KRUCache with 2 layers.*with {len(given)} layers"
+        ):
+            model(LAST, past_key_values=KRUCache.from_states(given))
+    with pytest.raises(ValueError, match="past_key_values must be a KRUCache with 2 layers.*got tuple with 0 layers"):
+        model(LAST, past_key_values=tuple(states))
