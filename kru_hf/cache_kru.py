@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 
 class KRUCacheLayer(CacheLayerMixin):
-    """State of one layer (B, S, N), fp32, and the number of tokens that it has seen.
+    """State of one layer (B, S, N) and the number of tokens that it has seen; models return it in fp32 or fp64.
 
     The state is assigned, never written in place: gradients flow through it from one call to the next.
     """
@@ -127,4 +126,4 @@ def initial_state(cache: DynamicCache | None, layer_index: int, shape: tuple[int
     state = cast(KRUCacheLayer, cache.layers[layer_index]).state
     if state is not None and tuple(state.shape) != shape:
         raise ValueError(f"past_key_values holds a state of the shape {tuple(state.shape)}, this call needs {shape}")
-    return state if state is None or state.dtype == torch.float64 else state.float()
+    return state
