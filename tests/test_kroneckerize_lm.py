@@ -89,6 +89,11 @@ def test_shapes_are_the_nearest_of_all():
         nearest_shapes(13, 5)
 
 
+def test_options_of_a_data_set_without_its_name(tmp_path, capsys):
+    assert main([f"--model={tmp_path}", f"--output_dir={tmp_path / 'out'}", "--text_column=text"]) == 1
+    assert "text_column='text' has no effect here: it works with dataset" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from kru_hf import scan_triton
-from training.arguments import parse_arguments
+from training.arguments import MAX_SEED, parse_arguments
 from training.evaluate import main as evaluate
 from training.train import main
 
@@ -76,6 +76,12 @@ def test_unknown_option_ends_with_one_line():
     assert "Traceback" not in done.stderr
 
 
+def test_the_largest_seed_trains(text_file, tmp_path):
+    words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, f"--seed={MAX_SEED}"]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["options"]["seed"] == MAX_SEED
+
+
 def test_an_engine_that_cannot_run_is_refused_before_anything_is_written(text_file, trained, tmp_path, capsys):
     if scan_triton.is_available():
         pytest.skip("here the engine runs")
@@ -121,6 +127,9 @@ def test_evaluate_bad_input(trained, tmp_path, capsys):
         ([f"--model={tmp_path}"], "has no readable training.json"),
         ([f"--model={trained}", "--splt=test"], "did you mean 'split'"),
         ([f"--model={trained}", "--split=train"], "invalid choice: 'train'"),
+        ([f"--model={trained}", "--dataset_revision=v1"], "dataset_revision='v1' has no effect here: it works with"),
+        ([f"--model={trained}", "--dataset-config", "en"], "dataset_config='en' has no effect here"),
+        ([f"--model={trained}", "--text_column=text"], "pass --dataset or remove it"),
     ):
         assert evaluate(words) == 1
         assert message in capsys.readouterr().err

@@ -14,8 +14,9 @@ from kru_hf import KRUConfig
 from training.arguments import ModelOptions, parse_arguments, parse_factor_shapes
 from training.corpora import load_corpus, python_docs, split_text
 from training.errors import UserError
+from training.models import build_model
 from training.optimization import learning_rate, parameter_groups
-from training.tasks import DataOptions, Layout
+from training.tasks import DataOptions, Layout, get_task
 from training.tasks.char_lm import IGNORED, CharLM, CharOptions
 from training.train import main
 
@@ -212,8 +213,6 @@ def test_learning_rate_schedule():
 
 
 def test_factors_have_their_own_rate_and_no_decay():
-    from training.models import build_model
-
     model = build_model("causal_lm", ModelOptions(state_size=24, wiring="plain"), vocab_size=10)
     run = parse_arguments(["--weight_decay", "0.1", "--factor_learning_rate_scale", "0.2"]).run
     groups = parameter_groups(model, run)
@@ -249,6 +248,12 @@ def test_weight_decay_is_adamws():
         ("--architecture lstm --factor_learning_rate_scale 1", "factor_learning_rate_scale=1.0", "trained factors"),
         ("--train_factors false --factor_learning_rate_scale 1", "factor_learning_rate_scale=1.0", "trained factors"),
         ("--train_factors false --unitary_loss_coef 0.1", "unitary_loss_coef=0.1", "trained factors"),
+        ("--activation identity --bias_init 0.1", "bias_init=0.1", "activation modrelu"),
+        ("--architecture lstm --num_hidden_layers 1 --hidden_dropout 0.5", "hidden_dropout=0.5", ".*_layers 2 or more"),
+        ("jsb_chorales --architecture orthogonal --hidden_dropout 0.5", "hidden_dropout=0.5", ".*_layers 2 or more"),
+        ("ptb_char --tie_word_embeddings true --input_scale 1", "input_scale=1.0", "tie_word_embeddings false"),
+        ("ptb_char --readout_norm false --layer_norm_epsilon 1e-3", "layer_norm_epsilon=0.001", "readout_norm true"),
+        ("pixel_mnist --bidirectional true --use_cache true", "use_cache=True", "bidirectional false"),
         ("--hub_model_id me/kru", "hub_model_id='me/kru'", "push_to_hub true"),
         ("--hub_private_repo true", "hub_private_repo=True", "push_to_hub true"),
     ],
@@ -268,6 +273,15 @@ def test_what_has_an_effect_or_is_off_is_none(tmp_path):
     recipe.write_text("adam_beta2: 0.9\nfactor_learning_rate_scale: 1.0\n")
     assert parse_arguments([str(recipe), "--optimizer", "rmsprop"]).run.optimizer == "rmsprop"
     assert parse_arguments([str(recipe), "--architecture", "lstm"]).run.factor_learning_rate_scale == 1.0
+    recipe.write_text("num_hidden_layers: 2\nhidden_dropout: 0.1\nbias_init: 0.0\n")
+    for words, layers, dropout in (
+        (["--architecture=lstm", "--num_hidden_layers=1"], 1, 0.1),  # the recipe's default, for its two layers
+        (["--architecture=lstm", "--num_hidden_layers=1", "--hidden_dropout=0"], 1, 0.0),
+        (["--architecture=lstm", "--hidden_dropout=0.2"], 2, 0.2),
+        (["--activation=identity", "--num_hidden_layers=1", "--hidden_dropout=0.2"], 1, 0.2),
+    ):
+        model = parse_arguments([str(recipe), *words]).model
+        assert (model.num_hidden_layers, model.hidden_dropout) == (layers, dropout)
 
 
 @pytest.mark.parametrize("name", ["bias_init", "unitary_loss_coef", "max_recurrent_norm"])
@@ -276,7 +290,20 @@ def test_options_of_the_complex_cell_are_refused_for_gated_ones(name):
         parse_arguments(["--cell_type", "kru_gru", f"--{name}", "0.5"])
 
 
+@pytest.mark.parametrize("head", ["sequence_classification", "token_classification", "piano_roll"])
+def test_tied_embeddings_are_for_language_models(head):
+    with pytest.raises(UserError, match=f"tie_word_embeddings=True cannot be given for a {head} task"):
+        build_model(head, ModelOptions(tie_word_embeddings=True), vocab_size=10)
+
+
 @pytest.mark.parametrize("task", ["pixel_mnist", "piano_roll", "phonemes"])
 def test_hub_options_are_refused_for_built_in_data(tmp_path, capsys, task):
     assert main(["--task", task, "--dataset_revision", "x", "--output_dir", str(tmp_path / "run")]) == 1
     assert "dataset_revision='x' is for a data set of the Hub, but dataset='" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["adding", "copy_memory"])
+def test_hub_options_are_refused_for_generated_data(task):
+    made = get_task(task)(get_task(task).Options(train_samples=1), DataOptions(dataset_revision="x"))
+    with pytest.raises(UserError, match="dataset_revision='x' is for a data set of the Hub"):
+        made.load()

@@ -18,46 +18,14 @@ from transformers import HfArgumentParser
 from .errors import UserError
 from .idle_options import given_names, refuse_idle
 from .machine import shown_command
+from .superseded import superseded
 from .tasks import DataOptions, get_task, task_names
 
 ARCHITECTURES = ("kru", "rnn", "lstm", "gru", "orthogonal", "low_rank", "unitary")
-KRU_ONLY = frozenset(
-    [
-        "factor_size",
-        "factor_shapes",
-        "cell_type",
-        "wiring",
-        "bidirectional",
-        "io_rank",
-        "kronecker_terms",
-        "intermediate_size",
-        "readout_norm",
-        "recurrent_init",
-        "recurrent_init_scale",
-        "recurrent_init_max_phase",
-        "bias_init",
-        "input_scale",
-        "activation",
-        "unitary_loss_coef",
-        "max_recurrent_norm",
-        "train_factors",
-        "scan_backend",
-        "layer_norm_epsilon",
-        "initializer_range",
-    ]
-)
-# Not of a strictly unitary kru.
-SOFT_ONLY = frozenset(["cell_type", "recurrent_init_scale", "unitary_loss_coef", "max_recurrent_norm"])
-# What a recipe chooses for its own cell_type.
-CELL_ONLY = frozenset(
-    ["input_scale", "recurrent_init", "recurrent_init_scale", "recurrent_init_max_phase", "bias_init"]
-    + ["chrono_max_length", "activation", "unitary_loss_coef", "max_recurrent_norm"]
-)
-# What a recipe chooses for its own wiring.
-OF_WIRING = frozenset(
-    ["num_hidden_layers", "hidden_size", "io_rank", "kronecker_terms", "intermediate_size", "hidden_dropout"]
-)
 RECIPES = Path(__file__).parent / "recipes"
+# Options of the model that 0 turns off, as if they were not given: so a recipe's own can be taken back.
+OFF_AT_ZERO = ("io_rank", "kronecker_terms", "intermediate_size", "chrono_max_length")
+MAX_SEED = 2**63 - 1  # torch takes unsigned numbers of 64 bits, and each process adds its own number to the seed
 
 
 def option(default: Any, text: str) -> Any:
@@ -69,6 +37,11 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise `UserError` naming the option, its value and what is allowed."""
     if not condition:
         raise UserError(f"{name}={value!r} is not valid: it must be {allowed}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise `UserError` for a seed that torch or NumPy would not take."""
+    require(0 <= seed <= MAX_SEED, "seed", seed, f"between 0 and {MAX_SEED}")
 
 
 @dataclass
@@ -90,12 +63,12 @@ class ModelOptions:
     bidirectional: bool | None = option(
         None, "Whether a kru model also reads from the end of the sequence: for tasks that classify."
     )
-    io_rank: int | None = option(None, "Rank of the input and readout maps of a kru model; not given means full.")
+    io_rank: int | None = option(None, "Rank of the input and readout maps of a kru model; not given or 0: full.")
     kronecker_terms: int | None = option(
-        None, "Kronecker products whose sum each map of a residual kru model is; not given means dense maps."
+        None, "Kronecker products whose sum each map of a residual kru model is; not given or 0: dense maps."
     )
     intermediate_size: int | None = option(
-        None, "Width of the gated feed-forward block after each recurrence of a kru model; not given means none."
+        None, "Width of the gated feed-forward block after each recurrence of a kru model; not given or 0: none."
     )
     readout_norm: bool | None = option(None, "Whether the state is normalised where it is read.")
     recurrent_rank: int | None = option(None, "Rank of the recurrent matrix of low_rank; default: state_size / 8.")
@@ -134,23 +107,27 @@ class ModelOptions:
             require(0 <= self.max_recurrent_norm < math.inf, "max_recurrent_norm", self.max_recurrent_norm, "0 or more")
         if self.parameter_budget is not None:
             require(self.parameter_budget >= 1, "parameter_budget", self.parameter_budget, "1 or more")
+        for name in OFF_AT_ZERO:
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, value, "positive, or 0 to turn it off")
         if self.cell_type in ("kru_lstm", "kru_gru"):
             for name in ("bias_init", "unitary_loss_coef", "max_recurrent_norm"):
                 require(not getattr(self, name), name, getattr(self, name), f"left out with cell_type {self.cell_type}")
         parse_factor_shapes(self.factor_shapes)
         if self.model is not None and self.parameter_budget is not None:
             raise UserError(f"model={self.model!r} has its size already; remove parameter_budget")
-        if self.model is not None and self.config_values():
-            raise UserError(
-                f"model={self.model!r} brings its own configuration; remove {', '.join(sorted(self.config_values()))}"
-            )
+        own = sorted([*self.config_values(), *self.turned_off()])
+        if self.model is not None and own:
+            raise UserError(f"model={self.model!r} brings its own configuration; remove {', '.join(own)}")
+
+    def turned_off(self) -> list[str]:
+        """The config fields that were given as 0, which stands for none."""
+        return [name for name in OFF_AT_ZERO if getattr(self, name) == 0]
 
     def config_values(self) -> dict[str, Any]:
-        """The config fields that were given, by name."""
-        others = ("architecture", "model", "parameter_budget", "max_recurrent_norm")
+        """The config fields that were given and not turned off, by name."""
+        others = ("architecture", "model", "parameter_budget", "max_recurrent_norm", *self.turned_off())
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k not in others}
-        if self.chrono_max_length == 0:
-            del values["chrono_max_length"]
         if "factor_shapes" in values:
             values["factor_shapes"] = parse_factor_shapes(values["factor_shapes"])
         return values
@@ -229,10 +206,10 @@ class RunOptions:
             "save_total_limit",
             "early_stopping_patience",
             "sample_length",
-            "seed",
             "num_threads",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        check_seed(self.seed)
         if self.weight_decay is None:
             self.weight_decay = 0.0 if self.optimizer == "rmsprop" else 0.01
         if self.optimizer == "rmsprop":
@@ -347,42 +324,6 @@ def parse_arguments(argv: list[str] | None = None, program: str = "training.trai
     refuse_idle(words, arguments.flat())
     arguments.command = shown_command(argv, program)
     return arguments
-
-
-def superseded(name: str, recipe: dict[str, Any], given: ModelOptions, words: list[str]) -> bool:
-    """Whether a recipe's key is about another network than the one that the command line names."""
-    if name not in {f.name for f in dataclasses.fields(ModelOptions)}:
-        return False
-    if given.model is not None:
-        return True
-    # Another size, or other factors, than the recipe's: its own would contradict them.
-    if name in ("state_size", "factor_shapes") and given.parameter_budget is not None:
-        return True
-    if name == "parameter_budget" and (given.state_size or given.factor_shapes):
-        return True
-    if name in ("factor_shapes", "factor_size") and (given.state_size or given.factor_shapes or given.factor_size):
-        return True
-    if name == "state_size" and given.factor_shapes is not None:
-        return True
-    # Maps are low-rank or sums of Kronecker products, not both.
-    if (name == "io_rank" and given.kronecker_terms) or (name == "kronecker_terms" and given.io_rank):
-        return True
-    # Only random factors have phases to choose.
-    if name == "recurrent_init_max_phase" and given.recurrent_init not in (None, "random"):
-        return True
-    # Another cell starts in another way, and only trained factors of a complex one have a norm to hold.
-    if name in CELL_ONLY and given.cell_type not in (None, recipe.get("cell_type", "kru")):
-        return name != "chrono_max_length" or given.cell_type == "kru"
-    if name == "max_recurrent_norm" and given.train_factors is False:
-        return True
-    # Another wiring is another network: the plain one has a single layer, and its width follows from the state.
-    if name in OF_WIRING and given.wiring not in (None, recipe.get("wiring")):
-        return True
-    asked = "architecture" in given_names(words)
-    foreign = (SOFT_ONLY if given.architecture == "unitary" else KRU_ONLY) | {"architecture"}
-    if given.architecture not in ("lstm", "gru"):
-        foreign |= {"chrono_max_length"}
-    return asked and given.architecture != recipe.get("architecture", "kru") and name in foreign
 
 
 def parse_words(classes: list[Any], words: list[str], program: str) -> list[Any]:

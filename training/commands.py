@@ -7,12 +7,13 @@ import shlex
 from collections.abc import Collection
 from typing import Any
 
-from .arguments import parse_arguments
+from .arguments import OFF_AT_ZERO, parse_arguments
 from .errors import UserError
 from .idle_options import given_names, idle
 from .machine import UNSHOWN
 
-OFF = {"max_recurrent_norm": 0.0, "chrono_max_length": 0}  # what turns off an option that a recipe has got since
+# What turns off an option that a recipe has got since.
+OFF = {"max_recurrent_norm": 0.0, **dict.fromkeys(OFF_AT_ZERO, 0)}
 PLACES = ("dataset", "model", "output_dir")  # a command shows the last part of a path alone
 
 
@@ -35,23 +36,26 @@ def amended(command: str, options: dict[str, Any], config: dict[str, Any]) -> st
         return command
     words = without(words, idle(options))  # what had no effect then is refused now
     differing = words
-    while differing:  # an option that is added can displace another one of the recipe
+    while differing:  # an option that is added can displace others of the recipe, which then need not be turned off
         try:
             now = parse_arguments(words[start + 1 :]).flat()
         except UserError:  # of a recipe that is gone, or with options that were allowed then
             return command
-        differing = []
+        differing, off = [], list[str]()
         without_effect = idle({**now, **options})  # refused on a command line
         for name, value in now.items():
             if name in without_effect:
                 continue
-            before = options.get(name)
+            before, unset = options.get(name), False
             if before is None and value is not None:
                 # Not set then: what the model took for it. The bound of the norm is in no config.
-                before = OFF.get(name) if config.get(name) is None else config[name]
+                unset = config.get(name) is None
+                before = OFF.get(name) if unset else config[name]
             if before is None or isinstance(before, list) or name in (*UNSHOWN, *PLACES) or f"--{name}" in words:
                 continue
             if before != value and (before or value):
-                differing += [f"--{name}", before if isinstance(before, str) else json.dumps(before)]
+                added = off if unset else differing
+                added += [f"--{name}", before if isinstance(before, str) else json.dumps(before)]
+        differing = differing or off
         words = words + differing
     return shlex.join(words)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from kru_hf.piano_roll import NUM_PITCHES, MidiError, PianoRoll, draw_roll, read_midi, write_midi, write_wav
 
-from .arguments import option, parse_words, require
+from .arguments import check_seed, option, parse_words, require
 from .cards import read_json
 from .checkpoint import RUN_FILES
 from .errors import UserError
@@ -60,8 +60,9 @@ class ComposeOptions:
         require(free, "output", self.output, "another name, as a run keeps its own record there")
         require(self.num_frames >= 1, "num_frames", self.num_frames, "1 or more")
         require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more and finite")
-        for name in ("prime_frames", "max_voices", "min_voices", "frames_per_quarter", "seed"):
+        for name in ("prime_frames", "max_voices", "min_voices", "frames_per_quarter"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        check_seed(self.seed)
         most = self.max_voices or NUM_PITCHES
         require(self.min_voices <= most, "min_voices", self.min_voices, f"at most {most}, the most voices allowed")
         require(self.tempo == 0 or 10 <= self.tempo <= 1000, "tempo", self.tempo, "between 10 and 1000, or 0")

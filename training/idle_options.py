@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import UserError
 
+KRONECKER = ("kru", "unitary")  # architectures with hidden_dropout in each block; others have it between two layers
 WITH_FACTORS = ("kru", "unitary", "orthogonal")  # architectures whose recurrent matrices come from trained generators
 
 
@@ -18,7 +19,10 @@ def given_names(words: list[str]) -> set[str]:
 def idle(values: Mapping[str, Any]) -> dict[str, str]:
     """The options of a run, by name and value, that have no effect beside the others, and what they would work with."""
     frozen = values.get("train_factors") is False
-    with_factors = values.get("model") is not None or values.get("architecture", "kru") in WITH_FACTORS
+    architecture = values.get("architecture", "kru")
+    with_factors = values.get("model") is not None or architecture in WITH_FACTORS
+    one_layer = architecture not in KRONECKER and values.get("num_hidden_layers") in (None, 1)
+    plain, tied = values.get("wiring") == "plain", bool(values.get("tie_word_embeddings"))
     adamw = values.get("optimizer", "adamw") == "adamw"
     schedule = values.get("lr_scheduler_type", "cosine")
     pushed = bool(values.get("push_to_hub"))
@@ -33,6 +37,11 @@ def idle(values: Mapping[str, Any]) -> dict[str, str]:
             f"trained factors, of architecture {', '.join(WITH_FACTORS)}",
         ),
         "unitary_loss_coef": (not (frozen and values.get("unitary_loss_coef")), "trained factors"),
+        "bias_init": (values.get("activation") != "identity", "activation modrelu"),
+        "input_scale": (not (plain and tied), "tie_word_embeddings false"),
+        "layer_norm_epsilon": (not (plain and values.get("readout_norm") is False), "readout_norm true"),
+        "hidden_dropout": (not (one_layer and values.get("hidden_dropout")), "num_hidden_layers 2 or more"),
+        "use_cache": (not (values.get("bidirectional") and values.get("use_cache")), "bidirectional false"),
         "hub_model_id": (pushed, "push_to_hub true"),
         "hub_private_repo": (pushed or not values.get("hub_private_repo"), "push_to_hub true"),
     }

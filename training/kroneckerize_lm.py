@@ -27,7 +27,7 @@ from . import processes
 from .arguments import Arguments, ModelOptions, RunOptions, option, parse_words, require
 from .baselines import TORCH_CELLS
 from .errors import UserError
-from .evaluate import EvaluateOptions, load_task, read_record
+from .evaluate import EvaluateOptions, load_task, read_record, refuse_without_dataset
 from .evaluation import evaluate
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, shown_command
@@ -217,6 +217,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 def run(argv: list[str]) -> list[dict[str, Any]]:
     """All rows; the table is written after each, so that an interrupted one is not lost."""
     options, data = parse_words([KroneckerizeOptions, DataOptions], argv, "training.kroneckerize_lm")
+    refuse_without_dataset(argv, data)
     folder = Path(options.output_dir)
     rows: list[dict[str, Any]] = []
     with StopRequest() as stop:

@@ -67,6 +67,8 @@ def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedMod
         )
     if values.get("bidirectional") and head in STREAMED:
         raise UserError(f"bidirectional=True cannot be given for a {head} task: it would read what it is to predict")
+    if values.get("tie_word_embeddings") and head != "causal_lm":
+        raise UserError(f"tie_word_embeddings=True cannot be given for a {head} task: its outputs are not its inputs")
     if options.parameter_budget is not None:
         values = within_budget(head, config_type, options, values)
     config = make_config(config_type, values)
@@ -99,7 +101,9 @@ def check_engine(config: PreTrainedConfig) -> None:
 
 
 def within_budget(head: str, config_type: Any, options: ModelOptions, values: dict[str, Any]) -> dict[str, Any]:
-    """Config values of the largest model within `options.parameter_budget`."""
+    """Config values of the largest model within `options.parameter_budget`; what was turned off stays so."""
+    known = {f.name for f in dataclasses.fields(config_type)}
+    values = {**values, **{name: None for name in options.turned_off() if name in known}}
 
     def count(trial: dict[str, Any]) -> int:
         config = make_config(config_type, trial)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import UserError
-from .tasks.base import Batch, Layout, Task, TaskOutput
+from .tasks.base import Batch, DataOptions, Layout, Task, TaskOutput
 
 SPLITS = ("train", "validation", "test")
 IGNORED = -100  # label that is not scored
@@ -139,7 +139,8 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def check_generated(name: str, dataset: str | None) -> None:
-    """Generated data have one name; another one is an error."""
-    if dataset not in (None, name):
-        raise UserError(f"dataset={dataset!r} is not valid: the data of this task are generated; leave it out")
+def check_generated(name: str, data: DataOptions) -> None:
+    """Generated data have one name; another one, or an option of a data set of the Hub, is an error."""
+    if data.dataset not in (None, name):
+        raise UserError(f"dataset={data.dataset!r} is not valid: the data of this task are generated; leave it out")
+    data.refuse_hub_options()

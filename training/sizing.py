@@ -47,7 +47,8 @@ def fit_to_budget(budget: int, architecture: str, values: dict[str, Any], count:
 
     Args:
         budget: most parameters of the whole model. architecture: as in `--architecture`.
-        values: config fields, given ones and those that the data fixes. count: their number of parameters.
+        values: config fields, given ones (None: turned off) and those that the data fixes.
+        count: their number of parameters.
 
     Raises:
         UserError: no dimension is free, the smallest model is too large, or none comes within 8 % of the budget.
@@ -114,7 +115,7 @@ def free_field(architecture: str, values: dict[str, Any]) -> str:
     else:
         rank = ["recurrent_rank"] if architecture == "low_rank" else []
         order = ["state_size", *rank, *(["hidden_size"] if embeds(values) else [])]
-    given = {name for name, value in values.items() if value is not None}
+    given = set(values)
     if "factor_shapes" in given:
         given.add("state_size")
     for name in order:

@@ -30,7 +30,7 @@ class Adding(SequenceTask):
     Options = GeneratedOptions
 
     def load(self, tokenizer: Any = None) -> None:
-        check_generated(self.name, self.data.dataset)
+        check_generated(self.name, self.data)
 
     def samples(self, split: str) -> int:
         return self.options.samples(split)

@@ -53,7 +53,7 @@ class CopyMemory(SequenceTask):
     symbols: dict[str, np.ndarray]
 
     def load(self, tokenizer: Any = None) -> None:
-        check_generated(self.name, self.data.dataset)
+        check_generated(self.name, self.data)
         sizes = [self.samples(split) for split in SPLITS]
         random = np.random.default_rng(self.options.data_seed)
         codes = random.choice(SYMBOLS**RECALLED, sum(sizes), replace=False)  # (S,)
