@@ -254,6 +254,7 @@ def test_weight_decay_is_adamws():
         ("ptb_char --tie_word_embeddings true --input_scale 1", "input_scale=1.0", "tie_word_embeddings false"),
         ("ptb_char --readout_norm false --layer_norm_epsilon 1e-3", "layer_norm_epsilon=0.001", "readout_norm true"),
         ("pixel_mnist --bidirectional true --use_cache true", "use_cache=True", "bidirectional false"),
+        ("--resume_from_checkpoint last --overwrite_output_dir true", "overwrite_output_dir=True", "a new run"),
         ("--hub_model_id me/kru", "hub_model_id='me/kru'", "push_to_hub true"),
         ("--hub_private_repo true", "hub_private_repo=True", "push_to_hub true"),
     ],

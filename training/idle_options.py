@@ -42,6 +42,10 @@ def idle(values: Mapping[str, Any]) -> dict[str, str]:
         "layer_norm_epsilon": (not (plain and values.get("readout_norm") is False), "readout_norm true"),
         "hidden_dropout": (not (one_layer and values.get("hidden_dropout")), "num_hidden_layers 2 or more"),
         "use_cache": (not (values.get("bidirectional") and values.get("use_cache")), "bidirectional false"),
+        "overwrite_output_dir": (
+            not (values.get("resume_from_checkpoint") and values.get("overwrite_output_dir")),
+            "a new run, not with resume_from_checkpoint",
+        ),
         "hub_model_id": (pushed, "push_to_hub true"),
         "hub_private_repo": (pushed or not values.get("hub_private_repo"), "push_to_hub true"),
     }

@@ -1,7 +1,8 @@
 """The results table and learning curves of runs: `python -m training.report RUNS… --output model_cards/RESULTS.md`.
 
 RUNS are folders of `training.train`, of released models, or folders that hold such; their weights are not needed. All
-figures come from the runs' own records. What was not run stays blank.
+figures come from the runs' own records. What was not run stays blank. RUNS may also be reports that this command wrote
+earlier (`.md`): of runs whose folders are gone, their rows and commands are taken over as they stand there.
 """
 
 from __future__ import annotations
@@ -9,28 +10,42 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .cards import METRICS as METRIC_NAMES
 from .cards import shown
 from .checkpoint import write_files
+from .earlier_report import HEAD, TITLE, Line, Section, is_report, output_dir, read_reports
 from .errors import UserError
 from .paper_figures import FIGURES, PaperFigure
 from .paper_figures import METRICS as PAPER_METRICS
 from .results import Row, Run, find_runs, mean_and_spread, settings
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-HEAD = ("model", "parameters", "recurrent", "validation", "test", "seeds", "steps", "time", "machine")
 FOOT = (
     "± is the standard deviation over seeds (n − 1). Rows are ordered by the validation figure, which also chose the "
     "weights of each run. time: mean wall time of training, evaluations excluded. Blank: not run, or not recorded."
 )
 
 
-def table(head: tuple[str, ...], lines: list[list[str]]) -> str:
+@dataclass(frozen=True)
+class Table:
+    """What the report shows of a setting."""
+
+    metric: tuple[str, bool]  # and whether more is better
+    lines: list[Line]
+    commands: list[str]
+    rows: list[Row]  # the given runs whose learning curves are drawn
+    picture: str = ""  # of an earlier report, for where there are no curves
+
+
+def table(head: Iterable[str], lines: list[list[str]]) -> str:
     """A Markdown table; numbers are aligned to the right by the renderer's own defaults."""
-    rows = [list(head), ["---"] * len(head), *lines]
+    names = list(head)
+    rows = [names, ["---"] * len(names), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -66,7 +81,7 @@ def joined(value: Any) -> str:
     return shown(value)
 
 
-def own_line(row: Row, output: Path | None) -> list[str]:
+def own_line(row: Row, output: Path | None) -> Line:
     """The table line of a row of runs."""
     finished = row.finished
     seconds = [run.results["train_runtime"] for run in finished if run.results.get("train_runtime") is not None]
@@ -77,8 +92,8 @@ def own_line(row: Row, output: Path | None) -> list[str]:
         note = f"{missing} not finished" + (f" (last checkpoint at {last:,})" if last else "")
         steps = f"{steps}; {note}" if steps else note
     seeds = [str(run.seed) for run in finished if run.seed is not None]
-    return [
-        link(row, output),
+    return Line(
+        shown(row.label),
         joined(row.common("num_parameters")),
         joined(row.common("num_recurrent_parameters")),
         digits(row.figures("validation")),
@@ -87,16 +102,18 @@ def own_line(row: Row, output: Path | None) -> list[str]:
         steps,
         duration(sum(seconds) / len(seconds)) if seconds else "",
         shown(", ".join(dict.fromkeys(run.machine for run in finished if run.machine))),
-    ]
+        is_kru=row.runs[0].is_kru,
+        commands=tuple(run.command for run in row.runs if run.command),
+        link=link(row, output),
+    )
 
 
 def link(row: Row, output: Path | None) -> str:
-    """The row's name; with a link where its only run lies beside the report, as released models do."""
-    name = shown(row.label)
+    """The folder of the row's only run, where it lies beside the report, as released models do; else blank."""
     if output is None or len(row.runs) > 1:
-        return name
+        return ""
     folder, root = row.runs[0].folder.resolve(), output.resolve().parent
-    return f"[{name}]({folder.relative_to(root)}/)" if folder.is_relative_to(root) else name
+    return str(folder.relative_to(root)) if folder.is_relative_to(root) else ""
 
 
 def paper_line(figure: PaperFigure) -> list[str]:
@@ -106,61 +123,92 @@ def paper_line(figure: PaperFigure) -> list[str]:
     return [f"*{figure.name}* ({figure.source})", *(f"≈{c}" if c else "" for c in counts), "", value, "", "", "", ""]
 
 
-def metric_of(setting: str, rows: list[Row]) -> tuple[str, bool]:
-    """Metric of a setting, and whether more is better."""
-    return rows[0].runs[0].metric if rows else PAPER_METRICS[setting]
+def gives_way(old: Line, given: list[Line]) -> bool:
+    """Whether the given rows have all runs of an earlier one: runs are told by their folders, rows else by figures."""
+    if not old.folders:
+        return any(line.cells[1:] == old.cells[1:] for line in given)
+    return old.folders <= {folder for line in given if line.finished or not old.finished for folder in line.folders}
 
 
-def section(setting: str, rows: list[Row], output: Path | None, pictures: dict[str, str]) -> str:
+def table_of(rows: list[Row], earlier: Section, output: Path | None) -> Table:
+    """The rows of given runs, and those of earlier reports that they do not replace."""
+    given = [own_line(row, output) for row in rows]
+    kept = {place: old for place, old in enumerate(earlier.lines) if not gives_way(old, given)}
+    lines = [(place, replace(old, link=alive(old.link, output))) for place, old in kept.items()]
+    known = True
+    for line in given:
+        if line.folders and any(line.folders < old.folders for old in kept.values()):
+            continue  # a single run of an earlier row of several seeds, as a released model is
+        known = known and any((line.plain, line.cells[1:]) == (old.plain, old.cells[1:]) for old in earlier.lines)
+        places = [place for place, old in enumerate(earlier.lines) if old.folders & line.folders and place not in kept]
+        names = [earlier.lines[place].model for place in places]
+        # With what sets it apart from siblings that are not given.
+        name = next((name for name in names if name.startswith(f"{line.model}, ")), line.model)
+        lines.append((min(places, default=len(earlier.lines)), replace(line, model=name)))
+    metric = rows[0].runs[0].metric if rows else earlier.metric
+    # The figures of earlier rows are rounded: where they are alike, the rows stay in the order that they had.
+    ordered = [line for _, line in sorted(lines, key=lambda item: (item[1].order(metric[1]), item[0]))]
+    folders = frozenset[str]().union(*(line.folders for line in given))
+    others = [command for command in earlier.others if output_dir(command) not in folders]
+    commands = dict.fromkeys([*(command for line in ordered for command in line.commands), *others])
+    picture = next((name for name in earlier.pictures if output and (output.parent / name).is_file()), "")
+    # The earlier picture has the curves of all its rows: it stays as long as no row is new.
+    return Table(metric, ordered, list(commands), [] if picture and known else rows, picture)
+
+
+def alive(link: str, output: Path | None) -> str:
+    """An earlier row's link if it still leads somewhere, else blank."""
+    return link if output and link and (output.parent / link).is_dir() else ""
+
+
+def section(setting: str, content: Table, picture: str) -> str:
     """A setting: table, learning curves, commands."""
-    metric, greater = metric_of(setting, rows)
+    metric, greater = content.metric
     others = [paper_line(figure) for figure in FIGURES if figure.setting == setting]
     name = METRIC_NAMES.get(metric, metric)
     parts = [f"## {setting}", f"{name}, {'higher' if greater else 'lower'} is better."]
-    parts.append(table(HEAD, [*(own_line(row, output) for row in rows), *others]))
-    if setting in pictures:
-        parts.append(f"![learning curves: {setting}]({pictures[setting]})")
-    commands = dict.fromkeys(run.command for row in rows for run in row.runs if run.command)
-    if commands:
-        parts.append("```bash\n" + "\n".join(commands) + "\n```")
+    parts.append(table(HEAD, [*(line.cells for line in content.lines), *others]))
+    if picture:
+        parts.append(f"![learning curves: {setting}]({picture})")
+    if content.commands:
+        parts.append("```bash\n" + "\n".join(content.commands) + "\n```")
     return "\n\n".join(parts)
 
 
-def ordered(groups: dict[str, list[Row]], only_runs: bool) -> dict[str, list[Row]]:
+def tables(runs: list[Run], earlier: dict[str, Section], output: Path | None, only_runs: bool) -> dict[str, Table]:
     """Settings of the paper in its order, with no rows where nothing was run, then all others."""
+    groups = settings(runs)
     names = dict.fromkeys(figure.setting for figure in FIGURES)
-    return {
-        name: groups.get(name, [])
-        for name in [*names, *sorted(set(groups) - set(names))]
-        if name in groups or not only_runs
-    }
+    found = {}
+    for name in [*names, *sorted({*groups, *earlier} - set(names))]:
+        if name in groups or name in earlier or not only_runs:
+            blank = Section(PAPER_METRICS.get(name, ("", False)), ())
+            found[name] = table_of(groups.get(name, []), earlier.get(name, blank), output)
+    return found
 
 
-def overview(groups: dict[str, list[Row]]) -> str:
+def overview(found: dict[str, Table]) -> str:
     """One line a setting: the best KRU by validation and the best baseline, beside the paper's."""
     lines = []
-    for setting, rows in groups.items():
-        finished = [row for row in rows if row.figures("validation") or row.figures("test")]
-        ours = next((row for row in finished if row.runs[0].is_kru), None)
-        baseline = next((row for row in finished if not row.runs[0].is_kru), None)
+    for setting, content in found.items():
+        finished = [line for line in content.lines if line.validation or line.test]
+        ours = next((line for line in finished if line.is_kru), None)
+        baseline = next((line for line in finished if not line.is_kru), None)
         known = [figure for figure in FIGURES if figure.setting == setting]
         kru = next((figure for figure in known if figure.ours), None)
         lstm = next((figure for figure in known if figure.name.split()[0] == "LSTM"), None)
-        metric, greater = metric_of(setting, rows)
+        metric, greater = content.metric
         name = f"{METRIC_NAMES.get(metric, metric)} {'↑' if greater else '↓'}"
-        cells = [brief(row) for row in (ours, baseline)] + [brief_paper(figure) for figure in (kru, lstm)]
+        cells = [brief(line) for line in (ours, baseline)] + [brief_paper(figure) for figure in (kru, lstm)]
         lines.append([setting, name, *cells])
     return table(("task", "metric", "KRU, here", "best baseline, here", "KRU, paper", "LSTM, paper"), lines)
 
 
-def brief(row: Row | None) -> str:
+def brief(line: Line | None) -> str:
     """`1.653 (KRU 1100 (10·10·11), 113,022)`: the test figure, or the validation one where that is not scored yet."""
-    if row is None:
+    if line is None:
         return ""
-    size = joined(row.common("num_parameters"))
-    split = "test" if row.figures("test") else "validation"
-    note = "" if split == "test" else " validation"
-    return f"{digits(row.figures(split))}{note} ({shown(row.runs[0].label)}; {size} parameters)"
+    return f"{line.test or f'{line.validation} validation'} ({line.plain}; {line.parameters} parameters)"
 
 
 def brief_paper(figure: PaperFigure | None) -> str:
@@ -171,14 +219,13 @@ def brief_paper(figure: PaperFigure | None) -> str:
     return f"{value} (≈{figure.num_parameters:,} parameters)" if figure.num_parameters else value
 
 
-def draw(setting: str, rows: list[Row], path: Path) -> None:
+def draw(setting: str, rows: list[Row], metric: str, path: Path) -> None:
     """Validation figure over the steps: a colour a row, a line a seed."""
     from matplotlib.figure import Figure
 
     height = 0.22 * sum(any(curve(run) for run in row.runs) for row in rows)  # the legend, below the axes
     figure = Figure(figsize=(8, 4.2 + height), layout="constrained")
     axes = figure.add_subplot()
-    metric, _ = metric_of(setting, rows)
     lowest, named = 1.0, set()
     for index, row in enumerate(rows):
         for run in row.runs:
@@ -210,18 +257,19 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def write_report(runs: list[Run], output: Path, only_runs: bool = False) -> None:
+def write_report(found: dict[str, Table], output: Path) -> None:
     """Write the report, and its pictures beside it as `<report>-<setting>.png`."""
-    groups = ordered(settings(runs), only_runs)
-    drawn = {name: rows for name, rows in groups.items() if any(curve(run) for row in rows for run in row.runs)}
-    pictures = {name: f"{output.stem.lower()}-{slug(name)}.png" for name in drawn}
-    title = "# Results\n\nMade by `python -m training.report` from the records of the runs; do not edit."
-    sections = [section(name, rows, output, pictures) for name, rows in groups.items()]
-    text = "\n\n".join([title, overview(groups), FOOT, *sections]) + "\n"
+    drawn = {name for name, content in found.items() if any(curve(run) for row in content.rows for run in row.runs)}
+    pictures = {
+        name: f"{output.stem.lower()}-{slug(name)}.png" if name in drawn else content.picture
+        for name, content in found.items()
+    }
+    sections = [section(name, content, pictures[name]) for name, content in found.items()]
+    text = "\n\n".join([TITLE, overview(found), FOOT, *sections]) + "\n"
 
     def fill(folder: Path) -> None:
-        for name, rows in drawn.items():
-            draw(name, rows, folder / pictures[name])
+        for name in drawn:
+            draw(name, found[name].rows, found[name].metric[0], folder / pictures[name])
         (folder / output.name).write_text(text, encoding="utf-8")
 
     write_files(output.parent, fill)
@@ -249,27 +297,33 @@ def update_readme(readme: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="training.report", description=__doc__, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run, or a folder that holds runs.")
+    kinds = (
+        "Folder of a run, folder that holds runs, or earlier report (.md), whose rows stay unless a run replaces them."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=kinds)
     parser.add_argument("--output", type=Path, help="Report to write, with its pictures beside it.")
     parser.add_argument("--readme", type=Path, help=f"File whose table between {BEGIN} and {END} is replaced.")
     parser.add_argument("--markdown", action="store_true", help="Print the table of one line a task, nothing else.")
     parser.add_argument(
-        "--only_runs", action="store_true", help="Leave out the paper's tasks of which no run is given."
+        "--only_runs",
+        action="store_true",
+        help="Leave out the paper's tasks of which no run or row is given.",
     )
     options = parser.parse_args(argv)
     try:
-        runs = find_runs(options.runs)
-        groups = ordered(settings(runs), options.only_runs)
+        reports = [path for path in options.runs if is_report(path)]
+        runs = find_runs(path for path in options.runs if path not in reports)
+        found = tables(runs, read_reports(reports), options.output, options.only_runs)
         if options.output:
-            write_report(runs, options.output, options.only_runs)
+            write_report(found, options.output)
             print(f"report: {options.output}")
         if options.readme:
-            update_readme(options.readme, overview(groups))
+            update_readme(options.readme, overview(found))
             print(f"table: {options.readme}")
         if options.markdown:
-            print(overview(groups))
+            print(overview(found))
         elif not options.output and not options.readme:
-            print("\n\n".join(section(name, rows, None, {}) for name, rows in groups.items()))
+            print("\n\n".join(section(name, content, "") for name, content in found.items()))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
