@@ -303,6 +303,15 @@ def test_hub_options_are_refused_for_built_in_data(tmp_path, capsys, task):
     assert "dataset_revision='x' is for a data set of the Hub, but dataset='" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("task", "columns"), [("pixel_mnist", "label and pixels"), ("piano_roll", "notes")])
+def test_a_column_of_texts_is_refused_for_pieces_and_pictures_of_the_hub(tmp_path, capsys, task, columns):
+    words = ["--task", task, "--dataset", "me/set", "--text_column", "x", "--output_dir", str(tmp_path / "run")]
+    assert main(words) == 1
+    problem = capsys.readouterr().err
+    assert "text_column='x' is for texts, but dataset='me/set' is read from its column" in problem
+    assert columns in problem
+
+
 @pytest.mark.parametrize("task", ["adding", "copy_memory"])
 def test_hub_options_are_refused_for_generated_data(task):
     made = get_task(task)(get_task(task).Options(train_samples=1), DataOptions(dataset_revision="x"))

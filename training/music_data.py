@@ -162,6 +162,7 @@ def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
 
 def read_hub(data: DataOptions, report: Counter[str]) -> dict[str, list[np.ndarray]]:
     """A data set of the Hub with a column `notes`."""
+    data.refuse_text_column("its column notes")
     try:
         found = load_dataset(data.dataset, data.dataset_config, revision=data.dataset_revision)
     except Exception as error:  # the Hub client has no common base class

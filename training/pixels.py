@@ -109,6 +109,7 @@ def read_folder(folder: Path) -> DatasetDict:
 
 def read_hub(data: DataOptions) -> DatasetDict:
     """A data set of the Hub with pictures and labels."""
+    data.refuse_text_column(f"its columns label and {' or '.join(PIXEL_COLUMNS)}")
     source = str(data.dataset)
     if Path(source).is_absolute() or source.startswith("."):
         raise UserError(f"dataset={source!r} is not a folder; pass a folder, a Hub id or {DIGITS}")

@@ -127,6 +127,17 @@ class DataOptions:
                     f"{option.name}={value!r} is for a data set of the Hub, but dataset={self.dataset!r} is not one"
                 )
 
+    def refuse_text_column(self, columns: str) -> None:
+        """For data of the Hub without texts, which are read from `columns`.
+
+        Raises:
+            UserError: `text_column` is given; it would have no effect.
+        """
+        if self.text_column != "text":
+            raise UserError(
+                f"text_column={self.text_column!r} is for texts, but dataset={self.dataset!r} is read from {columns}"
+            )
+
 
 class Task(ABC):
     """One task: its data, its head and its metrics. See the module docstring for the protocol."""
