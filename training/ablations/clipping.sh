@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Soft unitary constraint against gradient clipping: each alone, both, neither (max_grad_norm 0 turns clipping off);
-# and strictly unitary factors, clipped.
+# strictly unitary factors, clipped; and the recipe as it is, which may bound the norm of W (max_recurrent_norm) too.
 . "$(dirname "$0")/common.sh"
 for seed in 0 1 2; do
     for weight in 0 0.1; do
@@ -10,5 +10,6 @@ for seed in 0 1 2; do
         done
     done
     train "strict-$seed" --architecture unitary --seed $seed
+    train "recipe-$seed" --seed $seed
 done
 report
