@@ -98,9 +98,10 @@ class KRUCache(DynamicCache):
 
     def detach(self) -> "KRUCache":
         """A new cache with the same states, cut from the graph."""
-        cache = KRUCache.from_states([state.detach() for state in self.states])
+        cache = KRUCache(len(self.layers))
         for new, old in zip(cache.layers, self.layers, strict=True):
-            new.seen_tokens = old.seen_tokens
+            if old.state is not None:
+                new.store(old.state.detach(), old.seen_tokens)
         return cache
 
 

@@ -33,6 +33,14 @@ def check_scale(init_scale: float) -> None:
         raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
 
 
+def own_bias(cell: nn.Module, bias: Tensor, trained: bool) -> None:
+    """Make ``bias`` the cell's: a parameter, or a buffer, which no optimizer and no requires_grad_() reaches."""
+    if trained:
+        cell.bias = nn.Parameter(bias)
+    else:
+        cell.register_buffer("bias", bias)
+
+
 class FactorList(nn.ParameterList):
     """The factors of a cell. They are read by a call, which is when weights that are offloaded are brought in."""
 
@@ -53,6 +61,7 @@ class KRURecurrence(nn.Module):
     input_planes = 2
     output_planes = 2
     state_planes = 2
+    bias: Tensor
 
     def __init__(
         self,
@@ -62,7 +71,7 @@ class KRURecurrence(nn.Module):
         init: str = "random",
         init_scale: float = 0.95,
         init_max_phase: float | None = None,
-        bias_init: float = -0.1,
+        bias_init: float | None = None,
         bias: bool = True,
         train_factors: bool = True,
         backend: str = "auto",
@@ -74,6 +83,9 @@ class KRURecurrence(nn.Module):
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("backend", backend, BACKENDS)
         check_scale(init_scale)
+        if bias_init is not None and not bias:
+            raise ValueError(f"bias_init must be None without a bias, got {bias_init}")
+        bias_init = (-0.1 if bias else 0.0) if bias_init is None else bias_init
         if not math.isfinite(bias_init):
             raise ValueError(f"bias_init must be finite, got {bias_init}")
         if init_max_phase is not None:
@@ -84,12 +96,12 @@ class KRURecurrence(nn.Module):
         self.init = init
         self.init_scale = init_scale
         self.init_max_phase = init_max_phase
-        self.bias_init = bias_init if bias else 0.0
+        self.bias_init = bias_init
         self.backend = backend
         self.factors = FactorList(
             [nn.Parameter(torch.empty(2, p, q), requires_grad=train_factors) for p, q in self.factor_shapes]
         )
-        self.bias = nn.Parameter(torch.empty(self.state_size), requires_grad=bias)
+        own_bias(self, torch.empty(self.state_size), bias)  # (N,)
         self.reset_parameters()
 
     def initial_factors(self) -> list[Tensor]:

@@ -133,30 +133,77 @@ class KRUConfig(PreTrainedConfig):
         self._reject_unknown(kwargs)
         kwargs.pop("layer_types", None)
         self._resolve_shapes()
-        plain = self.wiring == "plain"
-        if self.num_hidden_layers is None:
-            self.num_hidden_layers = 1 if plain else 2
-        if self.hidden_size is None:
-            self.hidden_size = self.feature_planes * int(self.state_size or 0) if plain else 128
-        if self.recurrent_init_scale is None:
-            self.recurrent_init_scale = 0.7 if self.gated else 0.95
-        if self.input_scale is None:
-            self.input_scale = 1.0 if self.gated else 0.1
+        for name, value in self._derived_defaults().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.bidirectional:
             self.use_cache = False
         super().__post_init__(**kwargs)
         if self.architectures is None:
             self.architectures = []  # AutoModel looks here for which of two classes a folder holds
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a saved dictionary, with the options in ``kwargs`` in place of its own.
+
+        They are put in before the config is built, so that what follows from them (shapes of the factors, defaults of
+        the cell and of the wiring) follows again, and everything is validated. What the dictionary holds beside
+        options is kept, with a warning: other tools leave notes there.
+
+        Raises:
+            ValueError: as the constructor. TypeError: a name that is nearly that of an option.
+        """
+        options = dict(config_dict)
+        notes = {name: options.pop(name) for name in config_dict if not cls._has(name)}
+        for name in [*notes, *kwargs]:
+            if not cls._has(name) and (
+                nearest := difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.8)
+            ):
+                raise TypeError(f"KRUConfig has no option {name!r}; did you mean {nearest[0]!r}?")
+        given = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
+        if given:
+            stored = cls(**options)
+            for name, value in stored._derived_defaults().items():
+                if getattr(stored, name) == value:
+                    options.pop(name, None)
+            if "factor_shapes" in given:
+                options.pop("state_size", None)
+            elif (
+                given.get("factor_size") is not None or given.get("state_size", stored.state_size) != stored.state_size
+            ):
+                options.pop("factor_shapes", None)
+        found = super().from_dict({**options, **given}, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        if notes:
+            logger.warning("KRUConfig has no option %s: kept, and without effect", ", ".join(map(repr, notes)))
+        for name, value in notes.items():
+            setattr(config, name, value)
+        return found
+
+    @classmethod
+    def _has(cls, name: str) -> bool:
+        """Whether transformers or a KRU model knows a name that a config may hold."""
+        fields = cls.__dataclass_fields__
+        return name in fields or name.startswith("_") or name in _FOREIGN_OPTIONS or hasattr(PreTrainedConfig, name)
+
     def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
         """A misspelt option would otherwise become an attribute that nothing reads."""
         known = [name for name in dir(type(self)) if not name.startswith("_")]
         for name in kwargs:
-            if name.startswith("_") or name in _FOREIGN_OPTIONS or hasattr(PreTrainedConfig, name):
-                continue
-            nearest = difflib.get_close_matches(name, [*self.__dataclass_fields__, *known], n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise TypeError(f"KRUConfig has no option {name!r}{hint}")
+            if not self._has(name):
+                nearest = difflib.get_close_matches(name, [*self.__dataclass_fields__, *known], n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise TypeError(f"KRUConfig has no option {name!r}{hint}")
+
+    def _derived_defaults(self) -> dict[str, Any]:
+        """What options that are not given become, by the cell, the wiring and the shapes."""
+        plain = self.wiring == "plain"
+        return {
+            "num_hidden_layers": 1 if plain else 2,
+            "hidden_size": self.feature_planes * int(self.state_size or 0) if plain else 128,
+            "recurrent_init_scale": 0.7 if self.gated else 0.95,
+            "input_scale": 1.0 if self.gated else 0.1,
+        }
 
     def _resolve_shapes(self) -> None:
         """Fill in state_size and factor_shapes from whichever of state_size, factor_shapes, factor_size was given."""
@@ -180,10 +227,12 @@ class KRUConfig(PreTrainedConfig):
             size = 8 if self.factor_size is None else self.factor_size
             self.factor_shapes = plan_factor_shapes(self.state_size, size)
             self.factor_size = None
-        rows = math.prod(p for p, _ in self.factor_shapes)
-        columns = math.prod(q for _, q in self.factor_shapes)
         if self.state_size is None:
-            self.state_size = rows
+            self.state_size = math.prod(p for p, _ in self.factor_shapes)
+        self._check_product()
+
+    def _check_product(self) -> None:
+        rows, columns = (math.prod(sizes) for sizes in zip(*(self.factor_shapes or []), strict=True))
         if not rows == columns == self.state_size:
             raise ValueError(
                 f"factor_shapes {self.factor_shapes} multiply to {rows}x{columns}; "
@@ -227,7 +276,10 @@ class KRUConfig(PreTrainedConfig):
         """The stock check knows attention layers only; ``layer_types`` is computed here and always right."""
 
     def validate_kru_options(self) -> None:
-        """Every field within its range; runs at construction and before saving."""
+        """Every field within its range; runs at construction, before saving, and before a model is built."""
+        self._check_product()
+        if self.factor_size is not None:
+            raise ValueError(f"factor_size is read at construction: it must be None later, got {self.factor_size}")
         choices = {
             "cell_type": CELL_TYPES,
             "wiring": WIRINGS,

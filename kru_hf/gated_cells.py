@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .cells import FactorList, check_scale, warn_rectangular
+from .cells import FactorList, check_scale, own_bias, warn_rectangular
 from .gate_bias import check_chrono, gate_bias
 from .kronecker import check_choice, random_orthogonal
 from .scan_gated import GATED_BACKENDS, GATED_CELLS, kru_gated_scan
@@ -23,6 +23,7 @@ class KRUGatedRecurrence(nn.Module):
     input_planes: int
     output_planes = 1
     state_planes: int
+    bias: Tensor
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class KRUGatedRecurrence(nn.Module):
             ]
         )
         self.has_bias = bias
-        self.bias = nn.Parameter(torch.empty(GATED_CELLS[self.cell][1], self.state_size), requires_grad=bias)
+        own_bias(self, torch.empty(GATED_CELLS[self.cell][1], self.state_size), bias)  # (4, N)
         self.reset_parameters()
 
     def initial_factors(self) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .kronecker import random_orthogonal
+from .kronecker_rnn import fresh_factors, own_rnn_class
 
 GATES = {
     "RNN_TANH": ("hidden",),
@@ -23,8 +23,6 @@ GATES = {
     "LSTM": ("input", "forget", "cell", "output"),
     "GRU": ("reset", "update", "new"),
 }
-# Spectral norm of a fresh gate: as much energy as torch's own U(−1/√N, 1/√N), whose entries have variance 1 / (3N).
-FRESH_SCALE = 1 / math.sqrt(3)
 ALS_SWEEPS = 200
 # Relative gain of the explained norm below which a sweep of the rank-1 fit is the last one.
 ALS_GAIN = 1e-9
@@ -286,7 +284,7 @@ def kroneckerize(
             norm = float(torch.linalg.vector_norm(before.double()))
             relative = error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
             fits.append(GateFit(name, gate, size * size, sum(p * q for p, q in shapes), relative))
-    _live_flat_weights(module)
+    own_rnn_class(module)
     return module, KroneckerizeReport(tuple(shapes), init, tuple(fits))
 
 
@@ -334,11 +332,7 @@ class _FreshStart(KroneckerWeight):
     def right_inverse(self, weight: Tensor) -> list[Tensor]:
         if self.init == "nearest":
             return super().right_inverse(weight)
-        scale = FRESH_SCALE ** (1 / len(self.factor_shapes))
-        return [
-            torch.stack([random_orthogonal(p, q) * scale for _ in range(self.gates)]).to(weight)
-            for p, q in self.factor_shapes
-        ]  # [(G, P_f, Q_f)]
+        return [factor.to(weight) for factor in fresh_factors(self.factor_shapes, self.gates)]  # [(G, P_f, Q_f)]
 
 
 def _recurrent_names(module: nn.RNNBase) -> list[str]:
@@ -368,23 +362,3 @@ def _checked_shapes(factor_shapes: Sequence[Sequence[int]], size: int) -> list[t
             f" but hidden_size={size} needs {size}×{size}"
         )
     return shapes
-
-
-def _live_flat_weights(module: nn.RNNBase) -> None:
-    """Let torch's RNN code see the rebuilt weights: the list that its kernels take is otherwise made once and kept.
-
-    The overrides go into the class that parametrize made for this module alone. Flattening into a cuDNN buffer is off:
-    it moves the storage of its tensors, which here are results of autograd.
-    """
-    cls: Any = type(module)
-
-    def current(self: nn.RNNBase) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    def ignored(self: nn.RNNBase, *_: Any) -> None:
-        return None
-
-    module.__dict__.pop("_flat_weights", None)
-    module._flat_weight_refs = []
-    cls._flat_weights = property(current, ignored)
-    cls._init_flat_weights = cls._update_flat_weights = cls.flatten_parameters = ignored

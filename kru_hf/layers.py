@@ -20,30 +20,37 @@ class _KroneckerLayer(nn.Module):
     """Stacked, possibly bidirectional recurrences with torch's arguments and shapes.
 
     Args:
-        input_size: width of the inputs. state_size: N units a direction.
+        input_size: width of the inputs. state_size: N units a direction, torch's hidden_size, a name that is taken too.
         num_layers: layers, each reading the one below. bias: False fixes the cell's bias at zero.
         batch_first: inputs and outputs (B, T, ·) instead of (T, B, ·).
         dropout: probability on the output of every layer but the last, in training.
         bidirectional: a second recurrence from the end of each layer; features double. Such a layer needs the whole
             sequence: its state cannot be carried to a next piece of it.
-        factor_shapes: [[P_0, Q_0], …] with ∏ P_f = ∏ Q_f = N; else planned from factor_size (8 by default).
+        factor_shapes: [[P_0, Q_0], …] with ∏ P_f = ∏ Q_f = N, an integer for a square factor; else planned from
+            factor_size (8 by default).
         train_factors: False freezes the recurrent matrices. backend: engine of the recurrence.
 
+    The output has the dtype of the input, the state is in fp32 (fp64) whatever it is.
+
     Raises:
-        ValueError: an argument outside what is allowed.
+        ValueError: an argument outside what is allowed. TypeError: one that there is not.
     """
+
+    proj_size = 0  # read by code that knows torch's layers
+    _cell_options: tuple[str, ...] = ()  # what the cell takes beside the arguments here
 
     def __init__(
         self,
         input_size: int,
-        state_size: int,
+        state_size: int | None = None,
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        factor_shapes: Sequence[Sequence[int]] | None = None,
+        hidden_size: int | None = None,
+        factor_shapes: Sequence[Sequence[int] | int] | None = None,
         factor_size: int | None = None,
         train_factors: bool = True,
         backend: str = "auto",
@@ -52,20 +59,30 @@ class _KroneckerLayer(nn.Module):
         **cell_options: Any,
     ) -> None:
         super().__init__()
+        if (state_size is None) == (hidden_size is None):
+            raise TypeError(f"give state_size or hidden_size, one of the two: got {state_size} and {hidden_size}")
+        state_size = cast(int, hidden_size if state_size is None else state_size)
         for name, value in (("input_size", input_size), ("state_size", state_size), ("num_layers", num_layers)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+        for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+            if flag not in (True, False):  # 0 and 1 are, as for torch
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
+        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a number in [0, 1], got {dropout}")
+        for name in cell_options:
+            if name not in self._cell_options:
+                raise TypeError(f"{type(self).__name__} has no option {name!r}; it has {', '.join(self._cell_options)}")
         if factor_shapes is not None and factor_size is not None:
             raise ValueError(f"give factor_shapes or factor_size, not both: got {factor_shapes} and {factor_size}")
-        shapes = factor_shapes
-        if shapes is None:
+        if factor_shapes is None:
             shapes = plan_factor_shapes(state_size, 8 if factor_size is None else factor_size)
+        else:
+            shapes = [[shape, shape] if isinstance(shape, int) else list(shape) for shape in factor_shapes]
         if any(math.prod(sizes) != state_size for sizes in zip(*shapes, strict=True)) or not shapes:
-            raise ValueError(f"factor_shapes {list(shapes)} must multiply to state_size = {state_size} on both sides")
+            raise ValueError(f"factor_shapes {shapes} must multiply to state_size = {state_size} on both sides")
         self.input_size, self.state_size, self.num_layers = input_size, state_size, num_layers
-        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
+        self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
         self.num_directions = 2 if bidirectional else 1
         self.input_maps, self.recurrences = nn.ModuleList(), nn.ModuleList()  # layer by layer, forward then reverse
         width = input_size
@@ -81,22 +98,22 @@ class _KroneckerLayer(nn.Module):
     def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRURecurrence | KRUGatedRecurrence:
         raise NotImplementedError
 
-    def _planes(self, hx: Any) -> Tensor:
-        """The caller's initial state to (L·directions, B, S, N)."""
+    def _planes(self, hx: Any, batch: int | None) -> Tensor:
+        """The caller's initial state, for ``batch`` sequences or one without a batch, to (L·directions, B, S, N)."""
         raise NotImplementedError
 
     def _state(self, planes: Tensor) -> Any:
         """(L·directions, B, S, N) to what the caller gets."""
         raise NotImplementedError
 
-    def _state_tensor(self, name: str, value: Tensor, planes: int) -> Tensor:
-        """A state (L·directions, B, planes·N) to (L·directions, B, planes, N)."""
-        rows = self.num_layers * self.num_directions
-        if value.dim() != 3 or value.shape[0] != rows or value.shape[2] != planes * self.state_size:
-            raise ValueError(
-                f"{name} must have the shape ({rows}, B, {planes * self.state_size}), got {tuple(value.shape)}"
-            )
-        return value.unflatten(-1, (planes, self.state_size))
+    def _state_tensor(self, name: str, value: Any, planes: int, batch: int | None) -> Tensor:
+        """A state (L·directions, B, planes·N), or without B, to (L·directions, B, planes, N)."""
+        rows, width = self.num_layers * self.num_directions, planes * self.state_size
+        shape = (rows, width) if batch is None else (rows, batch, width)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a tensor of the shape {shape}, got {found}")
+        return value.reshape(rows, -1, planes, self.state_size)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Tensor | PackedSequence, Any]:
         """Run over T steps.
@@ -126,9 +143,7 @@ class _KroneckerLayer(nn.Module):
             )
         state = None
         if hx is not None:
-            if single:
-                hx = tuple(h.unsqueeze(1) for h in hx) if isinstance(hx, (tuple, list)) else hx.unsqueeze(1)
-            state = self._planes(hx)  # (L·directions, B, S, N)
+            state = self._planes(hx, None if single else len(x))  # (L·directions, B, S, N)
             if packed is not None and packed.sorted_indices is not None:
                 state = state[:, packed.sorted_indices]
         out, final = self._run(x, state, mask)
@@ -142,7 +157,7 @@ class _KroneckerLayer(nn.Module):
         last = self._state(final)
         if single:
             return out[0], tuple(h[:, 0] for h in last) if isinstance(last, tuple) else last[:, 0]
-        return out if self.batch_first else out.transpose(0, 1), last
+        return out if self.batch_first else out.transpose(0, 1).contiguous(), last
 
     def _run(self, x: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, ·), state (L·directions, B, S, N), mask (B, T): features (B, T, ·) and the final state."""
@@ -166,6 +181,16 @@ class _KroneckerLayer(nn.Module):
                 x = nn.functional.dropout(x, self.dropout, self.training)
         return x, torch.stack(finals)
 
+    @property
+    def hidden_size(self) -> int:
+        """N, by torch's name."""
+        return self.state_size
+
+    def reset_parameters(self) -> None:
+        """Draw maps, factors and biases anew."""
+        for part in (*self.input_maps, *self.recurrences):
+            cast(Any, part).reset_parameters()
+
     def flatten_parameters(self) -> None:
         """Nothing to do: here for code that calls it on torch's layers before each forward."""
 
@@ -182,14 +207,16 @@ class KRU(_KroneckerLayer):
     Add :meth:`penalty`, times a coefficient, to the training loss.
     """
 
+    _cell_options = ("activation", "init", "init_scale", "init_max_phase", "bias_init")
+
     def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRURecurrence:
         return KRURecurrence(shapes, **options)
 
-    def _planes(self, hx: Tensor) -> Tensor:
-        return self._state_tensor("h_0", hx, 2)
+    def _planes(self, hx: Tensor, batch: int | None) -> Tensor:
+        return self._state_tensor("h_0", hx, 2, batch)
 
     def _state(self, planes: Tensor) -> Tensor:
-        return planes.flatten(-2)
+        return planes.flatten(-2).clone()  # (L·directions, B, ·N), no view: it can be detached in place
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ ‖W_f^H W_f − I‖² over all factors: a scalar."""
@@ -202,16 +229,21 @@ class KRULSTM(_KroneckerLayer):
     Further options: ``init_scale`` and ``chrono_max_length`` of ``KRULSTMRecurrence``.
     """
 
+    _cell_options = ("init_scale", "chrono_max_length")
+
     def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRULSTMRecurrence:
         return KRULSTMRecurrence(shapes, **options)
 
-    def _planes(self, hx: tuple[Tensor, Tensor]) -> Tensor:
+    def _planes(self, hx: tuple[Tensor, Tensor], batch: int | None) -> Tensor:
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             raise ValueError(f"the initial state of KRULSTM is a pair (h_0, c_0), got {type(hx).__name__}")
-        return torch.cat([self._state_tensor("h_0", hx[0], 1), self._state_tensor("c_0", hx[1], 1)], 2)
+        h, c = (self._state_tensor(name, value, 1, batch) for name, value in zip(("h_0", "c_0"), hx, strict=True))
+        return torch.cat([h, c], 2)  # (L·directions, B, 2, N)
 
     def _state(self, planes: Tensor) -> tuple[Tensor, Tensor]:
-        return planes[:, :, 0], planes[:, :, 1]
+        h, c = planes.unbind(2)  # (L·directions, B, N) each
+        # No views: c's storage need not live as long as h, and both can be detached in place.
+        return h.clone(memory_format=torch.contiguous_format), c.clone(memory_format=torch.contiguous_format)
 
 
 class KRUGRU(_KroneckerLayer):
@@ -220,11 +252,13 @@ class KRUGRU(_KroneckerLayer):
     Further options: ``init_scale`` and ``chrono_max_length`` of ``KRUGRURecurrence``.
     """
 
+    _cell_options = ("init_scale", "chrono_max_length")
+
     def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRUGRURecurrence:
         return KRUGRURecurrence(shapes, **options)
 
-    def _planes(self, hx: Tensor) -> Tensor:
-        return self._state_tensor("h_0", hx, 1)
+    def _planes(self, hx: Tensor, batch: int | None) -> Tensor:
+        return self._state_tensor("h_0", hx, 1, batch)
 
     def _state(self, planes: Tensor) -> Tensor:
-        return planes[:, :, 0]
+        return planes.flatten(-2).clone()  # (L·directions, B, ·N), no view: it can be detached in place

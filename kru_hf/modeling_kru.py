@@ -66,6 +66,10 @@ class KRUPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["recurrence"]
     _can_record_outputs = {"hidden_states": [KRUPlainLayer, KRUResidualLayer]}
 
+    def __init__(self, config: KRUConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate_kru_options()  # a field may have been assigned since it was made
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -182,12 +186,12 @@ class KRUModel(KRUPreTrainedModel):
             return inputs_embeds
         if self.embed_tokens is None:
             raise ValueError(f"a model with input_size = {self.config.input_size} takes input_values, not input_ids")
-        if input_ids.ndim != 2 or input_ids.shape[-1] == 0:
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
             shape = tuple(input_ids.shape)
             raise ValueError(f"input_ids must have the shape (B, T) with at least one token, got {shape}")
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(n) for n in input_ids.aminmax())
-            vocabulary = self.embed_tokens.num_embeddings
+            vocabulary = self.embed_tokens.weight.shape[0]  # adapters in the embedding's place have its weight
             if low < 0 or high >= vocabulary:
                 raise ValueError(f"input_ids must be in [0, {vocabulary}), got {low if low < 0 else high}")
         return self.embed_tokens(input_ids)  # (B, T, E)
@@ -281,6 +285,16 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             f"cache_implementation must be unset or 'dynamic', got {cache_implementation!r}: the state of a KRU has a "
             "fixed size in any case"
         )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        # What generate() returns has the states then. An offloaded cache stays transformers': it moves its layers.
+        if given is None and made is not None and generation_config.cache_implementation != "offloaded":
+            model_kwargs["past_key_values"] = KRUCache(len(made.layers))
 
     @can_return_tuple
     def forward(

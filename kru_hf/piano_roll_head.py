@@ -72,13 +72,12 @@ class PianoRollMixin:
 
         Frame t+1 counts if it and frame t are frames of the piece: a piece's first frame is predicted from nothing.
         """
-        if shift_labels is not None:
-            scored = torch.ones(shift_labels.shape[:2], dtype=torch.bool, device=shift_labels.device)  # (B, T)
-            return shift_labels, scored if shift_mask is None else shift_mask.bool()
-        targets = torch.cat([input_values[:, 1:], torch.zeros_like(input_values[:, :1])], 1)  # (B, T, width)
         real = torch.ones(input_values.shape[:2], dtype=torch.bool, device=input_values.device)  # (B, T)
         if attention_mask is not None:
             real = attention_mask[:, -input_values.shape[1] :].bool()  # (B, T)
+        if shift_labels is not None:
+            return shift_labels, real if shift_mask is None else real & shift_mask.bool()
+        targets = torch.cat([input_values[:, 1:], torch.zeros_like(input_values[:, :1])], 1)  # (B, T, width)
         last = torch.zeros_like(real[:, :1])  # (B, 1)
         return targets, real & torch.cat([real[:, 1:], last], 1)  # (B, T)
 

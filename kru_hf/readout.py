@@ -55,16 +55,16 @@ def normed_linear(x: Tensor, module: nn.Module, epsilon: float | None, scale: fl
     norm and no scale, ``module(x)``.
     """
     parameter = next(module.parameters(), None)
-    if parameter is not None and parameter.is_floating_point():
-        x = x.to(parameter.dtype)  # (…, in)
+    own = parameter.dtype if parameter is not None and parameter.is_floating_point() else x.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else own
     if epsilon is None:
-        return module(x)
-    if not is_bare(module) or is_transformed((x, *module.parameters())):
-        return module(F.rms_norm(x, x.shape[-1:], eps=epsilon) * scale)
+        return module(x.to(own))
+    # float16 ends at 65,504: there, the norm comes before the product and before the cast.
+    if not is_bare(module) or is_transformed((x, *module.parameters())) or dtype == torch.float16:
+        return module((F.rms_norm(x, x.shape[-1:], eps=epsilon) * scale).to(own))
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, getattr(module, "bias", None))  # (out, in), (out,)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = x.to(dtype), weight.to(dtype)  # (…, in), (out, in)
     y = _NormedLinear.apply(x.reshape(-1, x.shape[-1]), weight, epsilon)  # (M, out)
     y = y if scale == 1 else y * scale  # (M, out)
     y = y if bias is None else y + bias  # (M, out)

@@ -62,3 +62,23 @@ def test_a_cache_for_another_model_is_refused():
             model(LAST, past_key_values=KRUCache.from_states(given))
     with pytest.raises(ValueError, match="past_key_values must be a KRUCache with 2 layers.*got tuple with 0 layers"):
         model(LAST, past_key_values=tuple(states))
+
+
+def test_an_empty_cache_is_detached_too():
+    assert KRUCache(2).detach().states == []
+    cache = after_first(tiny_model())
+    cache.reset()
+    assert len(cache.detach().layers) == len(cache.layers)
+
+
+def test_detaching_keeps_states_and_counts():
+    cache = after_first(tiny_model().train())
+    new = cache.detach()
+    assert new.get_seq_length() == FIRST.shape[1]
+    for state, old in zip(new.states, cache.states, strict=True):
+        assert torch.equal(state, old) and old.requires_grad and not state.requires_grad
+
+
+def test_generate_returns_the_states():
+    found = tiny_model().generate(FIRST, max_new_tokens=3, return_dict_in_generate=True, do_sample=False)
+    assert len(found.past_key_values.detach().states) == len(found.past_key_values.layers)

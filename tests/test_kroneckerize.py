@@ -270,6 +270,21 @@ def test_fresh_factors_have_the_energy_of_torchs_init():
     assert report.init == "fresh"
 
 
+@pytest.mark.parametrize("cell", sorted(CELLS))
+def test_reset_parameters_starts_fresh(cell):
+    torch.manual_seed(0)
+    module, _ = kroneckerize(CELLS[cell](5, 12, num_layers=2), [(3, 3), (4, 4)])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(7.0)
+    module.reset_parameters()
+    for gate in module.weight_hh_l1.detach().double().split(12):
+        singular = torch.linalg.svdvals(gate)
+        torch.testing.assert_close(singular, torch.full_like(singular, 1 / math.sqrt(3)), rtol=1e-6, atol=0)
+    for weight in (module.weight_ih_l0, module.bias_ih_l1):
+        assert weight.std() > 0 and weight.abs().max() <= 1 / math.sqrt(12)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     cell=st.sampled_from(sorted(CELLS)),

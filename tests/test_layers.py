@@ -130,7 +130,7 @@ def test_bad_arguments_are_named():
         KRULSTM(3, 4, backend="triton")
     with pytest.raises(ValueError, match="init_scale must be positive and finite, got nan"):
         KRUGRU(3, 4, init_scale=math.nan)
-    with pytest.raises(ValueError, match="h_0 must have the shape"):
+    with pytest.raises(ValueError, match="h_0 must be a tensor of the shape"):
         KRUGRU(3, 4)(torch.zeros(2, 2, 3), torch.zeros(1, 2, 5))
 
 

@@ -225,7 +225,7 @@ def test_bad_inputs_are_named():
     model = tiny_model()
     with pytest.raises(ValueError, match="exactly one of"):
         model()
-    for shape in ((1, 0), (5,), (1, 2, 3)):
+    for shape in ((1, 0), (0, 1), (5,), (1, 2, 3)):
         with pytest.raises(ValueError, match="input_ids must have the shape .* at least one token"):
             model(torch.zeros(shape, dtype=torch.long))
     for shape in ((len(IDS), IDS.shape[1] - 1), (1, IDS.shape[1]), (len(IDS), 1, IDS.shape[1])):

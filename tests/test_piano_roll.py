@@ -75,6 +75,16 @@ def test_padding_changes_nothing(options, side):
         torch.testing.assert_close(ours, theirs, atol=FLOAT32_TOLERANCE, rtol=0)
 
 
+def test_padded_frames_are_not_scored_with_targets_of_their_own():
+    model, x, targets = small_model(), random_roll(2, 6, 7), random_roll(2, 6, 7)
+    mask, other = torch.tensor([[1] * 6, [1] * 3 + [0] * 3]), targets.clone()
+    other[1, 3:] = 1 - other[1, 3:]
+    losses = [model(input_values=x, attention_mask=mask, shift_labels=y).loss.item() for y in (targets, other)]
+    assert losses[0] == losses[1]
+    both = model(input_values=x, attention_mask=mask, shift_labels=targets, shift_mask=torch.ones(2, 6)).loss
+    assert both.item() == losses[0]
+
+
 @pytest.mark.parametrize("options", WIRINGS)
 def test_windows_with_carried_state_are_the_whole_piece(options):
     model, x = small_model(**options), random_roll(2, 11, 7)
