@@ -66,6 +66,35 @@ def test_adapters_of_every_map_are_trained(options):
     assert_near(model(IDS).logits, out.logits, LOGITS)
 
 
+class EmbeddingAdapter(nn.Module):
+    """What adapters put in an embedding's place: a module with its weight, and no other attribute of it."""
+
+    def __init__(self, base_layer: nn.Embedding) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.shift = nn.Parameter(torch.full((base_layer.embedding_dim,), 0.5))
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, ids):
+        return self.base_layer(ids) + self.shift
+
+
+@EVERY
+def test_an_adapter_of_the_embedding_is_trained(options):
+    model = tiny_model(**options).requires_grad_(False)
+    plain = model(IDS).logits
+    model.set_input_embeddings(EmbeddingAdapter(model.get_input_embeddings()))
+    out = model(IDS, labels=IDS)
+    out.loss.backward()
+    assert (out.logits - plain).abs().max() > LOGITS
+    assert model.get_input_embeddings().shift.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="input_ids must be in"):
+        model(IDS + 1000)
+
+
 def test_pruned_weights_count_at_the_first_call():
     model = tiny_model(wiring="plain")
     prune.random_unstructured(model.lm_head, "weight", amount=0.5)
