@@ -161,6 +161,14 @@ def test_the_last_training_rows_validate(pictures_folder, tmp_path):
         load_pictures(DataOptions(dataset=str(tmp_path)))
 
 
+@pytest.mark.parametrize("labels", [[0.5, 1.5], ["0", "1"], [None, 1]])
+def test_labels_are_whole_numbers(tmp_path, labels):
+    for split in ("train", "test"):
+        Dataset.from_dict({"pixels": [[0, 1]] * 2, "label": labels}).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="column label: labels must be whole numbers, got "):
+        load_pictures(DataOptions(dataset=str(tmp_path)))
+
+
 def test_pictures_of_an_image_column(tmp_path):
     from datasets import Features, Image, Value
     from PIL import Image as PIL

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+from helpers import RELATIVE
 from paper_data import make, tone, write_sphere, write_wav
 
+from kru_hf import KRUConfig, KRUForTokenClassification
 from training import espeak
 from training.errors import UserError
 from training.sequences import IGNORED, SPLITS
@@ -77,6 +80,14 @@ def test_sphere_and_wav(tmp_path):
     write_wav(path, samples, 8000)
     with pytest.raises(UserError, match="1 channel of 2 bytes at 16000 Hz"):
         read_audio(path)
+    write_wav(path, samples)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="is cut short: it has 800 of 900 samples"):
+        read_audio(path)
+    for count in ("-5", "abc"):
+        write_sphere(path, samples, sample_count=f"-i {count}")
+        with pytest.raises(UserError, match="unknown sample_byte_format or sample_count"):
+            read_audio(path)
     path.write_bytes(b"no sound")
     with pytest.raises(UserError, match="neither a SPHERE nor a PCM WAV"):
         read_audio(path)
@@ -124,6 +135,20 @@ def test_timit_folder(timit_folder, tmp_path):
     assert all("SA" not in u.name for split in SPLITS for u in complete[split])
     with pytest.raises(UserError, match="has not TIMIT's layout"):
         load_timit(tmp_path, "core")
+
+
+@pytest.mark.parametrize("cell", ["kru", "kru_lstm"])
+def test_no_direction_reads_padding(timit_folder, cell):
+    sums = []
+    for size in (1, 2):
+        task = make("phonemes", {"dataset": str(timit_folder)}, phone_set=39, eval_batch_size=size)
+        torch.manual_seed(0)
+        config = KRUConfig(state_size=8, cell_type=cell, bidirectional=True, **task.model_kwargs())
+        model = KRUForTokenClassification(config).eval()
+        batches = list(task.eval_batches("test", 0, 1))
+        assert len(batches) == 2 / size
+        sums.append(sum(float(task.forward(model, batch, None).sums["loss"]) for batch in batches))
+    assert sums[0] == pytest.approx(sums[1], rel=RELATIVE[torch.float32])
 
 
 def test_phoneme_batches(timit_folder):

@@ -139,7 +139,7 @@ def parse_factor_shapes(text: str | None) -> list[list[int]] | None:
         return None
     try:
         if text.lstrip().startswith("["):
-            shapes = [[int(n) for n in shape] for shape in json.loads(text)]
+            shapes = [[n if isinstance(n, int) else 0 for n in shape] for shape in json.loads(text)]
         else:
             shapes = [[int(n) for n in shape.lower().split("x")] for shape in text.split(",")]
     except (TypeError, ValueError):

@@ -79,7 +79,7 @@ def fill_temporary(folder: Path, name: str, fill: Callable[[Path], object]) -> P
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"could not save {str(folder / name)!r} ({error}); nothing half-written was left and earlier files are "
-            "untouched. Is the disk full? Make room, then go on with --resume_from_checkpoint last"
+            "untouched. Is the disk full? Make room; a training goes on with --resume_from_checkpoint last"
         ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

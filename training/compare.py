@@ -15,7 +15,7 @@ from .cards import render_card
 from .checkpoint import write_files, write_json
 from .errors import UserError
 from .paper_figures import FIGURES
-from .results import Run, find_runs
+from .results import Run, find_runs, is_run
 
 
 def run_row(run: Run, metric: str) -> dict[str, Any]:
@@ -55,6 +55,8 @@ def comparison(model: Path, beside: list[Path], paper: bool = True) -> dict[str,
     Raises:
         UserError: a folder that is no finished run, or one of another task or other data.
     """
+    if not is_run(model):
+        raise UserError(f"model={str(model)!r} is not the folder of a run: it has no training.json")
     (own,) = find_runs([model])
     metric = own.metric[0]
     if own.results.get(f"test_{metric}") is None:

@@ -21,7 +21,7 @@ from kru_hf.piano_roll import NUM_PITCHES, MidiError, PianoRoll, draw_roll, read
 
 from .arguments import check_seed, option, parse_words, require
 from .cards import read_json
-from .checkpoint import RUN_FILES
+from .checkpoint import PRESENTED, RUN_FILES
 from .errors import UserError
 from .evaluate import read_record
 from .machine import shown_command
@@ -55,13 +55,19 @@ class ComposeOptions:
             raise UserError("output is missing: pass --output FILE.mid")
         if Path(self.output).suffix.lower() not in (".mid", ".midi"):
             raise UserError(f"output={self.output!r} is not valid: it must end in .mid or .midi")
-        record = Path(self.output).with_suffix(".json").name
-        free = not self.report or record not in RUN_FILES
-        require(free, "output", self.output, "another name, as a run keeps its own record there")
+        files = [Path(self.output).with_suffix(ending) for ending in (".png", ".wav", ".json")[: 2 + self.report]]
+        free = not any(path.name in (*RUN_FILES, *PRESENTED) for path in files)
+        require(free, "output", self.output, "another name, as a run keeps a file of its own there")
+        own = self.prime is None or Path(self.prime).resolve() != Path(self.output).resolve()
+        require(own, "output", self.output, "another file than prime")
+        for path in (Path(self.output), *files):
+            require(not path.is_dir(), "output", self.output, f"a file, and {path.name} is a folder")
+        require(self.prime is not None or not self.prime_frames, "prime_frames", self.prime_frames, "0 without prime")
         require(self.num_frames >= 1, "num_frames", self.num_frames, "1 or more")
         require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more and finite")
         for name in ("prime_frames", "max_voices", "min_voices", "frames_per_quarter"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.max_voices <= NUM_PITCHES, "max_voices", self.max_voices, f"at most {NUM_PITCHES}, or 0")
         check_seed(self.seed)
         most = self.max_voices or NUM_PITCHES
         require(self.min_voices <= most, "min_voices", self.min_voices, f"at most {most}, the most voices allowed")
@@ -113,6 +119,15 @@ def compare(continuation: np.ndarray, record: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is what an earlier piece left, and not somebody's own."""
+    try:
+        found = read_json(path)
+    except UserError:
+        return False
+    return isinstance(found, dict) and {"command", "report"} <= set(found)
+
+
 def run(argv: list[str]) -> dict[str, Any] | None:
     """Compose as the options say; returns the report if one was asked for."""
     (options,) = parse_words([ComposeOptions], argv, "training.compose")
@@ -137,13 +152,13 @@ def run(argv: list[str]) -> dict[str, Any] | None:
         write_wav(piece, sound)
         figures = compare(piece.roll[prime_frames:], record["dataset"]) if options.report else None
         report = output.with_suffix(".json")
-        if figures is None and isinstance(read_json(report), dict) and "report" in read_json(report):
+        if figures is None and is_report(report):
             report.unlink()  # of an earlier piece of this name
         if figures is not None:
             frames = {"prime_frames": prime_frames, "num_frames": options.num_frames}
             made = {"command": shown_command(argv, "training.compose"), **frames, "report": figures}
             report.write_text(json.dumps(made, indent=2) + "\n")
-    except (OSError, MidiError) as error:
+    except (OSError, RuntimeError, MidiError) as error:  # libsndfile's are RuntimeErrors
         raise UserError(f"output={options.output!r} cannot be written: {error}") from error
     reported = "" if figures is None else f", {report.name}"
     print(f"wrote {output}{reported}, {pictures.name} and {sound.name}: {prime_frames} + {options.num_frames} frames")

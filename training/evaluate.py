@@ -21,7 +21,7 @@ from .arguments import option, parse_words
 from .errors import UserError
 from .evaluation import evaluate
 from .idle_options import given_names
-from .models import load_model
+from .models import check_fit, load_model
 from .tasks import DataOptions, Task, get_task
 
 RECORD = "training.json"
@@ -46,7 +46,10 @@ def read_record(model: str) -> dict[str, Any]:
     try:
         local = Path(model)
         path = local / RECORD if local.exists() else Path(hf_hub_download(model, RECORD))
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(record[part], dict) for part in ("options", "dataset")):
+            raise TypeError("options and dataset must be mappings")
+        return record
     except Exception as error:  # the Hub client has no common base class
         raise UserError(f"model={model!r} has no readable {RECORD}, which says how it was trained ({error})") from error
 
@@ -106,6 +109,7 @@ def run(argv: list[str]) -> dict[str, float]:
     task_class = get_task(record["options"]["task"])
     model, tokenizer = load_model(options.model, task_class.head)
     task = load_task(options, data, tokenizer, record)
+    check_fit(str(options.model), model, task)
     processes.check_launcher()
     accelerator = Accelerator(cpu=processes.on_cpu(options.use_cpu))
     processes.check_world(accelerator)

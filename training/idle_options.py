@@ -27,6 +27,7 @@ def idle(values: Mapping[str, Any]) -> dict[str, str]:
     schedule = values.get("lr_scheduler_type", "cosine")
     pushed = bool(values.get("push_to_hub"))
     works = {
+        "architecture": (values.get("model") is None, "a new network, not with model, which brings its own"),
         "adam_beta1": (adamw, "optimizer adamw"),
         "adam_beta2": (adamw, "optimizer adamw"),
         "num_train_epochs": (values.get("max_steps", -1) < 0, "max_steps -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .arguments import ModelOptions
 from .baselines import CELLS, BaselineConfig
 from .errors import UserError
 from .sizing import fit_to_budget
+from .tasks import Task
 from .unitary import UnitaryKRUConfig
 
 # Head -> Auto class: the model classes of every architecture are registered there under the type of their config.
@@ -145,7 +147,7 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
     try:
         config = AutoConfig.from_pretrained(folder)
         check_engine(config)
-        model = model_class(head, config).from_pretrained(folder, config=config)
+        model, found = model_class(head, config).from_pretrained(folder, config=config, output_loading_info=True)
         # On the Hub language models have one; of other heads the client would look for one of another kind, and fail.
         has_tokenizer = (local / "tokenizer.json").is_file() if local.exists() else head == "causal_lm"
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
@@ -155,6 +157,7 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model={folder!r} cannot be loaded: {error}") from error
+    check_weights(folder, model, found["missing_keys"])
     if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise UserError(
             f"model={folder!r}: the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
@@ -162,3 +165,32 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
         )
     register_code(model)
     return model, tokenizer
+
+
+def check_weights(folder: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """`UserError` for weights that are not there, which would be drawn anew, or not finite; another head is new."""
+    same_head = type(model).__name__ in (model.config.architectures or [])
+    gone = sorted(name for name in missing if same_head or name.startswith(f"{model.base_model_prefix}."))
+    if gone:
+        raise UserError(f"model={folder!r} is incomplete: its weights have no {', '.join(gone)}")
+    broken = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
+    if broken:
+        raise UserError(f"model={folder!r} is damaged: not all numbers in {', '.join(broken)} are finite")
+
+
+def check_fit(folder: str, model: PreTrainedModel, task: Task) -> None:
+    """`UserError` unless a trained model takes what the task gives, and has an output for each of its targets."""
+    config, wanted = model.config, task.model_kwargs()
+    width = getattr(model, "width", getattr(config, "input_size", None))
+    problems = []
+    if width != wanted.get("input_size"):
+        problems.append(("input_size", width, wanted.get("input_size")))
+    if width is None and wanted["vocab_size"] > config.vocab_size:
+        problems.append(("vocab_size", config.vocab_size, wanted["vocab_size"]))
+    if wanted.get("num_labels", 0) > config.num_labels:
+        problems.append(("num_labels", config.num_labels, wanted["num_labels"]))
+    kind = wanted.get("problem_type")
+    if kind is not None and config.problem_type not in (None, kind):
+        problems.append(("problem_type", config.problem_type, kind))
+    for name, has, needs in problems:
+        raise UserError(f"model={folder!r} does not fit the task {task.name}: its {name} is {has}, not {needs}")

@@ -139,4 +139,7 @@ def read_rows(rows: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.stack(list(flat))  # (S, P)
     if pixels.min() < 0 or pixels.max() > 255 or not np.issubdtype(pixels.dtype, np.integer):
         raise UserError(f"dataset: {name!r}, column {column}: pixels must be whole numbers from 0 to 255")
-    return pixels.astype(np.uint8), np.asarray(rows["label"], dtype=np.int64)
+    labels = np.asarray(rows["label"])  # (S,)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"dataset: {name!r}, column label: labels must be whole numbers, got {rows['label'][0]!r}")
+    return pixels.astype(np.uint8), labels.astype(np.int64)

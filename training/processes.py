@@ -125,10 +125,11 @@ def what_was_lost(error: BaseException) -> str:
 
 def how_to_go_on(argv: list[str], program: str) -> str:
     """The command that goes on with this run of `program`."""
-    words = [word for word in argv if not word.startswith("--overwrite_output_dir=")]
-    if "--overwrite_output_dir" in words:
-        at = words.index("--overwrite_output_dir")
-        follows_value = at + 1 < len(words) and not words[at + 1].startswith("-")
+    names = [word.split("=")[0].replace("-", "_") for word in argv]
+    words = list(argv)
+    if "__overwrite_output_dir" in names:
+        at = names.index("__overwrite_output_dir")
+        follows_value = "=" not in words[at] and at + 1 < len(words) and not words[at + 1].startswith("-")
         del words[at : at + 1 + follows_value]
     if not any(word.startswith("--resume_from_checkpoint") for word in words):
         words += ["--resume_from_checkpoint", "last"]

@@ -92,12 +92,14 @@ def read_audio(path: Path) -> np.ndarray:
     try:
         with wave.open(str(path)) as file:
             form = (file.getnchannels(), file.getsampwidth(), file.getframerate())
-            samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
+            count, content = file.getnframes(), file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
         raise UserError(f"dataset: {path.name} is neither a SPHERE nor a PCM WAV file ({error})") from error
     if form != (1, 2, RATE):
         raise UserError(f"dataset: {path.name} must have 1 channel of 2 bytes at {RATE} Hz, got {form}")
-    return samples
+    if len(content) != 2 * count:
+        raise UserError(f"dataset: {path.name} is cut short: it has {len(content) // 2} of {count} samples")
+    return np.frombuffer(content, dtype="<i2")
 
 
 def sphere_header(content: bytes, name: str) -> tuple[dict[str, str], int]:
@@ -122,9 +124,10 @@ def read_sphere(content: bytes, name: str) -> np.ndarray:
         if fields.get(key, value) != value:
             raise UserError(f"dataset: {name} must have {key} {value}, got {fields[key]}")
     order = {"01": "<i2", "10": ">i2"}.get(fields.get("sample_byte_format", "01"))
-    count = int(fields.get("sample_count", (len(content) - size) // 2))
-    if order is None or len(content) < size + 2 * count:
-        raise UserError(f"dataset: {name} is cut short or has an unknown sample_byte_format")
+    text = fields.get("sample_count", str((len(content) - size) // 2))
+    count = int(text) if text.isdigit() else -1
+    if order is None or count < 0 or len(content) < size + 2 * count:
+        raise UserError(f"dataset: {name} is cut short or has an unknown sample_byte_format or sample_count")
     return np.frombuffer(content, dtype=order, count=count, offset=size).astype(np.int16)
 
 

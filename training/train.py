@@ -26,7 +26,7 @@ from .evaluate import read_record
 from .evaluation import evaluate
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, machine_record
-from .models import build_model, load_model
+from .models import build_model, check_fit, load_model
 from .publish import check_before_training, publish_command, publish_folder
 from .publish import report as publish_report
 from .reporting import Progress, results, write_results
@@ -53,9 +53,9 @@ def prepare_task(arguments: Arguments) -> tuple[Task, Any]:
         torch.manual_seed(arguments.run.seed)  # the same start on every rank
         return task, build_model(task.head, arguments.model, **task.model_kwargs())
     model, tokenizer = load_model(arguments.model.model, task.head)
-    inherit(arguments.model)
     task.load(tokenizer)
     task.check_vocabulary()
+    check_fit(arguments.model.model, model, task)
     return task, model.float()
 
 
@@ -109,6 +109,12 @@ def check_folder(arguments: Arguments) -> Path | None:
                 f"output_dir={str(folder)!r} holds a finished run without checkpoints: nothing to go on from"
             )
         return found
+    source = Path(arguments.model.model).resolve() if arguments.model.model is not None else None
+    if source is not None and run.overwrite_output_dir and folder.resolve() in (source, *source.parents):
+        raise UserError(
+            f"overwrite_output_dir=True would delete model={arguments.model.model!r}, which the run starts from; "
+            "pass another --output_dir"
+        )
     if ckpt.holds_run(folder) and not run.overwrite_output_dir:
         raise UserError(
             f"output_dir={str(folder)!r} already holds a run; pass --resume_from_checkpoint last to go on with it, "
@@ -145,6 +151,8 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     processes.share_cores(arguments.run.num_threads)
     keep_freed_memory()
+    if arguments.model.model is not None:
+        inherit(arguments.model)  # first of all: the usual output_dir is named after the architecture
     accelerator = build_accelerator(arguments)
     is_main = accelerator.is_main_process
     found = processes.together(accelerator, lambda: check_folder(arguments) if is_main else None)

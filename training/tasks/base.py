@@ -114,6 +114,10 @@ class DataOptions:
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision (tag, branch or commit) of it."})
     text_column: str = field(default="text", metadata={"help": "Column of a Hub data set that holds the text."})
 
+    def __post_init__(self) -> None:
+        if self.dataset == "":
+            raise UserError("dataset='' is not valid: it must be a built-in name, a file, a folder or a Hub id")
+
     def refuse_hub_options(self) -> None:
         """For data that are not the Hub's.
 

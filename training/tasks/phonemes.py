@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..errors import UserError
 from ..espeak import load_espeak
 from ..sequences import IGNORED, SPLITS, SequenceTask, check_at_least, fingerprint
 from ..speech import FEATURES, Utterance, features, frame_labels, load_timit, phone_classes
-from .base import Batch, Layout
+from .base import Batch, Layout, TaskOutput
 
 ESPEAK = "espeak"
 LENGTH_NOISE = 0.1  # spread of the log lengths by which utterances are put together: other company in every pass
@@ -132,9 +133,18 @@ class Phonemes(SequenceTask):
         length = max(len(x) for x, _ in parts)
         frames = torch.zeros(len(parts), length, FEATURES)  # (B, T, 26)
         labels = torch.full((len(parts), length), IGNORED)  # (B, T): padding is not scored
+        real = torch.zeros(len(parts), length, dtype=torch.long)  # (B, T)
         for row, (x, y) in enumerate(parts):
             frames[row, : len(x)], labels[row, : len(y)] = torch.from_numpy(x), torch.from_numpy(y)
-        return Batch({"input_values": frames, "labels": labels}, num_elements=sum(len(x) for x, _ in parts))
+            real[row, : len(x)] = 1
+        inputs = {"input_values": frames, "labels": labels}
+        return Batch(inputs, num_elements=sum(len(x) for x, _ in parts), extra={"attention_mask": real})
+
+    def forward(self, model: Any, batch: Batch, state: Any) -> TaskOutput:
+        if getattr(getattr(model, "module", model).config, "bidirectional", False):
+            # The direction that begins at the end would read the padding of short utterances.
+            batch = dataclasses.replace(batch, inputs={**batch.inputs, **batch.extra})
+        return super().forward(model, batch, state)
 
 
 def labelled(utterances: list[Utterance], classes: dict[str, int | None]) -> tuple[list[np.ndarray], list[np.ndarray]]:
