@@ -289,8 +289,8 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        given, base = model_kwargs.get("past_key_values"), cast(Any, super())
+        base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
         # What generate() returns has the states then. An offloaded cache stays transformers': it moves its layers.
         if given is None and made is not None and generation_config.cache_implementation != "offloaded":

@@ -147,7 +147,8 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
     try:
         config = AutoConfig.from_pretrained(folder)
         check_engine(config)
-        model, found = model_class(head, config).from_pretrained(folder, config=config, output_loading_info=True)
+        load: Any = model_class(head, config).from_pretrained
+        model, found = load(folder, config=config, output_loading_info=True)
         # On the Hub language models have one; of other heads the client would look for one of another kind, and fail.
         has_tokenizer = (local / "tokenizer.json").is_file() if local.exists() else head == "causal_lm"
         tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
