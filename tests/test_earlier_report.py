@@ -264,6 +264,17 @@ def test_links_to_released_models(tmp_path):
     assert names(again(out=tmp_path / "cards"), "KRU") == ["KRU 1100 (2)"]
 
 
+def test_a_folder_that_holds_another_model_by_now_is_the_new_rows(tmp_path):
+    command = "accelerate launch -m training.train --output_dir runs/"
+    for name, bpc in (("old", 1.6), ("new", 1.5)):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        model = write_run(tmp_path / "model", bpc=bpc)
+        record = json.loads((model / "training.json").read_text())
+        (model / "training.json").write_text(json.dumps({**record, "command": command + name}))
+        text = again(model, out=tmp_path) if name == "new" else report(model, tmp_path)
+    assert names(text) == [f"[{LABEL}](model/)", LABEL] and commands(text) == ["runs/new", "runs/old"]
+
+
 def test_a_picture_stays_as_long_as_no_row_is_new(tmp_path):
     """It has the curves of rows whose runs are gone, which cannot be drawn again."""
     for name, bpc in (("a", 1.5), ("b", 1.6)):

@@ -134,7 +134,10 @@ def table_of(rows: list[Row], earlier: Section, output: Path | None) -> Table:
     """The rows of given runs, and those of earlier reports that they do not replace."""
     given = [own_line(row, output) for row in rows]
     kept = {place: old for place, old in enumerate(earlier.lines) if not gives_way(old, given)}
-    lines = [(place, replace(old, link=alive(old.link, output))) for place, old in kept.items()]
+    taken = {line.link for line in given}  # an earlier row's folder may hold the model of another run by now
+    lines = [
+        (place, replace(old, link="" if old.link in taken else alive(old.link, output))) for place, old in kept.items()
+    ]
     known = True
     for line in given:
         if line.folders and any(line.folders < old.folders for old in kept.values()):
