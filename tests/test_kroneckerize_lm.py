@@ -3,10 +3,12 @@
 import json
 import math
 import random
+import signal
 
 import pytest
 
-from training.errors import UserError
+from training import kroneckerize_lm
+from training.errors import Interrupted, UserError
 from training.evaluate import main as evaluate
 from training.kroneckerize_lm import KroneckerizeOptions, main, nearest_shapes, square_factorings
 from training.models import load_model
@@ -56,11 +58,25 @@ def test_table_folders_and_json(lstm, text_file, tmp_path, capsys):
     assert str(tmp_path) not in (tmp_path / "kroneckerize.json").read_text()
     assert load_model(str(tmp_path / "20x"), "causal_lm")[0].num_recurrent_parameters() == 2 * 4 * (4 + 9 + 16)
     assert main([*words, f"--output_dir={tmp_path}"]) == 1
-    assert "already holds a run" in capsys.readouterr().err
+    assert "holds the fine-tune 'dense', and rows are made from the beginning" in capsys.readouterr().err
+    again = [f"--model={tmp_path / 'dense'}", *words[1:], f"--output_dir={tmp_path}", "--overwrite_output_dir=true"]
+    assert main(again) == 1
+    assert "would replace model=" in capsys.readouterr().err
+    assert (tmp_path / "dense" / "model.safetensors").is_file()
     other = tmp_path / "other"
     assert main([f"--model={tmp_path / '20x'}", f"--dataset={text_file}", f"--output_dir={other}"]) == 1
     assert "is not a dense rnn, lstm, gru" in capsys.readouterr().err
     assert not other.exists()
+
+
+def test_an_interruption_says_what_is_kept(lstm, text_file, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise Interrupted("stopped at step 3; the checkpoint is written", signal.SIGTERM)
+
+    monkeypatch.setattr(kroneckerize_lm.TrainingLoop, "run", stopped)
+    words = [f"--model={lstm}", f"--dataset={text_file}", "--ratios=3", "--max_steps=6", "--use_cpu"]
+    assert main([*words, f"--output_dir={tmp_path}"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.strip().endswith("error: stopped; the rows so far are saved")
 
 
 def test_without_a_fine_tune_nothing_is_trained(lstm, text_file, tmp_path, capsys):

@@ -357,6 +357,11 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
     assert (tmp_path / "a.mid").read_bytes() != (tmp_path / "c.mid").read_bytes()
     assert compose.main([*words, "--seed", "1", "--output", str(tmp_path / "a.mid")]) == 0
     assert not (tmp_path / "a.json").exists()  # it told of another piece
+    (tmp_path / "c.json").write_text("mine, and no JSON")
+    assert compose.main([*words, "--output", str(tmp_path / "c.mid")]) == 0
+    assert (tmp_path / "c.json").read_text() == "mine, and no JSON"
+    assert compose.main([*words, "--prime_frames", "17", "--output", str(tmp_path / "d.mid")]) == 1
+    assert "prime_frames=17 is more than the 16 frames of prime" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,15 @@ def test_labels(tmp_path):
     assert factors([[3, 4], [4, 3]]) == "3x4·4x3"
 
 
+def test_output_and_readme_are_files_of_text(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    assert main([str(run), "--output", str(tmp_path)]) == 1
+    assert f"output='{tmp_path}' is a folder" in capsys.readouterr().err
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    assert main([str(run), "--readme", str(tmp_path / "README.md")]) == 1
+    assert "README.md' cannot be read: 'utf-8' codec" in capsys.readouterr().err
+
+
 def test_readme_table_is_replaced_between_its_markers(tmp_path, capsys):
     run = write_run(tmp_path / "a")
     readme = tmp_path / "README.md"

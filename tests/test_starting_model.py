@@ -96,6 +96,14 @@ def test_a_record_of_another_form_is_named(trained, text_file, tmp_path, capsys,
     assert "has no readable training.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": 1}'])
+def test_a_tokenizer_of_another_form_is_named(trained, text_file, tmp_path, capsys, content):  # noqa: F811
+    shutil.copytree(trained / "kru", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.json").write_text(content)
+    assert evaluate.main([f"--model={tmp_path / 'run'}", f"--dataset={text_file}", "--use_cpu"]) == 1
+    assert "run' cannot be loaded: " in capsys.readouterr().err
+
+
 def test_compare_writes_into_folders_of_runs_alone(trained, tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
     shutil.copytree(trained / "kru", tmp_path / "runs" / "kru")

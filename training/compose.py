@@ -84,6 +84,8 @@ def read_prime(options: ComposeOptions, frames_per_quarter: int) -> PianoRoll | 
         raise UserError(f"prime: {error}") from error
     if piece.problems:
         print(f"prime: {piece.problems}", file=sys.stderr)
+    if options.prime_frames > len(piece.roll):
+        raise UserError(f"prime_frames={options.prime_frames} is more than the {len(piece.roll)} frames of prime")
     end = options.prime_frames or len(piece.roll)
     assert piece.onsets is not None
     tempos = [(frame, tempo) for frame, tempo in piece.tempos if frame < end]

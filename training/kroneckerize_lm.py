@@ -26,7 +26,7 @@ from . import checkpoint as ckpt
 from . import processes
 from .arguments import Arguments, ModelOptions, RunOptions, option, parse_words, require
 from .baselines import TORCH_CELLS
-from .errors import UserError
+from .errors import Interrupted, UserError
 from .evaluate import EvaluateOptions, load_task, read_record, refuse_without_dataset
 from .evaluation import evaluate
 from .loop import TrainingLoop
@@ -187,6 +187,19 @@ class Shrinker:
         model = ModelOptions(architecture=self.record["options"].get("architecture", "lstm"))
         return Arguments(run, model, self.data, self.task.options, self.command)
 
+    def check_folder(self, name: str) -> None:
+        """`UserError` if a fine-tune would replace the model, which every row starts from, or an earlier fine-tune."""
+        arguments = self.arguments(name)
+        folder, source = arguments.output_dir, Path(str(self.options.model))
+        if source.exists() and folder.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"output_dir={self.options.output_dir!r} would replace model={self.options.model!r}")
+        if ckpt.holds_run(folder) and not arguments.run.overwrite_output_dir:
+            raise UserError(
+                f"output_dir={self.options.output_dir!r} holds the fine-tune {name!r}, and rows are made from the "
+                "beginning: pass --overwrite_output_dir true to delete it, or another --output_dir"
+            )
+        check_folder(arguments)
+
     def fine_tune(self, model: Any, name: str) -> dict[str, Any]:
         """Train on with the run's loop; the folder then holds the weights that were best on validation."""
         arguments = self.arguments(name)
@@ -225,7 +238,7 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
         shrinker = Shrinker(options, data, command, stop)
         plan = shrinker.plan()
         for ratio, _ in plan if options.max_steps else []:
-            check_folder(shrinker.arguments("dense" if ratio is None else f"{ratio:g}x"))
+            shrinker.check_folder("dense" if ratio is None else f"{ratio:g}x")
         for ratio, shapes in plan:
             rows.append(shrinker.row(ratio, shapes))
             record = {"model": Path(str(options.model)).name, "dataset": shrinker.task.dataset_record(), "rows": rows}
@@ -241,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         run(list(sys.argv[1:] if argv is None else argv))
+    except Interrupted as error:
+        print("error: stopped; the rows so far are saved", file=sys.stderr)
+        return error.exit_code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

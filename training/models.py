@@ -156,8 +156,10 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
         raise UserError(
             f"the weights in {folder!r} are damaged or incomplete ({error}); copy or train them again"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model={folder!r} cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        # The last three are what JSON of another form than a config's or a tokenizer's ends in.
+        problem = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
+        raise UserError(f"model={folder!r} cannot be loaded: {problem}") from error
     check_weights(folder, model, found["missing_keys"])
     if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise UserError(

@@ -286,7 +286,10 @@ def update_readme(readme: Path, text: str) -> None:
     """
     if not readme.is_file():
         raise UserError(f"readme={str(readme)!r} does not exist")
-    before = readme.read_text(encoding="utf-8")
+    try:
+        before = readme.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"readme={str(readme)!r} cannot be read: {error}") from error
     if before.count(BEGIN) != 1 or before.count(END) != 1 or before.index(BEGIN) > before.index(END):
         raise UserError(f"readme={str(readme)!r} must hold {BEGIN} and, after it, {END}, each once")
     start, rest = before.split(BEGIN)
@@ -314,6 +317,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     try:
+        if options.output is not None and options.output.is_dir():
+            raise UserError(f"output={str(options.output)!r} is a folder: pass a file in it")
         reports = [path for path in options.runs if is_report(path)]
         runs = find_runs(path for path in options.runs if path not in reports)
         found = tables(runs, read_reports(reports), options.output, options.only_runs)
