@@ -88,20 +88,18 @@ def test_weights_that_are_missing_or_not_finite_give_no_figures(trained, text_fi
             assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"options": [], "dataset": {}}'])
-def test_a_record_of_another_form_is_named(trained, text_file, tmp_path, capsys, content):  # noqa: F811
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        *(("training", text, "no readable training.json") for text in ("[]", "{}", '{"options": [], "dataset": {}}')),
+        *(("tokenizer", text, "run' cannot be loaded: ") for text in ("{}", "[]", '{"model": 1}')),
+    ],
+)
+def test_json_of_another_form_is_named(trained, text_file, tmp_path, capsys, name, content, message):  # noqa: F811
     shutil.copytree(trained / "kru", tmp_path / "run")
-    (tmp_path / "run" / "training.json").write_text(content)
+    (tmp_path / "run" / f"{name}.json").write_text(content)
     assert evaluate.main([f"--model={tmp_path / 'run'}", f"--dataset={text_file}", "--use_cpu"]) == 1
-    assert "has no readable training.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '{"model": 1}'])
-def test_a_tokenizer_of_another_form_is_named(trained, text_file, tmp_path, capsys, content):  # noqa: F811
-    shutil.copytree(trained / "kru", tmp_path / "run")
-    (tmp_path / "run" / "tokenizer.json").write_text(content)
-    assert evaluate.main([f"--model={tmp_path / 'run'}", f"--dataset={text_file}", "--use_cpu"]) == 1
-    assert "run' cannot be loaded: " in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_compare_writes_into_folders_of_runs_alone(trained, tmp_path, capsys):

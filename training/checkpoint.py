@@ -122,6 +122,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p, match in found.items() if match), key=lambda p: int(p.name.split("-")[1]))
 
 
+def not_finite(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters with a NaN or an infinity among their numbers."""
+    return [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
+
+
+def is_within(model: str | None, folder: Path) -> bool:
+    """Whether a model is a folder, no Hub id, that is this one or lies in it, to be deleted with the run."""
+    return model is not None and Path(model).exists() and Path(model).resolve().is_relative_to(folder.resolve())
+
+
 def holds_run(folder: Path) -> bool:
     """Whether an earlier run left something in `folder`."""
     return bool(checkpoints(folder)) or any((folder / name).exists() for name in RUN_FILES)

@@ -190,8 +190,8 @@ class Shrinker:
     def check_folder(self, name: str) -> None:
         """`UserError` if a fine-tune would replace the model, which every row starts from, or an earlier fine-tune."""
         arguments = self.arguments(name)
-        folder, source = arguments.output_dir, Path(str(self.options.model))
-        if source.exists() and folder.resolve() in (source.resolve(), *source.resolve().parents):
+        folder = arguments.output_dir
+        if ckpt.is_within(self.options.model, folder):
             raise UserError(f"output_dir={self.options.output_dir!r} would replace model={self.options.model!r}")
         if ckpt.holds_run(folder) and not arguments.run.overwrite_output_dir:
             raise UserError(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 import kru_hf
 from kru_hf import scan_cpu, scan_gated_cpu, scan_triton
 
+from . import checkpoint as ckpt
 from . import processes
 from .arguments import ModelOptions
 from .baselines import CELLS, BaselineConfig
@@ -176,24 +177,20 @@ def check_weights(folder: str, model: PreTrainedModel, missing: Iterable[str]) -
     gone = sorted(name for name in missing if same_head or name.startswith(f"{model.base_model_prefix}."))
     if gone:
         raise UserError(f"model={folder!r} is incomplete: its weights have no {', '.join(gone)}")
-    broken = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
-    if broken:
+    if broken := ckpt.not_finite(model):
         raise UserError(f"model={folder!r} is damaged: not all numbers in {', '.join(broken)} are finite")
 
 
 def check_fit(folder: str, model: PreTrainedModel, task: Task) -> None:
     """`UserError` unless a trained model takes what the task gives, and has an output for each of its targets."""
     config, wanted = model.config, task.model_kwargs()
-    width = getattr(model, "width", getattr(config, "input_size", None))
-    problems = []
-    if width != wanted.get("input_size"):
-        problems.append(("input_size", width, wanted.get("input_size")))
-    if width is None and wanted["vocab_size"] > config.vocab_size:
-        problems.append(("vocab_size", config.vocab_size, wanted["vocab_size"]))
-    if wanted.get("num_labels", 0) > config.num_labels:
-        problems.append(("num_labels", config.num_labels, wanted["num_labels"]))
-    kind = wanted.get("problem_type")
-    if kind is not None and config.problem_type not in (None, kind):
-        problems.append(("problem_type", config.problem_type, kind))
-    for name, has, needs in problems:
-        raise UserError(f"model={folder!r} does not fit the task {task.name}: its {name} is {has}, not {needs}")
+    width, kind = getattr(model, "width", getattr(config, "input_size", None)), wanted.get("problem_type")
+    checks = [
+        ("input_size", width, wanted.get("input_size"), width == wanted.get("input_size")),
+        ("vocab_size", config.vocab_size, wanted["vocab_size"], wanted["vocab_size"] <= config.vocab_size),
+        ("num_labels", config.num_labels, wanted.get("num_labels"), wanted.get("num_labels", 0) <= config.num_labels),
+        ("problem_type", config.problem_type, kind, kind is None or config.problem_type in (None, kind)),
+    ]
+    for name, has, needs, fits in checks:
+        if not fits:
+            raise UserError(f"model={folder!r} does not fit the task {task.name}: its {name} is {has}, not {needs}")

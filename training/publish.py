@@ -24,6 +24,7 @@ import kru_hf
 
 from .arguments import parse_words
 from .cards import COMPOSITION, DATA_SOURCES, missing_fields, read_json, render_card
+from .checkpoint import not_finite
 from .errors import UserError
 from .hub import PROPOSAL, check_access, check_name, explained, open_proposal, remote_files, same
 
@@ -157,8 +158,7 @@ def check_weights(folder: Path, class_name: str) -> None:
     if any(wrong.values()):
         shown = "; ".join(f"{key.replace('_', ' ')}: {', '.join(names[:5])}" for key, names in wrong.items() if names)
         raise UserError(f"the weights in {str(folder)!r} do not fit config.json: {shown}")
-    broken = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
-    if broken:
+    if broken := not_finite(model):
         raise UserError(f"the weights in {str(folder)!r} are not finite: {', '.join(broken[:5])}")
     if class_name != "KRUForCausalLM":
         return

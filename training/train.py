@@ -109,8 +109,7 @@ def check_folder(arguments: Arguments) -> Path | None:
                 f"output_dir={str(folder)!r} holds a finished run without checkpoints: nothing to go on from"
             )
         return found
-    source = Path(arguments.model.model).resolve() if arguments.model.model is not None else None
-    if source is not None and run.overwrite_output_dir and folder.resolve() in (source, *source.parents):
+    if run.overwrite_output_dir and ckpt.is_within(arguments.model.model, folder):
         raise UserError(
             f"overwrite_output_dir=True would delete model={arguments.model.model!r}, which the run starts from; "
             "pass another --output_dir"
