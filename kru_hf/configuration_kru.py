@@ -155,10 +155,8 @@ class KRUConfig(PreTrainedConfig):
         """
         options = dict(config_dict)
         notes = {name: options.pop(name) for name in config_dict if not cls._has(name)}
-        for name in [*notes, *kwargs]:
-            if not cls._has(name) and (
-                nearest := difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.8)
-            ):
+        for name in (name for name in (*notes, *kwargs) if not cls._has(name)):
+            if nearest := difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.8):
                 raise TypeError(f"KRUConfig has no option {name!r}; did you mean {nearest[0]!r}?")
         given = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
         if given:
@@ -166,11 +164,10 @@ class KRUConfig(PreTrainedConfig):
             for name, value in stored._derived_defaults().items():
                 if getattr(stored, name) == value:
                     options.pop(name, None)
+            other_size = given.get("state_size", stored.state_size) != stored.state_size
             if "factor_shapes" in given:
                 options.pop("state_size", None)
-            elif (
-                given.get("factor_size") is not None or given.get("state_size", stored.state_size) != stored.state_size
-            ):
+            elif other_size or given.get("factor_size") is not None:
                 options.pop("factor_shapes", None)
         found = super().from_dict({**options, **given}, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
