@@ -211,7 +211,7 @@ def test_order_follows_the_metrics_direction(tmp_path):
     text = again(*new, earlier[3], out=tmp_path / "out")
     assert names(text) == [f"LSTM {size}" for size in (6, 1, 7, 2, 4, 5, 8, 3, 9)]
     assert "Accuracy, higher is better." in text
-    assert line_of(text, "pixel_mnist on digits")[3] == "0.950 validation (LSTM 6; 113,000 parameters)"
+    assert line_of(text, "pixel_mnist on digits")[3] == "0.9500 validation (LSTM 6; 113,000 parameters)"
 
 
 def test_overview_takes_figures_as_printed_and_tells_krus_by_name(tmp_path, capsys):
