@@ -75,7 +75,9 @@ class KRUCacheLayer(CacheLayerMixin):
 class KRUCache(DynamicCache):
     """The states of all layers: what ``past_key_values`` holds.
 
-    ``states`` reads them, :meth:`from_states` starts from given ones, :meth:`detach` cuts the gradient.
+    ``states`` reads them, :meth:`from_states` starts from given ones, :meth:`detach` cuts the gradient. A model reads
+    every token that it is given; ``generate()`` takes the whole text so far and leaves out as many tokens as the cache
+    has seen. To give it the new text alone, have it count from there: ``KRUCache.from_states(cache.states)``.
     """
 
     layers: list[KRUCacheLayer]  # type: ignore[assignment]
@@ -126,5 +128,10 @@ def initial_state(cache: DynamicCache | None, layer_index: int, shape: tuple[int
         return None
     state = cast(KRUCacheLayer, cache.layers[layer_index]).state
     if state is not None and tuple(state.shape) != shape:
-        raise ValueError(f"past_key_values holds a state of the shape {tuple(state.shape)}, this call needs {shape}")
+        repeats, rest = divmod(shape[0], state.shape[0])
+        several = repeats > 1 and not rest and tuple(state.shape[1:]) == shape[1:]
+        hint = f": for {repeats} sequences each call its batch_repeat_interleave({repeats}) first" if several else ""
+        raise ValueError(
+            f"past_key_values holds a state of the shape {tuple(state.shape)}, this call needs {shape}{hint}"
+        )
     return state

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
-from .modeling_kru import KRUModel, KRUModelOutput, KRUPreTrainedModel, target_share
+from .modeling_kru import KRUModel, KRUModelOutput, KRUPreTrainedModel, step_targets, target_share
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -91,7 +91,7 @@ def classification_loss(
         errors = each(wide, labels.float(), reduction="none")  # (…, K)
         counts = torch.ones_like(errors, dtype=torch.bool) if scored is None else scored.unsqueeze(-1).expand_as(errors)
         total = errors.masked_fill(~counts, 0).sum()
-    return total / (counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    return total / step_targets(counts, num_items_in_batch)
 
 
 class _Classifier(KRUPreTrainedModel):
@@ -123,7 +123,7 @@ class _Classifier(KRUPreTrainedModel):
         share: Tensor | float = 1.0
         if labels is not None:
             loss = classification_loss(logits, labels, self.config.problem_type, num_items_in_batch, scored)
-            share = target_share(labels, num_items_in_batch)
+            share = target_share(labels != -100, num_items_in_batch)
         loss, penalty = self.with_penalty(loss, outputs, share)
         return KRUClassifierOutput(
             loss=loss,

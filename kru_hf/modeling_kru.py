@@ -255,11 +255,18 @@ class KRUModel(KRUPreTrainedModel):
         )
 
 
-def target_share(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def step_targets(scored: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """What a summed loss is divided by: the targets of the optimizer step, or else those that are ``scored`` (bool).
+
+    At least 1: the loss of a call without any target is 0, not 0 / 0.
+    """
+    count = scored.sum() if num_items_in_batch is None else num_items_in_batch
+    return torch.as_tensor(count, device=scored.device).clamp(min=1)  # ()
+
+
+def target_share(scored: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
     """This call's share of the optimizer step's targets, so that the penalty counts once a step under accumulation."""
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels != -100).sum() / num_items_in_batch
+    return 1.0 if num_items_in_batch is None else scored.sum() / step_targets(scored, num_items_in_batch)
 
 
 class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
@@ -296,6 +303,22 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         if given is None and made is not None and generation_config.cache_implementation != "offloaded":
             model_kwargs["past_key_values"] = KRUCache(len(made.layers))
 
+    def prepare_inputs_for_generation(  # type: ignore[override]  # generate() looks for the name inputs_embeds
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                f"generate() takes the whole text and reads what comes after the tokens that past_key_values has seen: "
+                f"there must be 1 or more, got {next_sequence_length}; for new text alone give it "
+                "KRUCache.from_states(past_key_values.states)"
+            )
+        prepare = cast(Any, super()).prepare_inputs_for_generation
+        return prepare(input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -329,9 +352,10 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             if kwargs.get("shift_labels") is not None:
                 # transformers takes a view of it, which a window cut from a longer stream does not allow
                 kwargs["shift_labels"] = kwargs["shift_labels"].contiguous()
+            targets = labels[:, 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]  # (B, T − 1 or T)
+            scored, items = targets != -100, kwargs.get("num_items_in_batch")
+            share, kwargs["num_items_in_batch"] = target_share(scored, items), step_targets(scored, items)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            targets = kwargs.get("shift_labels")
-            share = target_share(labels[:, 1:] if targets is None else targets, kwargs.get("num_items_in_batch"))
         loss, penalty = self.with_penalty(loss, outputs, share)
         return KRUCausalLMOutput(
             loss=loss,

@@ -1,5 +1,6 @@
 """Piano rolls as sequences of binary frames: the head that predicts the next frame, and sampling from it."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -199,6 +200,7 @@ class KRUForPianoRoll(PianoRollMixin, KRUPreTrainedModel):
     def __init__(self, config: KRUConfig) -> None:
         refuse_bidirectional(config, "a model of piano rolls")
         if config.input_size is None:
+            config = copy.deepcopy(config)  # the caller's may be for other heads, too
             config.input_size = PIANO_KEYS
         super().__init__(config)
         self.width = config.input_size

@@ -64,6 +64,30 @@ def test_a_cache_for_another_model_is_refused():
         model(LAST, past_key_values=tuple(states))
 
 
+@EVERY
+def test_generate_goes_on_with_new_text_alone(options):
+    """The states without their count; with it the new text is taken for the whole one."""
+    model = tiny_model(**options)
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False)[:, FIRST.shape[1] :]
+    state = KRUCache.from_states(after_first(model).states)
+    assert torch.equal(model.generate(LAST, past_key_values=state, max_new_tokens=4, do_sample=False), expected)
+    whole = torch.ones_like(IDS)  # the other way to say that the text is new: a mask of the whole one
+    found = model.generate(
+        LAST, past_key_values=after_first(model), attention_mask=whole, max_new_tokens=4, do_sample=False
+    )
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="takes the whole text .* must be 1 or more, got -1"):
+        model.generate(LAST, past_key_values=after_first(model), max_new_tokens=4, do_sample=False)
+
+
+def test_a_state_for_fewer_sequences_says_how_it_serves_more():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"for 2 sequences each call its batch_repeat_interleave\(2\) first"):
+        model(LAST.repeat_interleave(2, 0), past_key_values=after_first(model))
+    with pytest.raises(ValueError, match=r"this call needs \(3, 2, 6\)$"):
+        model(LAST, past_key_values=after_first(model, slice(2)))
+
+
 def test_an_empty_cache_is_detached_too():
     assert KRUCache(2).detach().states == []
     cache = after_first(tiny_model())

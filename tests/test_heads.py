@@ -5,7 +5,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from kru_hf import KRUConfig, KRUForCausalLM, KRUForSequenceClassification, KRUForTokenClassification
+from kru_hf import (
+    KRUConfig,
+    KRUForCausalLM,
+    KRUForPianoRoll,
+    KRUForSequenceClassification,
+    KRUForTokenClassification,
+)
 
 TOLERANCE = 1e-5  # absolute, float32, logits of the order of 1
 CELLS = ["kru", "kru_lstm", "kru_gru"]
@@ -83,6 +89,27 @@ def test_losses_are_torchs_and_training_adds_the_penalty(head, problem):
     count = labels.numel()
     halves = [model(ids[h], labels=labels[h], num_items_in_batch=count).loss for h in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close(sum(halves), trained.loss)
+
+
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=str)
+@pytest.mark.parametrize("head", [*HEADS, KRUForCausalLM])
+def test_a_call_without_targets_costs_nothing(head, num_items):
+    """As the last window of a text may be: a single character, alone in its optimizer step. 0 / 0 would be no error."""
+    model = head(config(num_labels=3)).train()
+    lead = (2,) if head is KRUForSequenceClassification else (2, 1)
+    labels = torch.full(lead, -100)
+    out = model(torch.tensor([[3], [4]]), labels=labels, num_items_in_batch=num_items)
+    penalty = 0.0 if num_items is not None else model.config.unitary_loss_coef * out.unitary_loss.item()
+    assert out.loss.item() == pytest.approx(penalty)
+    out.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_config_serves_several_heads():
+    shared = config()
+    assert KRUForPianoRoll(shared).config.input_size == 88
+    assert shared.input_size is None
+    KRUForCausalLM(shared)
 
 
 def test_bad_arguments_are_named():
