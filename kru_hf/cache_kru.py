@@ -128,9 +128,9 @@ def initial_state(cache: DynamicCache | None, layer_index: int, shape: tuple[int
         return None
     state = cast(KRUCacheLayer, cache.layers[layer_index]).state
     if state is not None and tuple(state.shape) != shape:
-        repeats, rest = divmod(shape[0], state.shape[0])
-        several = repeats > 1 and not rest and tuple(state.shape[1:]) == shape[1:]
-        hint = f": for {repeats} sequences each call its batch_repeat_interleave({repeats}) first" if several else ""
+        repeats = shape[0] // max(state.shape[0], 1)
+        fits = (repeats * state.shape[0], *state.shape[1:]) == shape
+        hint = f": for {repeats} sequences each call its batch_repeat_interleave({repeats}) first" if fits else ""
         raise ValueError(
             f"past_key_values holds a state of the shape {tuple(state.shape)}, this call needs {shape}{hint}"
         )

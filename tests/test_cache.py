@@ -84,8 +84,11 @@ def test_a_state_for_fewer_sequences_says_how_it_serves_more():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"for 2 sequences each call its batch_repeat_interleave\(2\) first"):
         model(LAST.repeat_interleave(2, 0), past_key_values=after_first(model))
-    with pytest.raises(ValueError, match=r"this call needs \(3, 2, 6\)$"):
-        model(LAST, past_key_values=after_first(model, slice(2)))
+    states = after_first(model).states
+    # Two rows for three sequences, none, and one row of another width.
+    for given in ([s[:2] for s in states], [s[:0] for s in states], [s[:1, :, :5] for s in states]):
+        with pytest.raises(ValueError, match=r"this call needs \(3, 2, 6\)$"):
+            model(LAST, past_key_values=KRUCache.from_states(given))
 
 
 def test_an_empty_cache_is_detached_too():
