@@ -50,7 +50,7 @@ def kron_apply(factors: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def kron_dense(factors: Sequence[Tensor]) -> Tensor:
-    """The whole matrix (2, ∏ P_f, ∏ Q_f) of the factors (2, P_f, Q_f): the oracle of the tests, O(N²) memory."""
+    """The whole matrix (2, ∏ P_f, ∏ Q_f) of the factors (2, P_f, Q_f), differentiable; O(N²) memory."""
     matrix = to_complex(factors[0], 0)  # (P_0, Q_0)
     for factor in factors[1:]:
         matrix = torch.kron(matrix, to_complex(factor, 0))  # (∏ P, ∏ Q)

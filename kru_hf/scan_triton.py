@@ -2,11 +2,13 @@
 
 Neighbouring factors are merged into two dense complex groups, W = A ⊗ C with A (P, P) and C (R, R), P·R = N, so that
 with the state as a matrix H (P, R) the product is W h = A H C^T: dense tiles, padded with zeros to powers of two ≥ 16.
-Backward recomputes z = W h_{t-1} + u_t from the saved states and keeps dA, dC and db on chip over time; every program
-writes its own partial sums, which torch adds up: no atomics, so results repeat to the last bit.
+Both kernels hold only what a step needs from the step before it. Backward carries the gradient of the state,
+dH = A^H dZ conj(C), with |z| of each unit saved by forward; dA and dC are sums over all steps, which a third kernel or
+torch computes afterwards. No atomics: results repeat to the last bit.
 
-Precision: fp32 storage, and fp32 products and sums (``precision="ieee"``) unless the caller asks for ``"tf32"``, which
-rounds the operands of the products to 10 bits of mantissa. Nothing else, no global flag, switches it.
+Precision: fp32 storage and sums. Products are as exact as fp32's: computed in fp32 for tiles up to 512 units and as
+six bf16 products each (bf16x6) for larger ones, whose operands do not fit the registers in fp32. ``precision`` asks for
+another: "tf32" rounds the operands to 10 bits of mantissa. No global flag switches the kernels.
 
 Letters: B samples, T steps, N units, P and R the sizes of the two groups.
 """
@@ -18,165 +20,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .kronecker import kron_dense
+
 try:
     import triton
-    import triton.language as tl
+
+    from .triton_kernels import backward_kernel, forward_kernel, gradient_kernel
 except ImportError as error:
     triton = None
     _import_error = f"triton cannot be imported: {error}"
 
-PRECISIONS = ("ieee", "tf32")
-# Shared memory of a program that backward compiled for sm_90 takes, over the bytes of the tiles A, C and H: 2.4 to 3.3.
-_SHARED_RATIO = 3.5
+PRECISIONS = ("fp32", "tf32")
+# Shared memory that a program compiled for sm_90 takes, over the bytes of the tiles A, C and H: 1.0 to 1.54.
+_SHARED_RATIO = 1.6
 SHARED_BYTES = 232448  # an H100's; a GPU in use is asked for its own
 MIN_TILE = 16  # tl.dot takes no less
-_WIDE_TILE = 1024  # units from which a program gets 8 warps in place of 4
-
-if triton is not None:
-
-    @triton.jit
-    def _load(pointer, offsets, inside, plane):
-        """Both planes of one tile; zeros outside."""
-        return tl.load(pointer + offsets, mask=inside, other=0.0), tl.load(
-            pointer + offsets + plane, mask=inside, other=0.0
-        )
-
-    @triton.jit
-    def _store(pointer, offsets, inside, plane, real, imag):
-        tl.store(pointer + offsets, real, mask=inside)
-        tl.store(pointer + offsets + plane, imag, mask=inside)
-
-    @triton.jit
-    def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
-        """Complex matrix product as four real ones, accumulated in fp32."""
-        real = tl.dot(ar, br, input_precision=PRECISION) - tl.dot(ai, bi, input_precision=PRECISION)
-        imag = tl.dot(ar, bi, input_precision=PRECISION) + tl.dot(ai, br, input_precision=PRECISION)
-        return real, imag
-
-    @triton.jit
-    def _forward_kernel(
-        inputs, group_a, group_c, bias, initial, mask, states, final, length,
-        P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
-        MODRELU: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        N: tl.constexpr = P * R
-        sample = tl.program_id(0).to(tl.int64)
-        p, r = tl.arange(0, TILE_P), tl.arange(0, TILE_R)
-        tile, inside = p[:, None] * R + r[None, :], (p[:, None] < P) & (r[None, :] < R)  # (P, R)
-        ar, ai = _load(group_a, p[:, None] * P + p[None, :], (p[:, None] < P) & (p[None, :] < P), P * P)  # (P, P)
-        # Read with its indices exchanged: this is C^T.
-        cr, ci = _load(group_c, r[None, :] * R + r[:, None], (r[:, None] < R) & (r[None, :] < R), R * R)  # (R, R)
-        b = tl.load(bias + tile, mask=inside, other=0.0)  # (P, R)
-        hr, hi = _load(initial + sample * 2 * N, tile, inside, N)  # (P, R)
-        u_at = inputs + sample * length * 2 * N
-        h_at = states + sample * length * 2 * N
-        mask_at = mask + sample * length
-        ur, ui = _load(u_at, tile, inside, N)  # (P, R)
-        for t in range(length):
-            # The next input is asked for before this step's products, which hide the way to memory.
-            u_at += tl.where(t + 1 < length, 2 * N, 0)
-            next_r, next_i = _load(u_at, tile, inside, N)  # (P, R)
-            xr, xi = _product(hr, hi, cr, ci, PRECISION)  # (P, R) = H C^T
-            zr, zi = _product(ar, ai, xr, xi, PRECISION)  # (P, R) = A H C^T
-            zr += ur
-            zi += ui
-            if MODRELU:
-                squared = zr * zr + zi * zi  # (P, R)
-                modulus = tl.sqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
-                # z multiplies the scale even where that is zero, so that a NaN stays a NaN.
-                scale = tl.where((squared > 0) & (modulus + b > 0), 1.0 + b / modulus, 0.0)  # (P, R)
-                zr *= scale
-                zi *= scale
-            if MASKED:
-                keep = tl.load(mask_at) != 0
-                mask_at += 1
-                zr = tl.where(keep, zr, hr)  # (P, R)
-                zi = tl.where(keep, zi, hi)  # (P, R)
-            hr, hi = zr, zi  # (P, R)
-            _store(h_at, tile, inside, N, hr, hi)
-            h_at += 2 * N
-            ur, ui = next_r, next_i  # (P, R)
-        _store(final + sample * 2 * N, tile, inside, N, hr, hi)
-
-    @triton.jit
-    def _backward_kernel(
-        d_states, d_final, inputs, group_a, group_c, bias, initial, mask, states,
-        d_inputs, d_a, d_c, d_bias, d_initial, length,
-        P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
-        MODRELU: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        N: tl.constexpr = P * R
-        sample = tl.program_id(0).to(tl.int64)
-        p, r = tl.arange(0, TILE_P), tl.arange(0, TILE_R)
-        tile, inside = p[:, None] * R + r[None, :], (p[:, None] < P) & (r[None, :] < R)  # (P, R)
-        a_tile, a_inside = p[:, None] * P + p[None, :], (p[:, None] < P) & (p[None, :] < P)  # (P, P)
-        c_tile, c_inside = r[:, None] * R + r[None, :], (r[:, None] < R) & (r[None, :] < R)  # (R, R)
-        ar, ai = _load(group_a, a_tile, a_inside, P * P)  # (P, P)
-        cr, ci = _load(group_c, c_tile, c_inside, R * R)  # (R, R)
-        b = tl.load(bias + tile, mask=inside, other=0.0)  # (P, R)
-        da_r = tl.zeros((TILE_P, TILE_P), tl.float32)
-        da_i = tl.zeros((TILE_P, TILE_P), tl.float32)
-        dc_r = tl.zeros((TILE_R, TILE_R), tl.float32)
-        dc_i = tl.zeros((TILE_R, TILE_R), tl.float32)
-        db = tl.zeros((TILE_P, TILE_R), tl.float32)
-        gr, gi = _load(d_final + sample * 2 * N, tile, inside, N)  # (P, R): gradient of h_t, from the future
-        first = initial + sample * 2 * N
-        at = (sample * length + length - 1) * 2 * N  # 64 bits wide, as sample is
-        for back in range(length):
-            t = length - 1 - back
-            ur, ui = _load(inputs + at, tile, inside, N)  # (P, R)
-            before = tl.where(t > 0, states + at - 2 * N, first)
-            hr, hi = _load(before, tile, inside, N)  # (P, R): h_{t-1}
-            er, ei = _load(d_states + at, tile, inside, N)  # (P, R)
-            gr += er
-            gi += ei
-            xr, xi = _product(hr, hi, tl.trans(cr), tl.trans(ci), PRECISION)  # (P, R) = H C^T
-            if MODRELU:
-                zr, zi = _product(ar, ai, xr, xi, PRECISION)  # (P, R) = A H C^T
-                zr += ur
-                zi += ui
-                squared = zr * zr + zi * zi  # (P, R)
-                inverse = 1.0 / tl.sqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
-                active = (squared > 0) & (squared * inverse + b > 0)  # (P, R)
-                # h = z + b·z/|z|: the radial part of the gradient passes as it is, the tangential one times 1 + b/|z|.
-                nr, ni = zr * inverse, zi * inverse  # (P, R): z/|z|
-                radial = nr * gr + ni * gi  # (P, R)
-                ratio = b * inverse  # (P, R)
-                # A NaN is not active: 0 · NaN carries it into the gradients.
-                dr = tl.where(active, gr + ratio * (gr - nr * radial), 0.0 * nr)  # (P, R)
-                di = tl.where(active, gi + ratio * (gi - ni * radial), 0.0 * ni)  # (P, R)
-                radial = tl.where(active, radial, 0.0)  # (P, R)
-            else:
-                dr, di, radial = gr, gi, tl.zeros((TILE_P, TILE_R), tl.float32)  # (P, R)
-            if MASKED:
-                keep = tl.load(mask + sample * length + t) != 0
-                dr = tl.where(keep, dr, 0.0)  # (P, R)
-                di = tl.where(keep, di, 0.0)  # (P, R)
-                radial = tl.where(keep, radial, 0.0)  # (P, R)
-            db += radial
-            _store(d_inputs + at, tile, inside, N, dr, di)
-            wr, wi = _product(dr, di, tl.trans(xr), -tl.trans(xi), PRECISION)  # (P, P) = dZ X^H
-            da_r += wr
-            da_i += wi
-            yr, yi = _product(tl.trans(ar), -tl.trans(ai), dr, di, PRECISION)  # (P, R) = dX = A^H dZ
-            wr, wi = _product(tl.trans(yr), tl.trans(yi), hr, -hi, PRECISION)  # (R, R) = dX^T conj(H)
-            dc_r += wr
-            dc_i += wi
-            yr, yi = _product(yr, yi, cr, -ci, PRECISION)  # (P, R) = dH = dX conj(C)
-            if MASKED:
-                yr = tl.where(keep, yr, gr)  # (P, R)
-                yi = tl.where(keep, yi, gi)  # (P, R)
-            gr, gi = yr, yi  # (P, R)
-            at -= 2 * N
-        _store(d_initial + sample * 2 * N, tile, inside, N, gr, gi)
-        _store(d_a + sample * 2 * P * P, a_tile, a_inside, P * P, da_r, da_i)
-        _store(d_c + sample * 2 * R * R, c_tile, c_inside, R * R, dc_r, dc_i)
-        tl.store(d_bias + sample * N + tile, db, mask=inside)
+_IEEE_TILE = 512  # units up to which the operands of fp32 products fit the registers
+_CHUNK = 32  # steps whose share of dA and dC one program adds up
+_SLICES = 256  # matrix products that torch runs side by side for dA and dC, at most
+_GRADIENT_ELEMENTS = 1 << 26  # of the states whose share torch computes at once: bounds its temporaries
 
 
 def _interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 was set when this module was imported: the kernels then run on the CPU, slowly."""
-    return triton is not None and not isinstance(_forward_kernel, triton.runtime.JITFunction)
+    return triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
 
 
 def unavailable_reason() -> str | None:
@@ -239,29 +106,65 @@ def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def merge(factors: Sequence[Tensor]) -> Tensor:
-    """Kronecker product (2, ∏ P_f, ∏ Q_f) of complex factors (2, P_f, Q_f), in real arithmetic, differentiable."""
-    group = factors[0]  # (2, P, Q)
-    for factor in factors[1:]:
-        parts = group[:, None, :, None, :, None] * factor[None, :, None, :, None, :]  # (2, 2, P, P_f, Q, Q_f)
-        group = torch.stack((parts[0, 0] - parts[1, 1], parts[0, 1] + parts[1, 0])).flatten(1, 2).flatten(2, 3)
-    return group
+def _inner(left: Tensor, right: Tensor, slices: int) -> Tensor:
+    """left^T right of (K, M) and (K, L), cut into ``slices`` along K: M and L alone are too small for a GPU."""
+    pieces = [tensor.unflatten(0, (slices, -1)) for tensor in (left, right)]  # (slices, K / slices, M or L)
+    return (pieces[0].mT @ pieces[1]).sum(0)  # (M, L)
 
 
-def _launch(kernel, inputs: Tensor, tensors: Sequence[Tensor], sizes: tuple[int, int], flags: dict) -> None:
+def group_gradients(
+    d_inputs: Tensor, states: Tensor, initial_state: Tensor, group_a: Tensor, group_c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dA (2, P, P) and dC (2, R, R) from dZ (B, T, 2, N) and the states, as products over all steps at once.
+
+    dA = Σ dZ conj(C) H^H and dC = Σ dZ^T conj(A H), with H = h_{t-1}.
+    """
+    (ar, ai), (cr, ci) = group_a, group_c  # (P, P), (R, R)
+    units = (ar.shape[0], cr.shape[0])
+    steps = d_inputs.shape[0] * d_inputs.shape[1]
+    slices = next(count for count in range(min(steps, _SLICES), 0, -1) if steps % count == 0)
+    by_row = (2, 3, 0, 1, 4)  # (B, T, 2, P, R) -> (2, P, B, T, R)
+    d = d_inputs.unflatten(3, units).permute(by_row).contiguous()  # (2, P, B, T, R)
+    h = torch.empty_like(d)
+    h[:, :, :, :1] = initial_state[:, None].unflatten(3, units).permute(by_row)  # (2, P, B, 1, R)
+    h[:, :, :, 1:] = states[:, :-1].unflatten(3, units).permute(by_row)  # (2, P, B, T - 1, R)
+    d, h = d.view(2, -1, units[1]), h.view(2 * units[0], -1)  # (2, P·B·T, R), (2P, B·T·R)
+    form = torch.cat((torch.cat((ar, -ai), 1), torch.cat((ai, ar), 1)))  # (2P, 2P): A on both planes
+    y = (form @ h).view(d.shape)  # (2, P·B·T, R) = A H
+    cross = _inner(d[1], y[0], slices) - _inner(d[0], y[1], slices)  # (R, R)
+    d_c = torch.stack((_inner(d.flatten(0, 1), y.flatten(0, 1), slices), cross))  # (2, R, R)
+    dy = torch.stack(((d[0] @ cr).addmm_(d[1], ci), (d[1] @ cr).addmm_(d[0], ci, alpha=-1)))  # (2, P·B·T, R)
+    rows = [tensor.view(2 * units[0], slices, -1).transpose(0, 1) for tensor in (dy, h)]  # (slices, 2P, B·T·R / slices)
+    blocks = (rows[0] @ rows[1].mT).sum(0).view(2, units[0], 2, units[0])  # (2, P, 2, P)
+    d_a = torch.stack((blocks[0, :, 0] + blocks[1, :, 1], blocks[1, :, 0] - blocks[0, :, 1]))  # (2, P, P)
+    return d_a, d_c
+
+
+def _launch(
+    kernel, inputs: Tensor, tensors: Sequence[Tensor], sizes: tuple[int, int], warps: int, flags: dict, chunks: int = 1
+) -> None:
     rows, columns = sizes
     device = torch.cuda.device(inputs.device) if inputs.is_cuda else contextlib.nullcontext()
     with device:
-        kernel[(inputs.shape[0],)](
+        kernel[(inputs.shape[0], chunks)](
             *tensors,
             inputs.shape[1],
             P=rows,
             R=columns,
             TILE_P=_tile(rows),
             TILE_R=_tile(columns),
-            num_warps=8 if _tile(rows) * _tile(columns) > _WIDE_TILE else 4,
+            num_warps=warps,
             **flags,
         )
+
+
+def _flags(sizes: tuple[int, int], modrelu: bool, mask: Tensor | None, precision: str) -> dict:
+    """The kernels' options; "fp32" is what computes products as exact as fp32's fastest for these tiles."""
+    if precision == "fp32":
+        # Triton's interpreter computes in fp32 and does not know the other name.
+        small = _interpreted() or _tile(sizes[0]) * _tile(sizes[1]) <= _IEEE_TILE
+        precision = "ieee" if small else "bf16x6"
+    return {"MODRELU": modrelu, "MASKED": mask is not None, "PRECISION": precision}
 
 
 def _mask_bytes(mask: Tensor | None, inputs: Tensor) -> Tensor:
@@ -271,34 +174,67 @@ def _mask_bytes(mask: Tensor | None, inputs: Tensor) -> Tensor:
 
 def _forward(
     inputs: Tensor, group_a: Tensor, group_c: Tensor, bias: Tensor, initial_state: Tensor, mask: Tensor | None,
-    modrelu: bool, precision: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = inputs.contiguous()
-    states, final = torch.empty_like(inputs), inputs.new_empty(initial_state.shape)  # (B, T, 2, N), (B, 2, N)
-    read = [tensor.contiguous() for tensor in (group_a, group_c, bias, initial_state)]
-    flags = {"MODRELU": modrelu, "MASKED": mask is not None, "PRECISION": precision}
-    tensors = [inputs, *read, _mask_bytes(mask, inputs), states, final]
-    _launch(_forward_kernel, inputs, tensors, (group_a.shape[1], group_c.shape[1]), flags)
-    return states, final
+    modrelu: bool, save: bool, precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """States (B, T, 2, N), final state (B, 2, N) and what backward needs with ``save``: |z| (B, T, N), else empty."""
+    batch, length, _, units = inputs.shape
+    inputs, sizes = inputs.contiguous(), (group_a.shape[1], group_c.shape[1])
+    states, final = torch.empty_like(inputs), inputs.new_empty(batch, 2, units)  # (B, T, 2, N), (B, 2, N)
+    moduli = inputs.new_empty((batch, length, units) if save and modrelu else (0,))  # (B, T, N)
+    right = group_c.mT  # (2, R, R): C^T
+    read = [tensor.contiguous() for tensor in (group_a, right, bias, initial_state)]
+    flags = _flags(sizes, modrelu, mask, precision) | {"SAVE": save}
+    tile = _tile(sizes[0]) * _tile(sizes[1])
+    tensors = [inputs, *read, _mask_bytes(mask, inputs), states, final, moduli]
+    _launch(forward_kernel, inputs, tensors, sizes, 4 if tile <= 2 * _IEEE_TILE else 8, flags)
+    return states, final, moduli
+
+
+def _group_gradients(
+    d_inputs: Tensor, states: Tensor, initial_state: Tensor, group_a: Tensor, group_c: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """dA (2, P, P) and dC (2, R, R), by a kernel where its sums fit the registers, else by torch, in parts."""
+    sizes = (group_a.shape[1], group_c.shape[1])
+    batch, length = d_inputs.shape[:2]
+    if _tile(sizes[0]) * _tile(sizes[1]) <= _IEEE_TILE:
+        chunks = -(-length // _CHUNK)
+        d_a = d_inputs.new_empty(batch, chunks, *group_a.shape)  # (B, chunks, 2, P, P)
+        d_c = d_inputs.new_empty(batch, chunks, *group_c.shape)  # (B, chunks, 2, R, R)
+        read = [tensor.contiguous() for tensor in (d_inputs, group_a, group_c, initial_state, states)]
+        flags = {"CHUNK": _CHUNK, "PRECISION": precision}
+        _launch(gradient_kernel, d_inputs, [*read, d_a, d_c], sizes, 4, flags, chunks)
+        return d_a.sum((0, 1)), d_c.sum((0, 1))
+    d_a, d_c = torch.zeros_like(group_a), torch.zeros_like(group_c)  # (2, P, P), (2, R, R)
+    samples = max(1, _GRADIENT_ELEMENTS // states[0].numel())
+    for start in range(0, batch, samples):
+        some = slice(start, start + samples)
+        share_a, share_c = group_gradients(d_inputs[some], states[some], initial_state[some], group_a, group_c)
+        d_a += share_a
+        d_c += share_c
+    return d_a, d_c
+
+
+def _conjugate(group: Tensor) -> Tensor:
+    """conj(A) of a complex matrix A (2, P, Q)."""
+    return torch.stack((group[0], -group[1]))
 
 
 def _backward(
-    d_states: Tensor, d_final: Tensor, inputs: Tensor, group_a: Tensor, group_c: Tensor, bias: Tensor,
-    initial_state: Tensor, mask: Tensor | None, states: Tensor, modrelu: bool, precision: str,
+    d_states: Tensor, d_final: Tensor, group_a: Tensor, group_c: Tensor, bias: Tensor, initial_state: Tensor,
+    mask: Tensor | None, states: Tensor, moduli: Tensor, modrelu: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of inputs (B, T, 2, N), A (2, P, P), C (2, R, R), bias (N,) and initial_state (B, 2, N)."""
-    batch = inputs.shape[0]
-    read = [tensor.contiguous() for tensor in (d_states, d_final, inputs, group_a, group_c, bias, initial_state)]
-    inputs = read[2]
-    d_inputs, d_initial = torch.empty_like(inputs), inputs.new_empty(initial_state.shape)
-    d_a = inputs.new_empty(batch, *group_a.shape)  # (B, 2, P, P)
-    d_c = inputs.new_empty(batch, *group_c.shape)  # (B, 2, R, R)
-    d_bias = inputs.new_empty(batch, *bias.shape)  # (B, N)
-    flags = {"MODRELU": modrelu, "MASKED": mask is not None, "PRECISION": precision}
-    written = [d_inputs, d_a, d_c, d_bias, d_initial]
-    tensors = [*read, _mask_bytes(mask, inputs), states.contiguous(), *written]
-    _launch(_backward_kernel, inputs, tensors, (group_a.shape[1], group_c.shape[1]), flags)
-    return d_inputs, d_a.sum(0), d_c.sum(0), d_bias.sum(0), d_initial
+    states, sizes = states.contiguous(), (group_a.shape[1], group_c.shape[1])
+    left, right = _conjugate(group_a).mT, _conjugate(group_c)  # (2, P, P): A^H, (2, R, R): conj(C)
+    read = [tensor.contiguous() for tensor in (d_states, d_final, left, right, bias)]
+    d_inputs, d_initial = torch.empty_like(states), torch.empty_like(initial_state)  # (B, T, 2, N), (B, 2, N)
+    d_bias = states.new_empty(states.shape[0], *bias.shape)  # (B, N)
+    tensors = [*read, _mask_bytes(mask, states), states, moduli, d_inputs, d_bias, d_initial]
+    flags = _flags(sizes, modrelu, mask, precision)
+    tile = _tile(sizes[0]) * _tile(sizes[1])
+    _launch(backward_kernel, states, tensors, sizes, 4 if tile <= _IEEE_TILE else 8, flags)
+    d_a, d_c = _group_gradients(d_inputs, states, initial_state, group_a, group_c, flags["PRECISION"])
+    return d_inputs, d_a, d_c, d_bias.sum(0), d_initial
 
 
 if __name__.startswith("kru_hf."):
@@ -308,32 +244,28 @@ if __name__.startswith("kru_hf."):
     _scan_backward_op = torch.library.custom_op("kru_hf::scan_triton_backward", _backward, mutates_args=())
 
     @_scan_op.register_fake
-    def _(inputs, group_a, group_c, bias, initial_state, mask, modrelu, precision):
+    def _(inputs, group_a, group_c, bias, initial_state, mask, modrelu, save, precision):
         batch, length, _, units = inputs.shape
-        return inputs.new_empty(batch, length, 2, units), inputs.new_empty(batch, 2, units)
+        moduli = inputs.new_empty((batch, length, units) if save and modrelu else (0,))
+        return inputs.new_empty(batch, length, 2, units), inputs.new_empty(batch, 2, units), moduli
 
     @_scan_backward_op.register_fake
-    def _(d_states, d_final, inputs, group_a, group_c, bias, initial_state, mask, states, modrelu, precision):
-        batch, length, _, units = inputs.shape
-        return (
-            inputs.new_empty(batch, length, 2, units),
-            group_a.new_empty(group_a.shape),
-            group_c.new_empty(group_c.shape),
-            bias.new_empty(bias.shape),
-            inputs.new_empty(batch, 2, units),
-        )
+    def _(d_states, d_final, group_a, group_c, bias, initial_state, mask, states, moduli, modrelu, precision):
+        read = (states, group_a, group_c, bias, initial_state)
+        return tuple(tensor.new_empty(tensor.shape) for tensor in read)
 
     def _setup(ctx, inputs, output) -> None:
-        *tensors, modrelu, precision = inputs
+        _, *tensors, modrelu, _, precision = inputs
         ctx.flags = modrelu, precision
-        ctx.save_for_backward(*tensors, output[0])
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors, output[0], output[2])
 
-    def _op_gradient(ctx, d_states, d_final):
-        d_inputs, d_a, d_c, d_bias, d_initial = _scan_backward_op(d_states, d_final, *ctx.saved_tensors, *ctx.flags)
-        return d_inputs, d_a, d_c, d_bias, d_initial, None, None, None
+    def _op_gradient(ctx, d_states, d_final, _):
+        gradients = _scan_backward_op(d_states, d_final, *ctx.saved_tensors, *ctx.flags)
+        return *gradients, None, None, None, None
 
     _scan_op.register_autograd(_op_gradient, setup_context=_setup)
-    _differentiable: Callable[..., tuple[Tensor, Tensor]] = _scan_op
+    _differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]] = _scan_op
 else:
 
     class _Scan(torch.autograd.Function):
@@ -341,16 +273,17 @@ else:
 
         @staticmethod
         def forward(ctx, *arguments):
-            *tensors, modrelu, precision = arguments
-            states, final = _forward(*arguments)
+            _, *tensors, modrelu, _, precision = arguments
+            states, final, moduli = _forward(*arguments)
             ctx.flags = modrelu, precision
-            ctx.save_for_backward(*tensors, states)
-            return states, final
+            ctx.mark_non_differentiable(moduli)
+            ctx.save_for_backward(*tensors, states, moduli)
+            return states, final, moduli
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, d_states, d_final):
-            return *_backward(d_states, d_final, *ctx.saved_tensors, *ctx.flags), None, None, None
+        def backward(ctx, d_states, d_final, _):
+            return *_backward(d_states, d_final, *ctx.saved_tensors, *ctx.flags), None, None, None, None
 
     _differentiable = _Scan.apply
 
@@ -363,7 +296,7 @@ def kru_scan_triton(
     mask: Tensor | None = None,
     *,
     activation: str = "modrelu",
-    precision: str = "ieee",
+    precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """The recurrence h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t) in one GPU kernel, float32.
 
@@ -374,7 +307,7 @@ def kru_scan_triton(
         initial_state: h_0 (B, 2, N); zeros if None.
         mask: (B, T) bool; False holds the state.
         activation: "modrelu" or "identity".
-        precision: "ieee" (fp32 products), or "tf32" (operands rounded to 10 bits of mantissa, fp32 sums).
+        precision: "fp32", or "tf32" (the operands of the kernels' products rounded to 10 bits of mantissa, fp32 sums).
 
     Returns:
         states (B, T, 2, N) and final_state (B, 2, N), a copy. The same to the last bit from run to run.
@@ -391,7 +324,11 @@ def kru_scan_triton(
         raise RuntimeError(f"the triton engine cannot run: {obstacle}")
     cut = plan[0]
     one = inputs.new_tensor([[[1.0]], [[0.0]]])  # (2, 1, 1): what A is where C holds all factors
-    group_a, group_c = merge(factors[:cut] or [one]), merge(factors[cut:])  # (2, P, P), (2, R, R)
+    # In complex arithmetic: with real planes the launches for nine small factors took longer than the recurrence.
+    group_a, group_c = kron_dense(factors[:cut] or [one]), kron_dense(factors[cut:])  # (2, P, P), (2, R, R)
     if initial_state is None:
         initial_state = inputs.new_zeros(inputs.shape[0], 2, inputs.shape[3])  # (B, 2, N)
-    return _differentiable(inputs, group_a, group_c, bias, initial_state, mask, activation == "modrelu", precision)
+    read = (inputs, group_a, group_c, bias, initial_state)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read)
+    states, final, _ = _differentiable(*read, mask, activation == "modrelu", save, precision)
+    return states, final

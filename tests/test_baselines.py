@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from kru_hf import KRUConfig, KRUForCausalLM, kron_dense, random_unitary
 from training.arguments import ModelOptions, parse_arguments
 from training.baselines import BaselineConfig, BaselineForCausalLM
+from training.checkpoint import load_weights
 from training.errors import UserError
 from training.evaluate import main as evaluate
 from training.models import build_model
@@ -278,3 +279,22 @@ def test_tied_embeddings_start_near_the_level_of_chance(cell):
     config = BaselineConfig(vocab_size=11, cell=cell, state_size=144, tie_word_embeddings=True)
     ids = torch.randint(11, (4, 9))
     assert BaselineForCausalLM(config)(ids, labels=ids).loss < math.log(11) + 0.1
+
+
+def test_loads_weights_that_share_one_storage(tmp_path):
+    """As cuDNN keeps those of an nn.LSTM on a GPU."""
+    new_model("lstm").save_pretrained(tmp_path)
+    model = new_model("lstm", seed=1)
+    parameters = list(model.model.recurrent.parameters())
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = piece.view(parameter.shape)
+    load_weights(model, tmp_path)
+    expected = new_model("lstm").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_of_another_model_are_named(tmp_path):
+    new_model("lstm").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"missing .*weight_ih_l1.*; unknown none"):
+        load_weights(new_model("lstm", num_hidden_layers=2), tmp_path)

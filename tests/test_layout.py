@@ -15,6 +15,7 @@ RANK = {
     "scan_reference": 2,
     "scan_torch": 2,
     "scan_cpu": 2,
+    "triton_kernels": 1,
     "scan_triton": 2,
     "scan_gated_cpu": 3,
     "scan_gated_torch": 3,

@@ -4,16 +4,18 @@ TRITON_INTERPRET=1 must be set before the kernels are defined, so without a GPU 
 process of its own, where Triton's interpreter executes the kernels on the CPU.
 """
 
-import importlib.util
+import importlib
 import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from kru_hf import scan_triton
+from kru_hf.kronecker import kron_apply
 from kru_hf.scan_reference import kru_scan_reference
 from kru_hf.scan_triton import kru_scan_triton, plan_groups
 
@@ -157,21 +159,41 @@ def test_operator_is_registered_correctly():
     case = make_case([(3, 3), (4, 4)], 2, 3, mask=True)
     tensors = [case["inputs"], *case["factors"], case["bias"], case["initial_state"]]
     arguments = [tensor.to(DEVICE, torch.float32).requires_grad_() for tensor in tensors]
-    torch.library.opcheck(scan_triton._scan_op, (*arguments, case["mask"].to(DEVICE), True, "ieee"))
+    torch.library.opcheck(scan_triton._scan_op, (*arguments, case["mask"].to(DEVICE), True, True, "fp32"))
 
 
 @runs_kernels
-def test_code_loaded_from_a_model_repository():
+def test_code_loaded_from_a_model_repository(monkeypatch):
     """Under another package name, nothing is registered with torch and the gradients are the same."""
-    folder = os.path.dirname(scan_triton.__file__)
-    spec = importlib.util.spec_from_file_location("pushed.scan_triton", os.path.join(folder, "scan_triton.py"))
-    pushed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pushed)
+    package = types.ModuleType("pushed")
+    package.__path__ = [os.path.dirname(scan_triton.__file__)]
+    monkeypatch.setitem(sys.modules, "pushed", package)
+    pushed = importlib.import_module("pushed.scan_triton")
     assert not hasattr(pushed, "_scan_op")
     case = make_case([(3, 3), (4, 4)], 2, 3, mask=True)
     here = evaluate(kru_scan_triton, case, torch.float32, "modrelu", DEVICE)
     there = evaluate(pushed.kru_scan_triton, case, torch.float32, "modrelu", DEVICE)
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(3, 7), (1, 1), (4, 300)])
+def test_gradients_of_the_groups_by_torch(batch, length):
+    """dA and dC of groups too large for a kernel: dW = Σ dZ h_{t-1}^H, contracted with each group by autograd."""
+    rows, columns = 3, 4
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    group_a, group_c = randn(2, rows, rows).requires_grad_(), randn(2, columns, columns).requires_grad_()
+    d_inputs, states = randn(batch, length, 2, 12), randn(batch, length, 2, 12)
+    initial = randn(batch, 2, 12)
+    before = torch.cat((initial[:, None], states[:, :-1]), 1)  # (B, T, 2, N)
+    product = kron_apply([group_a, group_c], before.flatten(0, 1))  # (B·T, 2, N)
+    expected = torch.autograd.grad((product * d_inputs.flatten(0, 1)).sum(), [group_a, group_c])
+    actual = scan_triton.group_gradients(d_inputs, states, initial, group_a.detach(), group_c.detach())
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @runs_kernels
@@ -196,7 +218,8 @@ def test_refuses_what_does_not_fit():
         ([(4, 2), (2, 4)], (0, 1, 8)),
         ([(3, 3), (137, 137)], None),
         ([(2, 2)] * 11, (5, 32, 64)),
-        ([(2, 2)] * 12, None),
+        ([(2, 2)] * 12, (6, 64, 64)),
+        ([(2, 2)] * 13, None),
     ],
 )
 def test_plan(shapes, plan):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import UserError
@@ -226,8 +226,15 @@ class Checkpoint:
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Put `folder`'s model.safetensors into `model`, exactly."""
+    # Not safetensors' load_model: it refuses the weights of an nn.LSTM on a GPU, which cuDNN keeps in one storage.
     try:
-        load_model(model, folder / WEIGHTS)
+        weights, own = load_file(folder / WEIGHTS), model.state_dict()
+        tied = {own[name].data_ptr() for name in weights if name in own}
+        missing = [name for name in own if name not in weights and own[name].data_ptr() not in tied]
+        unknown = [name for name in weights if name not in own]
+        if missing or unknown:
+            raise RuntimeError(f"missing {', '.join(missing) or 'none'}; unknown {', '.join(unknown) or 'none'}")
+        model.load_state_dict(weights, strict=False)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise UserError(f"the weights in {str(folder)!r} are damaged or do not fit: {error}") from error
 

@@ -52,7 +52,13 @@ TARGETS = {
     "S6": (20, 5),
     "KRULSTM": (4, None),
 }
-GPU_CASE = (16, 1024, 512, [2] * 9)
+# name: B, T, N, factor sizes
+GPU_CASES = {
+    "2x2": (16, 1024, 512, [2] * 9),
+    "7·8·8": (16, 1024, 448, [7, 8, 8]),
+    "2x2, N=2048": (16, 1024, 2048, [2] * 11),
+    "2x2, B=128": (128, 784, 512, [2] * 9),
+}
 
 
 def make_scan(
@@ -175,24 +181,48 @@ def run_gated_case(name: str, repeats: int, slow: bool) -> dict:
     }
 
 
+def gpu_ceilings() -> dict[str, float]:
+    """What the device moves (GB/s, read and written) and computes in fp32, measured: a large copy, a large product."""
+    source, target = torch.randn(1 << 28, device="cuda"), torch.empty(1 << 28, device="cuda")
+    square = torch.randn(8192, 8192, device="cuda")
+    times = measure({"copy": lambda: target.copy_(source), "product": lambda: square @ square}, 5, "cuda")
+    return {
+        "GB/s": 2 * 4 * source.numel() / times["copy"] / 1e6,
+        "TFLOP/s": 2 * 8192**3 / times["product"] / 1e9,
+    }
+
+
 def run_gpu(repeats: int) -> dict | None:
-    """The GPU case, or None where there is no GPU."""
+    """The GPU cases, or None where there is no GPU. Microseconds are those of one step of the recurrence."""
     if not torch.cuda.is_available():
         return None
-    batch, length, units, sizes = GPU_CASE
-    result = {}
-    for backward in (False, True):
-        steps = {
-            "kru": make_scan("auto", batch, length, units, sizes, backward, "cuda"),
-            "lstm": make_torch_nn(nn.LSTM, batch, length, units, backward, "cuda"),
-            "reference": make_scan("reference", batch, length, units, sizes, backward, "cuda"),
-        }
-        times = measure(steps, repeats, "cuda", ("reference",))
-        result["forward+backward" if backward else "forward"] = {
-            "microseconds_a_step": {name: 1e3 * value / length for name, value in times.items()},
-            "faster_than": {other: times[other] / times["kru"] for other in times if other != "kru"},
-        }
-    return {"device": torch.cuda.get_device_name(), "shape": f"{batch}, {length}, {units}", **result}
+    results: dict = {"device": torch.cuda.get_device_name(), "ceilings": gpu_ceilings(), "cases": []}
+    for name, (batch, length, units, sizes) in GPU_CASES.items():
+        for backward in (False, True):
+            steps = {
+                "kru": make_scan("auto", batch, length, units, sizes, backward, "cuda"),
+                "lstm": make_torch_nn(nn.LSTM, batch, length, units, backward, "cuda"),
+                "torch engine": make_scan("torch", batch, length, units, sizes, backward, "cuda"),
+                "reference": make_scan("reference", batch, length, units, sizes, backward, "cuda"),
+            }
+            times = measure(steps, repeats, "cuda", ("torch engine", "reference"))
+            # Moved at least: U x_t read and h_t written; backward reads h_t and dh_t and writes dU x_t.
+            moved = 4 * batch * length * 2 * units * (5 if backward else 2)
+            case = {
+                "case": name,
+                "shape": f"{batch}, {length}, {units}",
+                "pass": "forward+backward" if backward else "forward",
+                "us_a_step": {other: 1e3 * value / length for other, value in times.items()},
+                "faster_than": {other: times[other] / times["kru"] for other in times if other != "kru"},
+                "share_of_bandwidth": moved / times["kru"] / 1e6 / results["ceilings"]["GB/s"],
+            }
+            results["cases"].append(case)
+            ratios = ", ".join(f"{value:.1f} x {other}" for other, value in case["faster_than"].items())
+            line = (
+                f"{name:11} {case['shape']:>15} {case['us_a_step']['kru']:6.2f} us a step of {case['pass']}: {ratios}"
+            )
+            print(f"{line}; {case['share_of_bandwidth']:.1%} of the bandwidth", flush=True)
+    return results
 
 
 def run_growth(repeats: int) -> dict[str, dict[int, float]]:
@@ -255,8 +285,11 @@ def main() -> None:
         if "gru" in case["ms"]:
             target += f"   ({case['faster_than']['gru']:.1f} x GRU)"
         print(f"{name:11} {case['shape']:>15} {case['ms']['kru']:8.1f} {cells}   {target}", flush=True)
+    print("\nGPU:" if torch.cuda.is_available() else "\nGPU: not measured (no CUDA device)")
     results["gpu"] = run_gpu(options.repeats)
-    print("\nGPU:", json.dumps(results["gpu"], indent=1) if results["gpu"] else "not measured (no CUDA device)")
+    if results["gpu"]:
+        ceilings = ", ".join(f"{value:,.0f} {unit}" for unit, value in results["gpu"]["ceilings"].items())
+        print(f"{results['gpu']['device']}, measured ceilings: {ceilings}")
     if options.growth or options.plot:
         results["growth"] = run_growth(options.repeats)
         for axis, values in results["growth"].items():

@@ -115,6 +115,8 @@ def main() -> None:
             for name, loop in loops.items():
                 start = time.perf_counter()
                 train_step(name, loop)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 if repeat:
                     times[name].append(time.perf_counter() - start)
         characters = options.batch * options.length

@@ -1,0 +1,186 @@
+"""The Triton kernels of the GPU engine, a program a sample: what one step of the recurrence needs from the step before.
+
+Letters: T steps, N units as a matrix H (P, R) of the two groups W = A ⊗ C, so that W h = A H C^T; tiles are padded with
+zeros to powers of two. Complex tensors are pairs of planes, names ending in r and i.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load(pointer, offsets, inside, plane):
+    """Both planes of one tile; zeros outside."""
+    return tl.load(pointer + offsets, mask=inside, other=0.0), tl.load(
+        pointer + offsets + plane, mask=inside, other=0.0
+    )
+
+
+@triton.jit
+def _store(pointer, offsets, inside, plane, real, imag):
+    tl.store(pointer + offsets, real, mask=inside)
+    tl.store(pointer + offsets + plane, imag, mask=inside)
+
+
+@triton.jit
+def _load_square(pointer, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """A complex (SIZE, SIZE) matrix, row by row: an exchanged read makes the fp32 products three times slower."""
+    k = tl.arange(0, TILE)
+    inside = (k[:, None] < SIZE) & (k[None, :] < SIZE)
+    return _load(pointer, k[:, None] * SIZE + k[None, :], inside, SIZE * SIZE)  # (SIZE, SIZE)
+
+
+@triton.jit
+def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
+    """Complex matrix product as four real ones, accumulated in fp32."""
+    real = tl.dot(ar, br, input_precision=PRECISION) - tl.dot(ai, bi, input_precision=PRECISION)
+    imag = tl.dot(ar, bi, input_precision=PRECISION) + tl.dot(ai, br, input_precision=PRECISION)
+    return real, imag
+
+
+@triton.jit
+def forward_kernel(
+    inputs, left, right, bias, initial, mask, states, final, moduli, length,
+    P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
+    MODRELU: tl.constexpr, MASKED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    N: tl.constexpr = P * R
+    sample = tl.program_id(0).to(tl.int64)
+    p, r = tl.arange(0, TILE_P), tl.arange(0, TILE_R)
+    tile, inside = p[:, None] * R + r[None, :], (p[:, None] < P) & (r[None, :] < R)  # (P, R)
+    ar, ai = _load_square(left, P, TILE_P)  # (P, P): A
+    cr, ci = _load_square(right, R, TILE_R)  # (R, R): C^T
+    b = tl.load(bias + tile, mask=inside, other=0.0)  # (P, R)
+    hr, hi = _load(initial + sample * 2 * N, tile, inside, N)  # (P, R)
+    u_at = inputs + sample * length * 2 * N
+    h_at = states + sample * length * 2 * N
+    m_at = moduli + sample * length * N
+    mask_at = mask + sample * length
+    ur, ui = _load(u_at, tile, inside, N)  # (P, R)
+    for t in range(length):
+        # The next input is asked for before this step's products, which hide the way to memory.
+        u_at += tl.where(t + 1 < length, 2 * N, 0)
+        next_r, next_i = _load(u_at, tile, inside, N)  # (P, R)
+        xr, xi = _product(hr, hi, cr, ci, PRECISION)  # (P, R) = H C^T
+        zr, zi = _product(ar, ai, xr, xi, PRECISION)  # (P, R) = A H C^T
+        zr += ur
+        zi += ui
+        if MODRELU:
+            squared = zr * zr + zi * zi  # (P, R)
+            inverse = tl.rsqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
+            modulus = squared * inverse  # (P, R): |z|
+            if SAVE:
+                tl.store(m_at + tile, modulus, mask=inside)
+                m_at += N
+            # z multiplies the scale even where that is zero, so that a NaN stays a NaN.
+            scale = tl.where((squared > 0) & (modulus + b > 0), 1.0 + b * inverse, 0.0)  # (P, R)
+            zr *= scale
+            zi *= scale
+        if MASKED:
+            keep = tl.load(mask_at) != 0
+            mask_at += 1
+            zr = tl.where(keep, zr, hr)  # (P, R)
+            zi = tl.where(keep, zi, hi)  # (P, R)
+        hr, hi = zr, zi  # (P, R)
+        _store(h_at, tile, inside, N, hr, hi)
+        h_at += 2 * N
+        ur, ui = next_r, next_i  # (P, R)
+    _store(final + sample * 2 * N, tile, inside, N, hr, hi)
+
+
+@triton.jit
+def backward_kernel(
+    d_states, d_final, left, right, bias, mask, states, moduli, d_inputs, d_bias, d_initial, length,
+    P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
+    MODRELU: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    N: tl.constexpr = P * R
+    sample = tl.program_id(0).to(tl.int64)
+    p, r = tl.arange(0, TILE_P), tl.arange(0, TILE_R)
+    tile, inside = p[:, None] * R + r[None, :], (p[:, None] < P) & (r[None, :] < R)  # (P, R)
+    ar, ai = _load_square(left, P, TILE_P)  # (P, P): A^H
+    cr, ci = _load_square(right, R, TILE_R)  # (R, R): conj(C)
+    b = tl.load(bias + tile, mask=inside, other=0.0)  # (P, R)
+    db = tl.zeros((TILE_P, TILE_R), tl.float32)
+    gr, gi = _load(d_final + sample * 2 * N, tile, inside, N)  # (P, R): gradient of h_t, from the future
+    step = sample * length + length - 1  # 64 bits wide, as sample is
+    er, ei = _load(d_states + step * 2 * N, tile, inside, N)  # (P, R)
+    if MODRELU:
+        hr, hi = _load(states + step * 2 * N, tile, inside, N)  # (P, R)
+        m = tl.load(moduli + step * N + tile, mask=inside, other=0.0)  # (P, R)
+    for back in range(length):
+        earlier = step - tl.where(back + 1 < length, 1, 0)
+        next_er, next_ei = _load(d_states + earlier * 2 * N, tile, inside, N)  # (P, R)
+        gr += er
+        gi += ei
+        if MODRELU:
+            next_hr, next_hi = _load(states + earlier * 2 * N, tile, inside, N)  # (P, R)
+            next_m = tl.load(moduli + earlier * N + tile, mask=inside, other=0.0)  # (P, R)
+            squared = hr * hr + hi * hi  # (P, R)
+            inverse = tl.rsqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
+            active = (m > 0) & (m + b > 0)  # (P, R)
+            # h = z + b·z/|z|: the radial part of the gradient passes as it is, the tangential one times 1 + b/|z|.
+            nr, ni = hr * inverse, hi * inverse  # (P, R): h/|h| = z/|z|
+            radial = nr * gr + ni * gi  # (P, R)
+            ratio = b / tl.where(active, m, 1.0)  # (P, R)
+            # A NaN is not active: 0 · NaN carries it into the gradients.
+            dr = tl.where(active, gr + ratio * (gr - nr * radial), 0.0 * nr)  # (P, R)
+            di = tl.where(active, gi + ratio * (gi - ni * radial), 0.0 * ni)  # (P, R)
+            radial = tl.where(active, radial, 0.0)  # (P, R)
+            hr, hi, m = next_hr, next_hi, next_m  # (P, R)
+        else:
+            dr, di, radial = gr, gi, tl.zeros((TILE_P, TILE_R), tl.float32)  # (P, R)
+        if MASKED:
+            keep = tl.load(mask + step) != 0
+            dr = tl.where(keep, dr, 0.0)  # (P, R)
+            di = tl.where(keep, di, 0.0)  # (P, R)
+            radial = tl.where(keep, radial, 0.0)  # (P, R)
+        db += radial
+        _store(d_inputs + step * 2 * N, tile, inside, N, dr, di)
+        yr, yi = _product(dr, di, cr, ci, PRECISION)  # (P, R) = dZ conj(C)
+        yr, yi = _product(ar, ai, yr, yi, PRECISION)  # (P, R) = dH = A^H dZ conj(C)
+        if MASKED:
+            yr = tl.where(keep, yr, gr)  # (P, R)
+            yi = tl.where(keep, yi, gi)  # (P, R)
+        gr, gi = yr, yi  # (P, R)
+        er, ei = next_er, next_ei  # (P, R)
+        step = earlier
+    _store(d_initial + sample * 2 * N, tile, inside, N, gr, gi)
+    tl.store(d_bias + sample * N + tile, db, mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    d_inputs, group_a, group_c, initial, states, d_a, d_c, length,
+    P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of dA and dC over CHUNK steps of a sample, a program each: these do not wait for one another."""
+    N: tl.constexpr = P * R
+    sample, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p, r = tl.arange(0, TILE_P), tl.arange(0, TILE_R)
+    tile, inside = p[:, None] * R + r[None, :], (p[:, None] < P) & (r[None, :] < R)  # (P, R)
+    a_tile, a_inside = p[:, None] * P + p[None, :], (p[:, None] < P) & (p[None, :] < P)  # (P, P)
+    c_tile, c_inside = r[:, None] * R + r[None, :], (r[:, None] < R) & (r[None, :] < R)  # (R, R)
+    ar, ai = _load(group_a, a_tile, a_inside, P * P)  # (P, P)
+    cr, ci = _load(group_c, c_tile, c_inside, R * R)  # (R, R)
+    da_r = tl.zeros((TILE_P, TILE_P), tl.float32)
+    da_i = tl.zeros((TILE_P, TILE_P), tl.float32)
+    dc_r = tl.zeros((TILE_R, TILE_R), tl.float32)
+    dc_i = tl.zeros((TILE_R, TILE_R), tl.float32)
+    for t in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, length)):
+        at = (sample * length + t) * 2 * N
+        dr, di = _load(d_inputs + at, tile, inside, N)  # (P, R)
+        before = tl.where(t > 0, states + at - 2 * N, initial + sample * 2 * N)
+        hr, hi = _load(before, tile, inside, N)  # (P, R): h_{t-1}
+        yr, yi = _product(ar, ai, hr, hi, PRECISION)  # (P, R) = A H
+        wr, wi = _product(tl.trans(dr), tl.trans(di), yr, -yi, PRECISION)  # (R, R) = dZ^T conj(A H)
+        dc_r += wr
+        dc_i += wi
+        yr, yi = _product(dr, di, cr, -ci, PRECISION)  # (P, R) = dZ conj(C)
+        wr, wi = _product(yr, yi, tl.trans(hr), -tl.trans(hi), PRECISION)  # (P, P) = dZ conj(C) H^H
+        da_r += wr
+        da_i += wi
+    slot = sample * tl.num_programs(1) + chunk
+    _store(d_a + slot * 2 * P * P, a_tile, a_inside, P * P, da_r, da_i)
+    _store(d_c + slot * 2 * R * R, c_tile, c_inside, R * R, dc_r, dc_i)
