@@ -270,6 +270,9 @@ def test_a_released_model_is_a_run_and_is_linked(tmp_path):
     text = report(model, tmp_path / "model_cards")
     assert line_of(text, "[KRU 1100")[0] == "[KRU 1100 (10^2·11)](kru-ptb-char-120k/)"
     assert "![learning curves: " in text
+    text = report(model, write_run(tmp_path / "runs" / "other", seed=1), tmp_path / "model_cards")
+    cells = line_of(text, "[KRU 1100")
+    assert cells[0].endswith("](kru-ptb-char-120k/)") and cells[5] == "2 (0, 1)"
 
 
 TINY = ["--max_steps=6", "--eval_steps=3", "--save_steps=3", "--per_device_train_batch_size=2", "--sequence_length=16"]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_run import CRASH, ROOT, STEPS, options, same_end, spawn, wait_for
 
 from kru_hf import KRUForCausalLM, KRURecurrence, kron_dense
 from training import checkpoint as ckpt
+from training.results import find_runs
 from training.train import main
 from training.train_lightning import main as lightning_main
 
@@ -109,6 +111,22 @@ def test_stopped_and_resumed_equals_uninterrupted(text_file, tmp_path, uninterru
     assert [p.name for p in ckpt.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-7"]
     assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 0
     same_end(uninterrupted, tmp_path)
+
+
+def test_every_machine_that_trained_is_recorded(text_file, tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    record = json.loads((folder / "training.json").read_text())
+    other = {**record["machine"], "device": "Another GPU"}
+    (folder / "training.json").write_text(json.dumps({**record, "machine": other}))
+    again = options(text_file, folder, resume_from_checkpoint="last")
+    assert main(again) == 0  # scores a finished run
+    assert find_runs([folder])[0].machine == "Another GPU"
+    ckpt.remove_checkpoint(folder / f"checkpoint-{STEPS}")
+    assert main(again) == 0
+    record = json.loads((folder / "training.json").read_text())
+    assert record["earlier_machines"] == [other] and record["machine"]["device"] == "cpu"
+    assert find_runs([folder])[0].machine.startswith("Another GPU, then ")
 
 
 @pytest.mark.parametrize("architecture", ["rnn", "lstm", "gru"])

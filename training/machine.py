@@ -31,6 +31,20 @@ def machine_record(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+def machines_record(accelerator: Accelerator, earlier: dict[str, Any], trains: bool) -> dict[str, Any]:
+    """`machine`, which made a run's last steps, and `earlier_machines`, on which it had begun.
+
+    Args:
+        earlier: the record of the run that goes on; empty for a new one.
+        trains: whether steps are left; a finished run that is only scored keeps its machines.
+    """
+    here, before = machine_record(accelerator), earlier.get("earlier_machines", [])
+    last = earlier.get("machine", here)
+    if trains and last != here:
+        before, last = [*before, last], here
+    return {"machine": last, **({"earlier_machines": before} if before else {})}
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step: a step of `ptb_char_120k` frees 3,000 pages and faults them in
     again, a tenth of its time. Other C libraries are left as they are."""

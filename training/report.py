@@ -109,11 +109,13 @@ def own_line(row: Row, output: Path | None) -> Line:
 
 
 def link(row: Row, output: Path | None) -> str:
-    """The folder of the row's only run, where it lies beside the report, as released models do; else blank."""
-    if output is None or len(row.runs) > 1:
+    """The folder of the row's one run that lies beside the report, as released models do; blank for none or several."""
+    if output is None:
         return ""
-    folder, root = row.runs[0].folder.resolve(), output.resolve().parent
-    return str(folder.relative_to(root)) if folder.is_relative_to(root) else ""
+    root = output.resolve().parent
+    folders = [run.folder.resolve() for run in row.runs]
+    beside = [folder for folder in folders if folder.is_relative_to(root)]
+    return str(beside[0].relative_to(root)) if len(beside) == 1 else ""
 
 
 def paper_line(figure: PaperFigure) -> list[str]:

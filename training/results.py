@@ -158,15 +158,18 @@ class Run:
 
     @property
     def machine(self) -> str:
-        """Where it ran, in short; blank where that was not recorded."""
-        given = self.training.get("machine", {})
-        if not given:
-            return ""
-        processes = f"{given['processes']} × " if given.get("processes", 1) > 1 else ""
-        if given.get("device") not in ("cpu", None):
-            return f"{processes}{given['device']}"
-        threads = given.get("threads", 1)
-        return f"{processes}{threads} thread{'s' * (threads > 1)} of {given.get('processor')}"
+        """Where it ran, in short, first machine first; blank where that was not recorded."""
+        given = [*self.training.get("earlier_machines", []), self.training.get("machine", {})]
+        return ", then ".join(dict.fromkeys(machine_name(machine) for machine in given if machine))
+
+
+def machine_name(given: dict[str, Any]) -> str:
+    """A machine's record in short."""
+    processes = f"{given['processes']} × " if given.get("processes", 1) > 1 else ""
+    if given.get("device") not in ("cpu", None):
+        return f"{processes}{given['device']}"
+    threads = given.get("threads", 1)
+    return f"{processes}{threads} thread{'s' * (threads > 1)} of {given.get('processor')}"
 
 
 def factors(shapes: Iterable[list[int]]) -> str:

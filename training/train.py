@@ -5,6 +5,7 @@ Without arguments: a character language model on the embedded text `python_docs`
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from .errors import Interrupted, UserError
 from .evaluate import read_record
 from .evaluation import evaluate
 from .loop import TrainingLoop
-from .machine import keep_freed_memory, machine_record
+from .machine import keep_freed_memory, machines_record
 from .models import build_model, check_fit, load_model
 from .publish import check_before_training, publish_command, publish_folder
 from .publish import report as publish_report
@@ -125,6 +126,9 @@ def check_folder(arguments: Arguments) -> Path | None:
 def start_folder(arguments: Arguments, driver: Driver) -> None:
     """Clear the output folder if that was asked for, and record options, data, command and machine in it."""
     folder, run = arguments.output_dir, arguments.run
+    written = folder / "training.json"
+    goes_on = driver.state.step > 0 and written.is_file()
+    earlier = json.loads(written.read_text(encoding="utf-8")) if goes_on else {}
     if run.overwrite_output_dir and run.resume_from_checkpoint is None:
         ckpt.delete_run(folder)
     ckpt.clean(folder)
@@ -139,9 +143,9 @@ def start_folder(arguments: Arguments, driver: Driver) -> None:
         "dataset": driver.task.dataset_record(),
         "versions": {**versions, **driver.libraries},
         "command": arguments.command,
-        "machine": machine_record(driver.accelerator),
+        **machines_record(driver.accelerator, earlier, driver.state.step < driver.total_steps),
     }
-    ckpt.write_json(folder / "training.json", record)
+    ckpt.write_json(written, record)
 
 
 def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = TrainingLoop) -> dict[str, Any]:
