@@ -4,8 +4,11 @@ Letters: T steps, N units as a matrix H (P, R) of the two groups W = A ⊗ C, so
 zeros to powers of two. Complex tensors are pairs of planes, names ending in r and i.
 """
 
-import triton
-import triton.language as tl
+try:  # transformers demands what pushed code imports of everyone who loads it, except what stands in a try
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise  # scan_triton.py says why its engine cannot run
 
 
 @triton.jit
