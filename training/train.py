@@ -5,7 +5,6 @@ Without arguments: a character language model on the embedded text `python_docs`
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -127,8 +126,7 @@ def start_folder(arguments: Arguments, driver: Driver) -> None:
     """Clear the output folder if that was asked for, and record options, data, command and machine in it."""
     folder, run = arguments.output_dir, arguments.run
     written = folder / "training.json"
-    goes_on = driver.state.step > 0 and written.is_file()
-    earlier = json.loads(written.read_text(encoding="utf-8")) if goes_on else {}
+    earlier = read_record(str(folder)) if driver.state.step > 0 and written.is_file() else {}
     if run.overwrite_output_dir and run.resume_from_checkpoint is None:
         ckpt.delete_run(folder)
     ckpt.clean(folder)
