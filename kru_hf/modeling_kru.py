@@ -171,7 +171,9 @@ class KRUModel(KRUPreTrainedModel):
         width = self.input_map.in_features
         if input_values.ndim != 3 or input_values.shape[-1] != width or input_values.shape[1] == 0:
             raise ValueError(f"input_values must have the shape (B, T, {width}), got {tuple(input_values.shape)}")
-        return self.input_map(input_values.to(self.input_map.weight.dtype))  # (B, T, E)
+        dtype = self.input_map.weight.dtype
+        # Under autocast the map rounds to 16 bits; what the blocks add to stays as exact as embeddings of tokens are.
+        return self.input_map(input_values.to(dtype)).to(dtype)  # (B, T, E)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, input_values: Tensor | None) -> Tensor:
         """Exactly one of ids (B, T), embeddings (B, T, E), frames to embeddings; bad ids are a ValueError (CPU)."""

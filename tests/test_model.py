@@ -60,6 +60,15 @@ def test_autocast(wiring):
     assert_near(output.logits.float(), model(IDS).logits, RELATIVE[torch.bfloat16])
 
 
+def test_autocast_leaves_the_residual_stream_of_frames_in_fp32():
+    model = KRUModel(tiny_config(wiring="residual", input_size=3)).train()
+    seen = []
+    model.layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_values=torch.randn(2, 5, 3))
+    assert seen == [torch.float32]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @EVERY
 def test_resize_embeddings(wiring, tied, tmp_path):
