@@ -43,7 +43,7 @@ _SLICES = 256  # matrix products that torch runs side by side for dA and dC, at 
 _GRADIENT_ELEMENTS = 1 << 26  # of the states whose share torch computes at once: bounds its temporaries
 
 
-def _interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 was set when this module was imported: the kernels then run on the CPU, slowly."""
     return triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
 
@@ -52,7 +52,7 @@ def unavailable_reason() -> str | None:
     """Why the engine cannot run in this process, or None."""
     if triton is None:
         return _import_error
-    if not _interpreted() and not torch.cuda.is_available():
+    if not is_interpreted() and not torch.cuda.is_available():
         return "no GPU (TRITON_INTERPRET=1, set before the import, runs it on the CPU, for tests)"
     return None
 
@@ -95,7 +95,7 @@ def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
     """None if the engine can run ``inputs`` (B, T, 2, N) with ``factors`` (2, P_f, Q_f), else the reason."""
     if inputs.dtype != torch.float32:
         return f"the triton engine computes in float32, got {inputs.dtype}"
-    device = "cpu" if _interpreted() else "cuda"
+    device = "cpu" if is_interpreted() else "cuda"
     if inputs.device.type != device:
         return f"the triton engine runs on {device} tensors here, got {inputs.device}"
     shapes = [(factor.shape[1], factor.shape[2]) for factor in factors]
@@ -164,7 +164,7 @@ def _flags(sizes: tuple[int, int], modrelu: bool, mask: Tensor | None, precision
     """The kernels' options; "fp32" is what computes products as exact as fp32's fastest for these tiles."""
     if precision == "fp32":
         # Triton's interpreter computes in fp32 and does not know the other name.
-        small = _interpreted() or _tile(sizes[0]) * _tile(sizes[1]) <= _IEEE_TILE
+        small = is_interpreted() or _tile(sizes[0]) * _tile(sizes[1]) <= _IEEE_TILE
         precision = "ieee" if small else "bf16x6"
     return {"MODRELU": modrelu, "MASKED": mask is not None, "PRECISION": precision}
 

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from kru_hf import scan_triton
+from kru_hf import KRUConfig, scan_triton
 from training.arguments import MAX_SEED, parse_arguments
+from training.errors import UserError
 from training.evaluate import main as evaluate
+from training.models import check_device
 from training.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +83,16 @@ def test_the_largest_seed_trains(text_file, tmp_path):
     words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, f"--seed={MAX_SEED}"]
     assert main(words) == 0
     assert json.loads((tmp_path / "run" / "training.json").read_text())["options"]["seed"] == MAX_SEED
+
+
+@pytest.mark.skipif(scan_triton.is_interpreted(), reason="here the kernels run on the CPU")
+@pytest.mark.parametrize(("engine", "device"), [("cpu", "cuda"), ("triton", "cpu")])
+def test_an_engine_of_another_device_is_refused(engine, device):
+    with pytest.raises(UserError, match=f"scan_backend='{engine}' cannot run on the device '{device}'"):
+        check_device(KRUConfig(scan_backend=engine), torch.device(device))
+    other = {"cpu": "cuda", "cuda": "cpu"}[device]
+    check_device(KRUConfig(scan_backend=engine), torch.device(other))
+    check_device(KRUConfig(scan_backend="auto"), torch.device(device))
 
 
 def test_an_engine_that_cannot_run_is_refused_before_anything_is_written(text_file, trained, tmp_path, capsys):

@@ -25,7 +25,7 @@ from .checkpoint import PRESENTED, RUN_FILES
 from .errors import UserError
 from .evaluate import read_record
 from .machine import shown_command
-from .models import load_model
+from .models import check_device, load_model
 from .music_data import piece_figures
 
 
@@ -140,6 +140,7 @@ def run(argv: list[str]) -> dict[str, Any] | None:
     from .tasks import piano_roll  # noqa: F401 (registers the baselines' head)
 
     model, _ = load_model(options.model, "piano_roll")
+    check_device(model.config, torch.device("cpu"))
     if model.width != NUM_PITCHES:
         raise UserError(f"model={options.model!r} has frames of {model.width} keys; music needs {NUM_PITCHES}")
     frames_per_quarter = options.frames_per_quarter or record["options"]["frames_per_quarter"]

@@ -21,7 +21,7 @@ from .arguments import option, parse_words
 from .errors import UserError
 from .evaluation import evaluate
 from .idle_options import given_names
-from .models import check_fit, load_model
+from .models import check_device, check_fit, load_model
 from .tasks import DataOptions, Task, get_task
 
 RECORD = "training.json"
@@ -113,6 +113,7 @@ def run(argv: list[str]) -> dict[str, float]:
     processes.check_launcher()
     accelerator = Accelerator(cpu=processes.on_cpu(options.use_cpu))
     processes.check_world(accelerator)
+    check_device(model.config, accelerator.device)
     figures = evaluate(task, model.to(accelerator.device), options.split, accelerator)
     if accelerator.is_main_process:
         print_table(options, task, model, figures)

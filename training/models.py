@@ -103,6 +103,14 @@ def check_engine(config: PreTrainedConfig) -> None:
         raise UserError(f"scan_backend={engine!r} cannot run here: {reason}; 'auto' takes what can")
 
 
+def check_device(config: PreTrainedConfig, device: torch.device) -> None:
+    """`UserError` if the config names an engine of another device than the one that runs the model."""
+    engine = getattr(config, "scan_backend", "auto")
+    on_cpu = engine == "cpu" or (engine == "triton" and scan_triton.is_interpreted())
+    if engine in ("cpu", "triton") and on_cpu != (device.type == "cpu"):
+        raise UserError(f"scan_backend={engine!r} cannot run on the device {device.type!r}; 'auto' takes what can")
+
+
 def within_budget(head: str, config_type: Any, options: ModelOptions, values: dict[str, Any]) -> dict[str, Any]:
     """Config values of the largest model within `options.parameter_budget`; what was turned off stays so."""
     known = {f.name for f in dataclasses.fields(config_type)}

@@ -26,7 +26,7 @@ from .evaluate import read_record
 from .evaluation import evaluate
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, machines_record
-from .models import build_model, check_fit, load_model
+from .models import build_model, check_device, check_fit, load_model
 from .publish import check_before_training, publish_command, publish_folder
 from .publish import report as publish_report
 from .reporting import Progress, results, write_results
@@ -159,6 +159,7 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
     found = processes.together(accelerator, lambda: check_folder(arguments) if is_main else None)
     (found,) = broadcast_object_list([found])
     task, model = processes.together(accelerator, lambda: prepare_task(arguments))
+    processes.together(accelerator, lambda: check_device(model.config, accelerator.device))
     processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
     loop = driver(arguments, task, model, accelerator, stop)
     if found is not None:
