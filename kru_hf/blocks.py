@@ -36,7 +36,7 @@ def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
         init=config.recurrent_init,
         init_scale=config.recurrent_init_scale,
         init_max_phase=config.recurrent_init_max_phase,
-        bias_init=config.bias_init,
+        bias_init=config.bias_init if config.activation == "modrelu" else None,
         train_factors=config.train_factors,
         backend=config.scan_backend,
     )

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .kronecker import check_choice, check_max_phase, random_unitary, slow_unitary, to_complex, unitary_penalty
+from .kronecker import (
+    at_least_fp32,
+    check_choice,
+    check_max_phase,
+    random_unitary,
+    slow_unitary,
+    to_complex,
+    unitary_penalty,
+)
 from .scan import BACKENDS, kru_scan
 from .scan_reference import ACTIVATIONS
 
@@ -83,6 +91,7 @@ class KRURecurrence(nn.Module):
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("backend", backend, BACKENDS)
         check_scale(init_scale)
+        bias = bias and activation == "modrelu"  # the linear network reads none
         if bias_init is not None and not bias:
             raise ValueError(f"bias_init must be None without a bias, got {bias_init}")
         bias_init = (-0.1 if bias else 0.0) if bias_init is None else bias_init
@@ -126,7 +135,7 @@ class KRURecurrence(nn.Module):
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ_f ‖W_f^H W_f − I‖²: a scalar."""
-        return unitary_penalty([factor.float() for factor in self.factors()])
+        return unitary_penalty(self.factors())
 
     @torch.no_grad()
     def bound_norm(self, limit: float) -> None:
@@ -136,7 +145,7 @@ class KRURecurrence(nn.Module):
         """
         if not all(bool(factor.isfinite().all()) for factor in self.factors):
             return  # there is no norm to hold, and whoever looks at the loss sees it
-        norms = [torch.linalg.matrix_norm(to_complex(factor, 0), 2) for factor in self.factors]
+        norms = [torch.linalg.matrix_norm(to_complex(at_least_fp32(factor), 0), 2) for factor in self.factors]
         scale = (limit / torch.stack(norms).prod()).clamp(max=1) ** (1 / len(norms))  # ()
         for factor in self.factors:
             factor.mul_(scale)  # (2, P, Q)

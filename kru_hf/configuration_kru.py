@@ -70,11 +70,12 @@ class KRUConfig(PreTrainedConfig):
         recurrent_init_max_phase: in radians, the phases of W's eigenvalues at the start lie within ± this; None: all
             around the circle. What an eigenvalue holds turns once in 2π / |phase| steps: the better start for smooth
             signals, such as pixels in their order.
-        bias_init: modReLU's b at the start.
+        bias_init: modReLU's b at the start (activation "modrelu").
         chrono_max_length: T_max in steps, for gated cells: the gates start with memories spread over 1 … T_max steps
             (chrono initialisation, Tallec & Ollivier 2018). None: forget bias 1 (kru_lstm), all biases 0 (kru_gru).
-        input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants).
-        activation: "modrelu" or "identity" (the linear network).
+        input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants);
+            of the entries of U where the plain wiring reads frames.
+        activation: "modrelu" or "identity" (the linear network, without a bias).
         input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
             the residual branches (0 with the plain wiring, which has none).
         unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
@@ -309,6 +310,8 @@ class KRUConfig(PreTrainedConfig):
                     raise ValueError(
                         f"{name} of a gated cell must stay {values[0]!r} (unused), got {getattr(self, name)!r}"
                     )
+        elif self.activation == "identity" and self.bias_init != -0.1:
+            raise ValueError(f"bias_init of activation 'identity' must stay -0.1 (unused), got {self.bias_init}")
         if self.gated and self.recurrent_init != "random":
             raise ValueError(f"recurrent_init of a gated cell must be 'random', got {self.recurrent_init!r}")
         if self.chrono_max_length is not None:

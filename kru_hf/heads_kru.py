@@ -56,8 +56,8 @@ def classification_loss(
     """The mean loss over what is scored, in nats (regression: squared error).
 
     Args:
-        logits: (…, K). labels: (…) class indices, of which -100 is not scored; for the other two types (…, K), or (…)
-            with one label.
+        logits: (…, K). labels: (…) class indices; for the other two types (…, K), or (…) with one label. -100 is not
+            scored.
         problem_type: one of ``PROBLEM_TYPES``; None: regression for K = 1, a single label for integer labels, else
             several labels.
         num_items_in_batch: labels of the whole optimizer step, to divide by instead of those of this call.
@@ -89,7 +89,8 @@ def classification_loss(
         entropy = problem_type == "multi_label_classification"
         each = F.binary_cross_entropy_with_logits if entropy else F.mse_loss
         errors = each(wide, labels.float(), reduction="none")  # (…, K)
-        counts = torch.ones_like(errors, dtype=torch.bool) if scored is None else scored.unsqueeze(-1).expand_as(errors)
+        counts = labels != -100  # (…, K)
+        counts = counts if scored is None else counts & scored.unsqueeze(-1)  # (…, K)
         total = errors.masked_fill(~counts, 0).sum()
     return total / step_targets(counts, num_items_in_batch)
 

@@ -66,9 +66,14 @@ def apply_order(shapes: Sequence[tuple[int, ...]]) -> list[int]:
     return sorted(range(len(shapes)), key=lambda f: ((shapes[f][0] - shapes[f][1]) / math.prod(shapes[f]), f))
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x, or x in float32 where it has fewer bits: torch's decompositions and complex products take no less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def gram_residual(factor: Tensor) -> Tensor:
     """W^H W − I (Q, Q), complex; W W^H − I (P, P) where P < Q: its norm² has the same gradient, Q − P less in value."""
-    matrix = to_complex(factor, 0)  # (P, Q)
+    matrix = to_complex(at_least_fp32(factor), 0)  # (P, Q)
     gram = matrix.mH @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mH  # (min, min)
     return gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)  # (min, min)
 

@@ -20,6 +20,7 @@ from .configuration_kru import KRUConfig
 from .gated_cells import KRUGatedRecurrence
 from .kronecker_linear import KroneckerLinear, linear
 from .readout import normed_linear, undropped
+from .transforms import can_look_at
 
 
 @dataclass
@@ -73,11 +74,10 @@ class KRUPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        config = self.config
         if isinstance(module, KRURecurrence):
             for factor, start in zip(module.factors, module.initial_factors(), strict=True):
                 init.copy_(factor, start)  # (2, P, Q)
-            init.constant_(module.bias, config.bias_init)  # (N,)
+            init.constant_(module.bias, module.bias_init)  # (N,)
         elif isinstance(module, KRUGatedRecurrence):
             for factor, start in zip(module.factors, module.initial_factors(), strict=True):
                 init.copy_(factor, start)  # (G, P, Q)
@@ -191,7 +191,7 @@ class KRUModel(KRUPreTrainedModel):
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             shape = tuple(input_ids.shape)
             raise ValueError(f"input_ids must have the shape (B, T) with at least one token, got {shape}")
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if input_ids.device.type == "cpu" and can_look_at(input_ids):
             low, high = (int(n) for n in input_ids.aminmax())
             vocabulary = self.embed_tokens.weight.shape[0]  # adapters in the embedding's place have its weight
             if low < 0 or high >= vocabulary:
@@ -233,7 +233,7 @@ class KRUModel(KRUPreTrainedModel):
                 shape = tuple(attention_mask.shape)
                 raise ValueError(f"attention_mask must have the shape ({batch}, {length}) or be longer, got {shape}")
             mask = attention_mask[:, -length:].bool()  # (B, T)
-            if not torch.compiler.is_compiling() and bool(mask.all()):
+            if can_look_at(mask) and bool(mask.all()):
                 mask = None
         check_cache(past_key_values, len(self.layers))
         if past_key_values is None and use_cache:

@@ -15,6 +15,7 @@ from .bidirectional import refuse_bidirectional
 from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
 from .modeling_kru import KRUModel, KRUPreTrainedModel
+from .transforms import can_look_at
 
 PIANO_KEYS = 88  # width of a frame where the config names none
 SILENT_LOGIT = -3.0  # start of the output bias: about one key in twenty sounds
@@ -24,7 +25,8 @@ SILENT_LOGIT = -3.0  # start of the output bias: about one key in twenty sounds
 class KRUPianoRollOutput(ModelOutput):
     """Output of :class:`KRUForPianoRoll`.
 
-    loss: nats per scored frame, with λ · unitary_loss in training mode only; None if no frame is scored.
+    loss: nats per scored frame, with λ · unitary_loss in training mode only; 0 if no frame is scored, None
+    for a single frame without ``shift_labels``.
     logits: (B, T, width), row t for frame t+1. past_key_values: the state after the last frame.
     hidden_states: embeddings and each layer's output. unitary_loss: the penalty without λ, in
     training mode and beside a loss; else None.
@@ -46,7 +48,7 @@ def check_frames(frames: Tensor, width: int) -> None:
     """A ValueError that names ``input_values`` unless it is (B, T, width) with T ≥ 1 and values in [0, 1]."""
     if frames.ndim != 3 or frames.shape[-1] != width or frames.shape[1] == 0:
         raise ValueError(f"input_values must have the shape (B, T, {width}) with T >= 1, got {tuple(frames.shape)}")
-    if frames.device.type == "cpu" and frames.numel() and not torch.compiler.is_compiling():
+    if frames.device.type == "cpu" and frames.numel() and can_look_at(frames):
         low, high = (float(n) for n in frames.aminmax())
         if not (low >= 0 and high <= 1):  # written so that NaN is caught too
             raise ValueError(f"input_values must be in [0, 1], got values from {low} to {high}")

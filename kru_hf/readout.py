@@ -10,22 +10,29 @@ from .kronecker_linear import KroneckerLinear
 from .transforms import is_transformed
 
 
+def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """(mean x² + ε)^{-1/2} of each row of x (M, in): (M, 1)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()  # (M, 1)
+    return torch.rsqrt(squares / x.shape[-1] + epsilon).to(x.dtype)
+
+
 class _NormedLinear(torch.autograd.Function):
     """y = s · (x Aᵀ) with s = (mean x² + ε)^{-1/2} a position: x is read, never copied."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()  # (M, 1)
-        scale = torch.rsqrt(squares / x.shape[-1] + epsilon).to(x.dtype)  # (M, 1)
+        scale = _inverse_rms(x, epsilon)  # (M, 1)
         y = (x @ weight.mT) * scale  # (M, out)
         ctx.save_for_backward(x, weight, scale, y)
+        ctx.epsilon = epsilon
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale, y = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: what was saved of a step in between has no derivative
+            scale = _inverse_rms(x, ctx.epsilon)  # (M, 1)
         scaled = grad * scale  # (M, out)
         # ds/dx = -s³ x / width, and ⟨grad, x Aᵀ⟩ s³ = ⟨grad, y⟩ s²
         radial = (grad * y).sum(-1, keepdim=True) * scale.square() / x.shape[-1]  # (M, 1)

@@ -145,7 +145,7 @@ def kru_scan(
         RuntimeError: the named backend cannot run here. NotImplementedError: it cannot be differentiated that way.
     """
     _check(inputs, factors, bias, initial_state, mask, activation, backend)
-    if is_transformed((inputs, bias, initial_state, *factors)):
+    if is_transformed((inputs, bias, initial_state, mask, *factors)):
         backend = transformed_backend(backend)
     elif backend == "auto":
         backend, reason = choose_backend(inputs, factors)

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from .transforms import differentiable_once, refuse_derivative
+
 __all__ = ["is_available", "kru_scan_cpu", "supports", "unavailable_reason"]
 
 ABI = 2  # KRU_ABI in native/kru_scan.c
@@ -332,6 +334,7 @@ if __name__.startswith("kru_hf."):
         return d_inputs, _split(row, factors), d_bias, d_initial, None, None
 
     _scan_op.register_autograd(_op_gradient, setup_context=_setup)
+    _scan_backward_op.register_autograd(refuse_derivative)
     _differentiable: Callable[..., tuple[Tensor, Tensor]] = _scan_op
 else:
 
@@ -347,7 +350,7 @@ else:
             return states, final_state
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
+        @differentiable_once
         def backward(ctx, d_states, d_final):
             inputs, bias, initial_state, mask, states, *factors = ctx.saved_tensors
             if d_states is None and d_final is None:

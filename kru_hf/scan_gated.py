@@ -50,6 +50,8 @@ def kru_gated_scan_reference(
     gates, _, planes = GATED_CELLS[cell]
     batch, length, _, units = inputs.shape
     state = inputs.new_zeros(batch, planes, units) if initial_state is None else initial_state  # (B, S, N)
+    if mask is not None:
+        inputs = inputs.where(mask[:, :, None, None], 0)  # (B, T, G, N): a NaN that is not read has no gradient
     states = []
     for t in range(length):
         h = state[:, 0]  # (B, N)
@@ -156,7 +158,7 @@ def kru_gated_scan(
     if backend not in GATED_BACKENDS:
         raise ValueError(f"backend of a gated cell must be one of {', '.join(GATED_BACKENDS)}, got {backend!r}")
     _check(inputs, factors, bias, initial_state, mask, cell)
-    if is_transformed((inputs, bias, initial_state, *factors)):
+    if is_transformed((inputs, bias, initial_state, mask, *factors)):
         backend = transformed_backend(backend)
     if backend in ("auto", "cpu"):
         wanted, (backend, reason) = backend, choose_gated_backend(inputs, factors)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .scan_cpu import MAX_CHUNKS, MAX_FACTORS, _dense, _fresh, _library, _point, _run, _split
 from .scan_cpu import unavailable_reason as library_reason
+from .transforms import differentiable_once, refuse_derivative
 
 __all__ = ["is_available", "kru_gated_scan_cpu", "supports", "unavailable_reason"]
 
@@ -236,6 +237,7 @@ if __name__.startswith("kru_hf."):
         return d_inputs, _split(row, factors), d_bias, None if initial_state is None else d_initial, None
 
     _scan_op.register_autograd(_op_gradient, setup_context=_setup)
+    _scan_backward_op.register_autograd(refuse_derivative)
     _differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]] = _scan_op
 else:
 
@@ -251,7 +253,7 @@ else:
             return states, final_state, cells
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
+        @differentiable_once
         def backward(ctx, d_states, d_final, _):
             inputs, bias, initial_state, mask, states, cells, *factors = ctx.saved_tensors
             if d_states is None and d_final is None:

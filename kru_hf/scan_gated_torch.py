@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .kronecker import apply_order, factor_gradients, group_factors
+from .transforms import differentiable_once, refuse_derivative
 
 # Steps whose products for the weight gradients are made at once: bounds the memory, amortises the calls.
 CHUNK = 16
@@ -179,7 +180,7 @@ class _GatedScan(torch.autograd.Function):
         return states, final_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_states, grad_final):
         initial_state, mask, states, cells, kept, *groups = ctx.saved_tensors
         d_inputs, d_groups, d_bias, d_initial = _backward(
@@ -249,6 +250,7 @@ if __name__.startswith("kru_hf."):
         return d_inputs, d_factors, d_bias, d_initial, None
 
     _scan_op.register_autograd(_op_gradient, setup_context=_setup)
+    _scan_backward_op.register_autograd(refuse_derivative)
     _compiled: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = _scan_op
 else:
     _compiled = None

@@ -30,9 +30,9 @@ def modrelu(z: Tensor, bias: Tensor) -> Tensor:
     squared = z.square().sum(-2)  # (…, N)
     modulus = squared.where(squared > 0, 1).sqrt()  # (…, N)
     active = (squared > 0) & (modulus + bias > 0)  # (…, N)
-    # The inner where keeps 1/|z| and its gradient finite at z = 0, where the outer one selects the zero. z multiplies
+    # The inner wheres keep 1/|z| and its gradient finite near z = 0, where the outer one selects the zero. z multiplies
     # the scale even where that is zero, so that a NaN stays a NaN.
-    scale = torch.where(active, 1 + bias / modulus, 0)  # (…, N)
+    scale = torch.where(active, 1 + bias / modulus.where(active, 1), 0)  # (…, N)
     return z * scale.unsqueeze(-2)  # (…, 2, N)
 
 
@@ -51,6 +51,8 @@ def kru_scan_reference(
     """
     batch, _, _, units = inputs.shape
     state = inputs.new_zeros(batch, 2, units) if initial_state is None else initial_state  # (B, 2, N)
+    if mask is not None:
+        inputs = inputs.where(mask[:, :, None, None], 0)  # (B, T, 2, N): a NaN that is not read has no gradient
     states = []
     for t in range(inputs.shape[1]):
         z = kron_apply(factors, state) + inputs[:, t]  # (B, 2, N)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .kronecker import apply_order, factor_gradients, group_factors, kron_apply_complex, to_complex, to_planes
+from .transforms import differentiable_once, refuse_derivative
 
 # Steps whose z and stage intermediates are alive at once in the backward pass: bounds its memory, amortises its calls.
 CHUNK = 16
@@ -110,13 +111,13 @@ def _backward(
         previous = to_complex(before, 2)  # (B, C, N): h_{t-1} of the chunk
         if modrelu:
             z = kron_apply_complex(groups, previous) + to_complex(inputs[:, start:end], 2)  # (B, C, N)
+            if mask is not None:
+                z = torch.where(mask[:, start:end, None], z, 0)  # (B, C, N): whatever the input
             modulus = z.abs()  # (B, C, N)
             active = (modulus > 0) & (modulus + bias > 0)  # (B, C, N)
-            if mask is not None:
-                active &= mask[:, start:end, None]
-            # A NaN is neither active nor idle: z / z carries it into the gradients, 1 · elsewhere.
-            unit = torch.where(modulus > 0, z / modulus, z)  # (B, C, N)
-            ratio = torch.where(modulus > 0, bias / modulus, 0)  # (B, C, N): b/|z|
+            # A NaN is not active: 0 · z carries it into the gradients.
+            unit = torch.where(active, z / modulus, 0 * z)  # (B, C, N)
+            ratio = torch.where(active, bias / modulus, 0)  # (B, C, N): b/|z|
         chunk = torch.empty_like(previous)  # (B, C, N): dz
         for t in range(end - 1, start - 1, -1):
             grad = grad_state + to_complex(grad_states[:, t], 1)  # (B, N)
@@ -125,7 +126,7 @@ def _backward(
                 here = unit[:, t - start]  # (B, N)
                 radial = here.real * grad.real + here.imag * grad.imag  # (B, N)
                 scale = ratio[:, t - start]  # (B, N)
-                grad_z = torch.where(active[:, t - start], grad + scale * (grad - here * radial), 0 * here)  # (B, N)
+                grad_z = torch.where(active[:, t - start], grad + scale * (grad - here * radial), here)  # (B, N)
                 grad_bias += torch.where(active[:, t - start], radial, 0).sum(0)  # (N,)
             else:
                 grad_z = grad if mask is None else torch.where(mask[:, t, None], grad, 0)  # (B, N)
@@ -151,7 +152,7 @@ class _Scan(torch.autograd.Function):
         return states, final_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_states, grad_final):
         inputs, bias, initial_state, mask, states, *groups = ctx.saved_tensors
         d_inputs, d_groups, d_bias, d_initial = _backward(
@@ -218,6 +219,7 @@ if __name__.startswith("kru_hf."):
         return d_inputs, d_factors, d_bias, d_initial, None, None
 
     _scan_op.register_autograd(_op_gradient, setup_context=_setup)
+    _scan_backward_op.register_autograd(refuse_derivative)
     _compiled: Callable[..., tuple[Tensor, Tensor]] | None = _scan_op
 else:
     _compiled = None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .kronecker import kron_dense
+from .transforms import differentiable_once, refuse_derivative
 
 try:
     import triton
@@ -267,6 +268,7 @@ if __name__.startswith("kru_hf."):
         return *gradients, None, None, None, None
 
     _scan_op.register_autograd(_op_gradient, setup_context=_setup)
+    _scan_backward_op.register_autograd(refuse_derivative)
     _differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]] = _scan_op
 else:
 
@@ -283,7 +285,7 @@ else:
             return states, final, moduli
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
+        @differentiable_once
         def backward(ctx, d_states, d_final, _):
             return *_backward(d_states, d_final, *ctx.saved_tensors, *ctx.flags), None, None, None, None
 

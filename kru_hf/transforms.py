@@ -1,6 +1,8 @@
-"""Forward-mode derivatives and ``torch.func``: only the definition of a recurrence can be transformed by them."""
+"""Forward-mode and higher derivatives and ``torch.func``: of the engines, only the definition has them."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,11 @@ def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
+def can_look_at(values: Tensor) -> bool:
+    """Whether code may depend on values: not while they are compiled, nor inside ``torch.func.vmap`` and its like."""
+    return not torch.compiler.is_compiling() and not is_transformed([values])
+
+
 def transformed_backend(backend: str) -> str:
     """The engine for transformed tensors: "reference".
 
@@ -27,3 +34,43 @@ def transformed_backend(backend: str) -> str:
             f"backend {backend!r} has no forward-mode derivatives and no torch.func: it must be 'auto' or 'reference'"
         )
     return "reference"
+
+
+def refuse_derivative(*_: Any) -> None:
+    """The derivative of an engine's gradients: `NotImplementedError`."""
+    raise NotImplementedError(
+        "this engine of the recurrence has first derivatives only: take backend='reference' (of a model: "
+        "scan_backend='reference')"
+    )
+
+
+class _Constant(torch.autograd.Function):
+    """Gradients as they are, with a derivative that is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        refuse_derivative(ctx)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a Function's backward: its gradients cannot be differentiated, and say so to who tries.
+
+    torch's ``once_differentiable`` says so only if the gradient that comes in is differentiated as well: that of a
+    sum is a constant, and a penalty on its gradients would be trained with wrong derivatives and no word.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return results
+        found = [result.detach().requires_grad_() for result in results if result is not None]
+        marked = iter(_Constant.apply(*found))
+        return tuple(None if result is None else next(marked) for result in results)
+
+    return guarded

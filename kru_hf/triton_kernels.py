@@ -75,8 +75,9 @@ def forward_kernel(
             if SAVE:
                 tl.store(m_at + tile, modulus, mask=inside)
                 m_at += N
-            # z multiplies the scale even where that is zero, so that a NaN stays a NaN.
-            scale = tl.where((squared > 0) & (modulus + b > 0), 1.0 + b * inverse, 0.0)  # (P, R)
+            # Idle, not active, is what is asked for, and z multiplies the scale even where that is zero: a NaN stays a
+            # NaN, and a |z|² beyond float32 passes z on.
+            scale = tl.where((squared == 0) | (modulus + b <= 0), 0.0, 1.0 + b * inverse)  # (P, R)
             zr *= scale
             zi *= scale
         if MASKED:
@@ -121,15 +122,15 @@ def backward_kernel(
             next_m = tl.load(moduli + earlier * N + tile, mask=inside, other=0.0)  # (P, R)
             squared = hr * hr + hi * hi  # (P, R)
             inverse = tl.rsqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
-            active = (m > 0) & (m + b > 0)  # (P, R)
+            idle = (m == 0) | (m + b <= 0)  # (P, R)
             # h = z + b·z/|z|: the radial part of the gradient passes as it is, the tangential one times 1 + b/|z|.
             nr, ni = hr * inverse, hi * inverse  # (P, R): h/|h| = z/|z|
             radial = nr * gr + ni * gi  # (P, R)
-            ratio = b / tl.where(active, m, 1.0)  # (P, R)
-            # A NaN is not active: 0 · NaN carries it into the gradients.
-            dr = tl.where(active, gr + ratio * (gr - nr * radial), 0.0 * nr)  # (P, R)
-            di = tl.where(active, gi + ratio * (gi - ni * radial), 0.0 * ni)  # (P, R)
-            radial = tl.where(active, radial, 0.0)  # (P, R)
+            ratio = b / tl.where(idle, 1.0, m)  # (P, R)
+            # A NaN is not idle, and goes into the gradients.
+            dr = tl.where(idle, 0.0, gr + ratio * (gr - nr * radial))  # (P, R)
+            di = tl.where(idle, 0.0, gi + ratio * (gi - ni * radial))  # (P, R)
+            radial = tl.where(idle, 0.0, radial)  # (P, R)
             hr, hi, m = next_hr, next_hi, next_m  # (P, R)
         else:
             dr, di, radial = gr, gi, tl.zeros((TILE_P, TILE_R), tl.float32)  # (P, R)

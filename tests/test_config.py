@@ -81,6 +81,7 @@ def test_plain_width_is_the_state():
         ({"input_dropout": 1.0}, "input_dropout"),
         ({"recurrent_init_scale": 0.0}, "recurrent_init_scale"),
         ({"bias_init": float("inf")}, "bias_init"),
+        ({"bias_init": 0.5, "activation": "identity"}, r"bias_init of activation 'identity' must stay -0.1"),
         ({"wiring": "plain", "num_hidden_layers": 2}, "one layer"),
         ({"wiring": "plain", "hidden_size": 7}, "hidden_size"),
     ],

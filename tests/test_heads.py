@@ -105,6 +105,18 @@ def test_a_call_without_targets_costs_nothing(head, num_items):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_minus_100_is_no_target_of_any_problem(problem_type):
+    model = KRUForTokenClassification(config(num_labels=2, problem_type=problem_type)).eval()
+    ids, labels = torch.randint(1, 11, (2, 6)), torch.randint(2, (2, 6, 2)).float()
+    expected = model(ids[:, :3], labels=labels[:, :3]).loss
+    labels[:, 3:] = -100
+    torch.testing.assert_close(model(ids, labels=labels).loss, expected)
+    mask = (torch.arange(6) < 2).expand(2, 6)
+    padded = model(ids, labels=labels, attention_mask=mask).loss
+    torch.testing.assert_close(padded, model(ids[:, :2], labels=labels[:, :2]).loss)
+
+
 def test_a_config_serves_several_heads():
     shared = config()
     assert KRUForPianoRoll(shared).config.input_size == 88

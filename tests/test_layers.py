@@ -184,6 +184,27 @@ def test_factors_that_are_no_numbers_have_no_norm_to_hold():
     assert torch.equal(cell.factors[0], finite[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_norm_and_penalty_of_factors_in_any_dtype(dtype):
+    layer = KRU(3, 12, factor_size=2, init_scale=3.0)
+    expected = layer.penalty()
+    layer = layer.to(dtype)
+    penalty = layer.penalty()
+    assert penalty.dtype == torch.promote_types(dtype, torch.float32)
+    assert_near(penalty.float(), expected, RELATIVE.get(dtype, RELATIVE[torch.bfloat16]))
+    cell = layer.recurrences[0]
+    cell.bound_norm(1.0)
+    norm = math.prod(torch.linalg.matrix_norm(to_complex(f.double(), 0), 2).item() for f in cell.factors)
+    assert norm == pytest.approx(1.0, rel=len(cell.factors) * torch.finfo(dtype).eps)
+
+
+def test_the_linear_network_has_no_bias():
+    cell = KRU(3, 6, activation="identity").recurrences[0]
+    assert not cell.bias.any() and "bias" not in dict(cell.named_parameters())
+    with pytest.raises(ValueError, match="bias_init must be None without a bias"):
+        KRU(3, 6, activation="identity", bias_init=0.5)
+
+
 @pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
 def test_bias_false_and_frozen_factors_stay_so(layer_class):
     layer = layer_class(3, 6, num_layers=2, bias=0, train_factors=False)  # torch's layers take 0 for False

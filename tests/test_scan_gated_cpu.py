@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kru_hf import scan_backend_report, scan_cpu, scan_gated_cpu
+from kru_hf import scan_backend_report, scan_cpu, scan_gated_cpu, transforms
 from kru_hf.scan_gated import GATED_CELLS, choose_gated_backend, kru_gated_scan, kru_gated_scan_reference
 from kru_hf.scan_gated_cpu import kru_gated_scan_cpu
 
@@ -340,14 +340,14 @@ def test_pushed_copy_registers_no_operator(tmp_path, monkeypatch):
     """A copy of the files outside the package finds the library, gives the same bits and leaves torch.ops alone."""
     folder = tmp_path / "pushed_gated_code"
     folder.mkdir()
-    for module in (scan_cpu, scan_gated_cpu):
+    for module in (scan_cpu, scan_gated_cpu, transforms):
         source = pathlib.Path(module.__file__)
         folder.joinpath(source.name).write_text(source.read_text())
     monkeypatch.syspath_prepend(str(folder.parent))
     import pushed_gated_code.scan_gated_cpu as pushed
 
-    monkeypatch.delitem(sys.modules, "pushed_gated_code.scan_gated_cpu")
-    monkeypatch.delitem(sys.modules, "pushed_gated_code.scan_cpu")
+    for name in ("scan_cpu", "scan_gated_cpu", "transforms"):
+        monkeypatch.delitem(sys.modules, f"pushed_gated_code.{name}")
     assert pushed.is_available()
     assert not hasattr(pushed, "_scan_op")
     case = make_case("lstm", [(2, 2)] * 5, 2, 3, mask=True)

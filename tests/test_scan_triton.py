@@ -155,6 +155,16 @@ def test_nan_stays_in_its_sample():
 
 
 @runs_kernels
+def test_a_state_whose_square_is_beyond_float32_is_not_silenced():
+    """A run that diverges has to be seen to: a zero with the gradient zero would look like one that goes on."""
+    inputs = torch.full((1, 1, 2, 12), 1e30, device=DEVICE, requires_grad=True)
+    factors = [torch.zeros(2, 3, 3, device=DEVICE), torch.zeros(2, 4, 4, device=DEVICE)]
+    states, _ = kru_scan_triton(inputs, factors, torch.full((12,), -0.1, device=DEVICE))
+    states.sum().backward()
+    assert states.all() and inputs.grad.all()
+
+
+@runs_kernels
 def test_operator_is_registered_correctly():
     case = make_case([(3, 3), (4, 4)], 2, 3, mask=True)
     tensors = [case["inputs"], *case["factors"], case["bias"], case["initial_state"]]

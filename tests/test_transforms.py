@@ -1,11 +1,12 @@
-"""torch.func and forward-mode derivatives: the definition takes them, and no engine drops a tangent without a word."""
+"""torch.func, forward-mode and second derivatives: the definition has them, and no engine drops one without a word."""
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, random_problem, tiny_model
+from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, random_problem, tiny_config, tiny_model
 from torch.autograd import forward_ad
 
-from kru_hf import kru_gated_scan, kru_scan
+from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, kru_gated_scan, kru_scan
+from kru_hf.readout import normed_linear
 
 IDS = torch.randint(1, 11, (2, 5), generator=torch.Generator().manual_seed(0))
 PROBLEM = random_problem([(2, 2), (3, 3)], 2, 4)
@@ -66,3 +67,76 @@ def test_functional_gradient_of_a_model(options):
     tangent = {name: torch.randn_like(p) for name, p in parameters.items()}
     expected = sum((gradient[name] * tangent[name]).sum() for name in parameters)
     assert_near(torch.func.jvp(loss, (parameters,), (tangent,))[1], expected, LOGITS)
+
+
+def test_samples_of_a_model_by_vmap():
+    """Per-sample gradients: values cannot be looked at in there, and are not checked."""
+    model, mask = tiny_model(), torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]])
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(values, ids, mask):
+        inputs = {"labels": ids[None], "attention_mask": mask[None], "use_cache": False}
+        return torch.func.functional_call(model, values, (ids[None],), inputs).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, IDS, mask)
+    for sample in range(2):
+        expected = torch.func.grad(loss)(parameters, IDS[sample], mask[sample])
+        for name in parameters:
+            assert_near(found[name][sample], expected[name], LOGITS)
+    roll = KRUForPianoRoll(tiny_config(input_size=3)).eval()
+    frames = torch.randint(2, (4, 5, 3)).float()
+    each = torch.func.vmap(lambda x: roll(x[None], use_cache=False).logits[0])(frames)
+    assert_near(each, roll(frames).logits, LOGITS)
+
+
+def test_vmap_over_masks():
+    masks = torch.tensor([[[1, 1, 0, 1]] * 2, [[0, 1, 1, 0]] * 2]).bool()
+    inputs, factors, bias = (PROBLEM.inputs.detach(), [f.detach() for f in PROBLEM.factors], PROBLEM.bias.detach())
+    found = torch.func.vmap(lambda mask: kru_scan(inputs, factors, bias, None, mask)[0])(masks)
+    for mask, states in zip(masks, found, strict=True):
+        assert_near(states, kru_scan(inputs, factors, bias, None, mask)[0], RELATIVE[torch.float32])
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("function", [scan, gated_scan])
+def test_second_derivatives_are_refused(function, backend, power):
+    """Also those of a sum, whose gradient is a constant that nothing differentiates on the way in."""
+    inputs = PROBLEM.inputs.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(inputs, backend).pow(power).sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_of_a_model(power):
+    """A penalty on gradients, with everything between the recurrence and the loss, against finite differences."""
+    torch.manual_seed(0)
+    config = tiny_config(wiring="plain", num_labels=2, scan_backend="reference", input_scale=1.0)
+    model = KRUForSequenceClassification(config).eval().double()
+    x = torch.randn(2, 3, config.hidden_size, dtype=torch.float64, requires_grad=True)
+
+    def penalty():
+        logits = model(inputs_embeds=x).logits.pow(power).sum()
+        return torch.autograd.grad(logits, x, create_graph=True)[0].square().sum()
+
+    penalty().backward()
+    for parameter in (model.score.weight, model.model.layers[0].recurrence.factors[1]):
+        step = torch.randn_like(parameter)
+        with torch.no_grad():
+            parameter += 1e-5 * step
+            with torch.enable_grad():
+                above = penalty().item()
+            parameter -= 2e-5 * step
+            with torch.enable_grad():
+                below = penalty().item()
+            parameter += 1e-5 * step
+        slope = (parameter.grad * step).sum().item()
+        assert slope == pytest.approx((above - below) / 2e-5, rel=1e-5)
+
+
+def test_second_derivatives_of_a_normed_map():
+    torch.manual_seed(0)
+    module = torch.nn.Linear(5, 3).double()
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, weight: normed_linear(x, module, 1e-6), (x, module.weight))
