@@ -284,7 +284,10 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         super().__init__(config)
         refuse_bidirectional(config, "a language model")
         if config.input_size is not None:
-            raise ValueError(f"a language model reads token ids: input_size must be None, got {config.input_size}")
+            raise ValueError(
+                f"a language model reads token ids: input_size must be None, got {config.input_size} (a config of "
+                f"{', '.join(config.architectures or ['none'])})"
+            )
         self.model = KRUModel(config)
         self.lm_head = nn.Linear(config.feature_size, config.vocab_size)
         self.post_init()
@@ -314,8 +317,8 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(
-                f"generate() takes the whole text and reads what comes after the tokens that past_key_values has seen: "
-                f"there must be 1 or more, got {next_sequence_length}; for new text alone give it "
+                f"generate() reads what comes after the tokens that past_key_values has seen, all of the text if there "
+                f"is no state: there must be 1 or more, got {next_sequence_length}; for new text alone give it "
                 "KRUCache.from_states(past_key_values.states)"
             )
         prepare = cast(Any, super()).prepare_inputs_for_generation

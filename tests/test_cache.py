@@ -76,7 +76,7 @@ def test_generate_goes_on_with_new_text_alone(options):
         LAST, past_key_values=after_first(model), attention_mask=whole, max_new_tokens=4, do_sample=False
     )
     assert torch.equal(found, expected)
-    with pytest.raises(ValueError, match="takes the whole text .* must be 1 or more, got -1"):
+    with pytest.raises(ValueError, match="reads what comes after .* must be 1 or more, got -1"):
         model.generate(LAST, past_key_values=after_first(model), max_new_tokens=4, do_sample=False)
 
 

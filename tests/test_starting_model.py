@@ -44,6 +44,11 @@ def test_another_architecture_than_the_models_is_an_error(trained, text_file, tm
     assert "architecture='lstm' has no effect here: it works with a new network" in capsys.readouterr().err
 
 
+def test_a_model_that_does_not_exist_is_no_question_for_the_hub(text_file, tmp_path, capsys):  # noqa: F811
+    assert main(again(text_file, tmp_path / "run", tmp_path / "none")) == 1
+    assert "none' does not exist; pass the folder of a model or a Hub id" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("inside", [".", "checkpoint-3"])
 def test_the_model_that_a_run_starts_from_is_not_deleted(trained, text_file, tmp_path, capsys, inside):  # noqa: F811
     folder = tmp_path / "run"

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ def test_folder_of_splits(tmp_path):
     [
         (b"", "0 characters"),
         (b"a", "1 characters"),
+        (b"ab" * 19, "38 characters; to hold out 5% twice takes 40"),
         (b"a" * 500, "single character, 'a'"),
         (b"abc\xff\xfe" * 50, "not UTF-8 text: byte 0xff at offset 3"),
     ],
@@ -89,6 +91,12 @@ def test_bad_corpus(tmp_path, content, message):
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         task_on(tmp_path / "bad.txt")
+
+
+def test_a_byte_order_mark_is_no_letter(tmp_path, text_file):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + Path(text_file).read_bytes())
+    marked, plain = (task_on(path).corpus for path in (tmp_path / "marked.txt", text_file))
+    assert marked.splits == plain.splits
 
 
 def test_missing_file_and_short_text(tmp_path, text_file):

@@ -214,7 +214,8 @@ def test_output_folder_of_another_run(text_file, tmp_path, capsys):
     assert main(options(text_file, tmp_path, seed=1)) == 1
     assert "already holds a run" in capsys.readouterr().err
     assert main(options(text_file, tmp_path, seed=1, resume_from_checkpoint="last")) == 1
-    assert "another configuration: seed was 0, now 1" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "another configuration: seed was 0, now 1" in error and "start from its weights: --model" in error
     assert (tmp_path / ckpt.WEIGHTS).read_bytes() == before
     assert main(options(text_file, tmp_path, seed=1, factor_shapes="5x5", overwrite_output_dir="true")) == 1
     assert "multiply to 5x5" in capsys.readouterr().err

@@ -261,7 +261,10 @@ def load_checkpoint(path: Path, signature: dict[str, Any]) -> Checkpoint:
         shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now.get(key)!r}" for key in different)
         if "global_batch_size" in different:
             shown += " (per_device_train_batch_size × processes × gradient_accumulation_steps: keep the product)"
-        raise UserError(f"the checkpoint {str(path)!r} is of another configuration: {shown}")
+        raise UserError(
+            f"the checkpoint {str(path)!r} is of another configuration: {shown}. Repeat the options that the run began "
+            f"with, or start from its weights: --model {str(path.parent)!r} and another --output_dir"
+        )
     return Checkpoint(path, state, optimizer, carried, random)
 
 

@@ -54,9 +54,12 @@ def python_docs() -> str:
 
 
 def read_text(path: Path) -> str:
-    """The exact text of a UTF-8 file; line ends stay as they are (readers of `datasets` would translate them)."""
+    """The exact text of a UTF-8 file, without a byte-order mark, which is no letter of it.
+
+    Line ends stay as they are (readers of `datasets` would translate them).
+    """
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"dataset: {str(path)!r} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {error.start}; "
@@ -126,8 +129,11 @@ def load_corpus(options: DataOptions) -> Corpus:
         options.refuse_hub_options()
     texts = {key: joined(data[key], "text" if local else options.text_column, name) for key in SPLITS if key in data}
     if set(texts) != set(SPLITS):
-        if len(texts["train"]) < 2:
-            raise UserError(f"dataset={name!r} has {len(texts['train'])} characters; a corpus needs at least 2")
+        least = round(2 / HELD_OUT)
+        if len(texts["train"]) < least:
+            raise UserError(
+                f"dataset={name!r} has {len(texts['train'])} characters; to hold out {HELD_OUT:.0%} twice takes {least}"
+            )
         texts = split_text(texts["train"])
     for split in SPLITS:
         if len(texts[split]) < 2:

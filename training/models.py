@@ -151,6 +151,8 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
         UserError: it does not exist, is incomplete or damaged, or model and tokenizer do not fit together.
     """
     local = Path(folder)
+    if not local.exists() and (local.is_absolute() or folder.startswith(".") or len(local.parts) > 2):
+        raise UserError(f"model={folder!r} does not exist; pass the folder of a model or a Hub id")
     if local.exists() and not (local / "config.json").is_file():
         raise UserError(f"model={folder!r} is not a model folder: it has no config.json")
     try:

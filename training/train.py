@@ -195,6 +195,8 @@ def finish(arguments: Arguments, task: Task, loop: Driver) -> dict[str, Any]:
     processes.from_main(accelerator, model)
     model.eval()
     splits = ("validation", "test") if arguments.run.evaluate_test else ("validation",)
+    if accelerator.is_main_process:
+        print(f"scoring the best weights on {' and '.join(splits)}", flush=True)
     metrics = {split: evaluate(task, model, split, accelerator) for split in splits}
     figures = results(task, model, loop.state, metrics)
     if accelerator.is_main_process:
