@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .gate_bias import check_chrono
-from .kronecker import check_choice, check_max_phase, plan_factor_shapes
+from .kronecker import check_choice, check_max_phase, plan_with_warning
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class KRUConfig(PreTrainedConfig):
             if self.state_size is None:
                 self.state_size = 504
             size = 8 if self.factor_size is None else self.factor_size
-            self.factor_shapes = plan_factor_shapes(self.state_size, size)
+            self.factor_shapes = plan_with_warning(self.state_size, size)
             self.factor_size = None
         if self.state_size is None:
             self.state_size = math.prod(p for p, _ in self.factor_shapes)

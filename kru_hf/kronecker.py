@@ -7,6 +7,7 @@ Letters: F factors, factor f is P_f × Q_f, N = ∏ P_f = ∏ Q_f.
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -162,6 +163,20 @@ def plan_factor_shapes(state_size: int, factor_size: int) -> list[list[int]]:
 
     _, sizes = plan(state_size, 2)
     return [[size, size] for size in sizes or (1,)]
+
+
+def plan_with_warning(state_size: int, factor_size: int) -> list[list[int]]:
+    """:func:`plan_factor_shapes`, with a warning where N has no divisors that are anywhere near ``factor_size``."""
+    shapes = plan_factor_shapes(state_size, factor_size)
+    largest = max(size for size, _ in shapes)
+    if largest > 8 * factor_size:
+        warnings.warn(
+            f"state_size = {state_size} has factors of {'·'.join(str(size) for size, _ in shapes)} units, far from "
+            f"factor_size = {factor_size}: {largest}x{largest} is nearly a dense matrix; take a state_size with more "
+            "small divisors, or give factor_shapes",
+            stacklevel=3,
+        )
+    return shapes
 
 
 def group_factors(shapes: Sequence[tuple[int, int]], max_groups: int = 3, overhead: int = 4096) -> list[int]:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from .cells import KRURecurrence
 from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
-from .kronecker import plan_factor_shapes
+from .kronecker import plan_with_warning
 
 
 class _KroneckerLayer(nn.Module):
@@ -76,7 +76,7 @@ class _KroneckerLayer(nn.Module):
         if factor_shapes is not None and factor_size is not None:
             raise ValueError(f"give factor_shapes or factor_size, not both: got {factor_shapes} and {factor_size}")
         if factor_shapes is None:
-            shapes = plan_factor_shapes(state_size, 8 if factor_size is None else factor_size)
+            shapes = plan_with_warning(state_size, 8 if factor_size is None else factor_size)
         else:
             shapes = [[shape, shape] if isinstance(shape, int) else list(shape) for shape in factor_shapes]
         if any(math.prod(sizes) != state_size for sizes in zip(*shapes, strict=True)) or not shapes:

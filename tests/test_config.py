@@ -1,10 +1,12 @@
 """Options of a model: defaults, validation, round trips."""
 
+import warnings
+
 import pytest
 from helpers import tiny_config
 from transformers import AutoConfig
 
-from kru_hf import KRUConfig
+from kru_hf import KRU, KRUConfig
 
 
 def test_defaults_are_valid():
@@ -113,3 +115,14 @@ def test_bad_value_set_later_is_not_saved(tmp_path):
         config.unitary_loss_coef = -1.0
         config.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_size_without_small_divisors_is_told():
+    with pytest.warns(UserWarning, match="state_size = 503 has factors of 503 units, far from factor_size = 8"):
+        KRUConfig(state_size=503)
+    with pytest.warns(UserWarning, match="3·137 units"):
+        KRU(4, 411, factor_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        KRUConfig(state_size=480)
+        KRUConfig(factor_shapes=[[503, 503]])
