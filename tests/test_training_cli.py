@@ -95,6 +95,21 @@ def test_an_engine_of_another_device_is_refused(engine, device):
     check_device(KRUConfig(scan_backend="auto"), torch.device(device))
 
 
+def test_commands_ask_on_which_device_the_engine_runs(text_file, trained, tmp_path, capsys, monkeypatch):
+    """As on a machine with a GPU, where --use_cpu leaves it idle."""
+    monkeypatch.setattr(scan_triton, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(scan_triton, "is_interpreted", lambda: False)
+    words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, "--scan_backend=triton"]
+    assert main(words) == 1
+    assert "scan_backend='triton' cannot run on the device 'cpu'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    shutil.copytree(trained, tmp_path / "gpu")
+    config = json.loads((tmp_path / "gpu" / "config.json").read_text())
+    (tmp_path / "gpu" / "config.json").write_text(json.dumps({**config, "scan_backend": "triton"}))
+    assert evaluate([f"--model={tmp_path / 'gpu'}", f"--dataset={text_file}", "--use_cpu"]) == 1
+    assert "scan_backend='triton' cannot run on the device 'cpu'" in capsys.readouterr().err
+
+
 def test_an_engine_that_cannot_run_is_refused_before_anything_is_written(text_file, trained, tmp_path, capsys):
     if scan_triton.is_available():
         pytest.skip("here the engine runs")
