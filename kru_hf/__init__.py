@@ -15,11 +15,11 @@ from .cache_kru import KRUCache
 from .cells import KRURecurrence
 from .char_tokenizer import build_char_tokenizer
 from .configuration_kru import KRUConfig
-from .gated_cells import KRUGRURecurrence, KRULSTMRecurrence
+from .gated_cells import KRUGRURecurrence, KRUJANETRecurrence, KRULSTMRecurrence
 from .heads_kru import KRUForSequenceClassification, KRUForTokenClassification
 from .kronecker import kron_apply, kron_dense, plan_factor_shapes, random_unitary, unitary_penalty
 from .kroneckerize import KroneckerizeReport, dekroneckerize, kroneckerize
-from .layers import KRU, KRUGRU, KRULSTM
+from .layers import KRU, KRUGRU, KRUJANET, KRULSTM
 from .modeling_kru import KRUForCausalLM, KRUModel, KRUPreTrainedModel
 from .piano_roll_head import KRUForPianoRoll
 from .scan import kru_scan, scan_backend_report
@@ -37,6 +37,7 @@ AutoModelForTokenClassification.register(KRUConfig, KRUForTokenClassification, e
 __all__ = [
     "KRU",
     "KRUGRU",
+    "KRUJANET",
     "KRULSTM",
     "KRUCache",
     "KRUConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "KRUForSequenceClassification",
     "KRUForTokenClassification",
     "KRUGRURecurrence",
+    "KRUJANETRecurrence",
     "KRULSTMRecurrence",
     "KRUModel",
     "KRUPreTrainedModel",

@@ -7,7 +7,7 @@ from .bidirectional import KRUBidirectional
 from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
 from .feed_forward import KRUFeedForward
-from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
+from .gated_cells import GATED_RECURRENCES, KRUGatedRecurrence
 from .kronecker_linear import linear, structured_linear
 from .readout import normed_linear, undropped
 
@@ -22,8 +22,7 @@ def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence | 
 def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
     """The cell that ``config.cell_type`` names."""
     if config.gated:
-        cell_class = KRULSTMRecurrence if config.cell_type == "kru_lstm" else KRUGRURecurrence
-        return cell_class(
+        return GATED_RECURRENCES[config.cell_type](
             config.factor_shapes,
             init_scale=config.recurrent_init_scale,
             chrono_max_length=config.chrono_max_length,

@@ -14,8 +14,9 @@ from .kronecker import check_choice, check_max_phase, plan_with_warning
 logger = logging.getLogger(__name__)
 
 # cell_type: planes of width N that the cell takes as input, and that it gives as features.
-CELL_PLANES = {"kru": (2, 2), "kru_lstm": (4, 1), "kru_gru": (3, 1)}
+CELL_PLANES = {"kru": (2, 2), "kru_lstm": (4, 1), "kru_gru": (3, 1), "kru_janet": (2, 1)}
 CELL_TYPES = tuple(CELL_PLANES)
+GATED_TYPES = CELL_TYPES[1:]
 WIRINGS = ("residual", "plain")
 ACTIVATIONS = ("modrelu", "identity")
 RECURRENT_INITS = ("random", "identity")
@@ -48,8 +49,9 @@ class KRUConfig(PreTrainedConfig):
         factor_shapes: [[P_0, Q_0], …] with ∏ P_f = ∏ Q_f = N. Default: planned from ``factor_size``. A non-square
             factor makes the recurrent matrix a partial isometry at best, never unitary.
         factor_size: wanted size of square factors, from which ``factor_shapes`` is planned (8); stored as shapes.
-        cell_type: "kru", the paper's complex recurrence; "kru_lstm" or "kru_gru", gated cells of N real units, a set
-            of real factors a gate and no soft unitary penalty.
+        cell_type: "kru", the paper's complex recurrence; "kru_lstm", "kru_gru" or "kru_janet" (an LSTM with a forget
+            gate alone: half the parameters), gated cells of N real units, a set of real factors a gate and no soft
+            unitary penalty.
         num_hidden_layers: recurrent layers; 1 with the plain wiring (default there), 2 by default otherwise.
         hidden_size: D, width of the real features between layers (128 by default); if plain that of the states: 2·N
             (N for gated cells), twice that if bidirectional.
@@ -72,7 +74,7 @@ class KRUConfig(PreTrainedConfig):
             signals, such as pixels in their order.
         bias_init: modReLU's b at the start (activation "modrelu").
         chrono_max_length: T_max in steps, for gated cells: the gates start with memories spread over 1 … T_max steps
-            (chrono initialisation, Tallec & Ollivier 2018). None: forget bias 1 (kru_lstm), all biases 0 (kru_gru).
+            (chrono initialisation, Tallec & Ollivier 2018). None: forget bias 1, all biases 0 (kru_gru).
         input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants);
             of the entries of U where the plain wiring reads frames.
         activation: "modrelu" or "identity" (the linear network, without a bias).
@@ -258,7 +260,7 @@ class KRUConfig(PreTrainedConfig):
     @property
     def gated(self) -> bool:
         """Whether the cell is gated: real factors, no penalty."""
-        return self.cell_type in ("kru_lstm", "kru_gru")
+        return self.cell_type in GATED_TYPES
 
     @property
     def directions(self) -> int:

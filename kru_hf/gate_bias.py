@@ -1,4 +1,4 @@
-"""Where the gate biases of LSTM and GRU cells start."""
+"""Where the gate biases of LSTM, GRU and JANET cells start."""
 
 import torch
 from torch import Tensor
@@ -11,18 +11,19 @@ def check_chrono(name: str, max_length: int) -> None:
 
 
 def gate_bias(cell: str, rows: int, size: int, max_length: int | None, forget_bias: float = 1.0) -> Tensor:
-    """Biases (rows, N) of the gates i f g o of an "lstm", r z n of a "gru".
+    """Biases (rows, N) of the gates i f g o of an "lstm", r z n of a "gru", f g of a "janet".
 
-    The gate that keeps the state is row 1 in both. Its bias is log u with u ~ U[1, T_max − 1], so that σ(log u) =
-    u / (1 + u) keeps what a unit holds for about 1 + u steps, and an LSTM's input gate starts at −log u: the chrono
-    initialisation of Tallec & Ollivier, "Can recurrent neural networks warp time?" (ICLR 2018), equation 16. Without
-    ``max_length``, T_max in steps, an LSTM's forget gate starts at ``forget_bias``. All others are zero.
+    The bias of the gate that keeps the state, f or z, is log u with u ~ U[1, T_max − 1], so that σ(log u) = u / (1 + u)
+    keeps what a unit holds for about 1 + u steps, and an LSTM's input gate starts at −log u: the chrono initialisation
+    of Tallec & Ollivier, "Can recurrent neural networks warp time?" (ICLR 2018), equation 16. Without ``max_length``,
+    T_max in steps, a forget gate f starts at ``forget_bias``. All others are zero.
     """
     bias = torch.zeros(rows, size)
+    keeps = 0 if cell == "janet" else 1
     if max_length is not None:
-        bias[1] = torch.empty(size).uniform_(1, max_length - 1).log()  # (N,)
+        bias[keeps] = torch.empty(size).uniform_(1, max_length - 1).log()  # (N,)
         if cell == "lstm":
             bias[0] = -bias[1]  # (N,)
-    elif cell == "lstm":
-        bias[1] = forget_bias
+    elif cell != "gru":
+        bias[keeps] = forget_bias
     return bias

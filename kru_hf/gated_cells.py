@@ -1,4 +1,4 @@
-"""KRU-LSTM and KRU-GRU as modules: the factors and the biases, on top of ``kru_gated_scan``."""
+"""KRU-LSTM, KRU-GRU and KRU-JANET as modules: the factors and the biases, on top of ``kru_gated_scan``."""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from .scan_gated import GATED_BACKENDS, GATED_CELLS, kru_gated_scan
 
 
 class KRUGatedRecurrence(nn.Module):
-    """A gated cell: real factors (G, P_f, Q_f), a set a gate, and biases (4, N). The interface of ``KRURecurrence``.
+    """A gated cell: real factors (G, P_f, Q_f), a set a gate, and biases (4, N), of JANET (2, N).
 
+    It has the interface of ``KRURecurrence``.
     ``init_scale`` is the spectral norm of each gate's matrix at the start, ``chrono_max_length`` the longest memory, in
     steps, that the gates start with: see ``gate_bias``.
     """
@@ -55,7 +56,7 @@ class KRUGatedRecurrence(nn.Module):
             ]
         )
         self.has_bias = bias
-        own_bias(self, torch.empty(GATED_CELLS[self.cell][1], self.state_size), bias)  # (4, N)
+        own_bias(self, torch.empty(GATED_CELLS[self.cell][1], self.state_size), bias)  # (4, N), JANET (2, N)
         self.reset_parameters()
 
     def initial_factors(self) -> list[Tensor]:
@@ -67,9 +68,9 @@ class KRUGatedRecurrence(nn.Module):
         ]
 
     def initial_bias(self) -> Tensor:
-        """Biases (4, N): see ``gate_bias``. All zero, and not trained, for ``bias=False``."""
+        """Biases (4, N), of JANET (2, N): see ``gate_bias``. All zero, and not trained, for ``bias=False``."""
         if not self.has_bias:
-            return torch.zeros(self.bias.shape)  # (4, N)
+            return torch.zeros(self.bias.shape)  # (·, N)
         return gate_bias(self.cell, self.bias.shape[0], self.state_size, self.chrono_max_length)
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ class KRUGatedRecurrence(nn.Module):
             return
         for factor, start in zip(self.factors, self.initial_factors(), strict=True):
             factor.copy_(start)  # (G, P, Q)
-        self.bias.copy_(self.initial_bias())  # (4, N)
+        self.bias.copy_(self.initial_bias())  # (·, N)
 
     def forward(
         self, inputs: Tensor, initial_state: Tensor | None = None, mask: Tensor | None = None
@@ -119,3 +120,14 @@ class KRUGRURecurrence(KRUGatedRecurrence):
     cell = "gru"
     input_planes = 3
     state_planes = 1
+
+
+class KRUJANETRecurrence(KRUGatedRecurrence):
+    """JANET, the LSTM with a forget gate alone, gates f g; state (B, 1, N) = [h]."""
+
+    cell = "janet"
+    input_planes = 2
+    state_planes = 1
+
+
+GATED_RECURRENCES = {"kru_lstm": KRULSTMRecurrence, "kru_gru": KRUGRURecurrence, "kru_janet": KRUJANETRecurrence}

@@ -1,4 +1,4 @@
-"""Layers that stand where ``torch.nn.RNN``, ``LSTM`` and ``GRU`` stand: ``KRU``, ``KRULSTM``, ``KRUGRU``.
+"""Layers that stand where ``torch.nn.RNN``, ``LSTM`` and ``GRU`` stand: ``KRU``, ``KRULSTM``, ``KRUGRU``, ``KRUJANET``.
 
 nn.LSTM(64, 900, num_layers=2, batch_first=True)  ->  KRULSTM(64, 900, num_layers=2, batch_first=True)
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .cells import KRURecurrence
-from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRULSTMRecurrence
+from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRUJANETRecurrence, KRULSTMRecurrence
 from .kronecker import plan_with_warning
 
 
@@ -37,7 +37,8 @@ class _KroneckerLayer(nn.Module):
     """
 
     proj_size = 0  # read by code that knows torch's layers
-    _cell_options: tuple[str, ...] = ()  # what the cell takes beside the arguments here
+    _cell: type[KRURecurrence] | type[KRUGatedRecurrence]
+    _cell_options: tuple[str, ...]  # what the cell takes beside the arguments here
 
     def __init__(
         self,
@@ -95,16 +96,13 @@ class _KroneckerLayer(nn.Module):
         self.output_size = width
         self.to(device=device, dtype=dtype)
 
-    def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRURecurrence | KRUGatedRecurrence:
-        raise NotImplementedError
-
     def _planes(self, hx: Any, batch: int | None) -> Tensor:
         """The caller's initial state, for ``batch`` sequences or one without a batch, to (L·directions, B, S, N)."""
-        raise NotImplementedError
+        return self._state_tensor("h_0", hx, self._cell.state_planes, batch)
 
     def _state(self, planes: Tensor) -> Any:
         """(L·directions, B, S, N) to what the caller gets."""
-        raise NotImplementedError
+        return planes.flatten(-2).clone()  # (L·directions, B, ·N), no view: it can be detached in place
 
     def _state_tensor(self, name: str, value: Any, planes: int, batch: int | None) -> Tensor:
         """A state (L·directions, B, planes·N), or without B, to (L·directions, B, planes, N)."""
@@ -207,16 +205,8 @@ class KRU(_KroneckerLayer):
     Add :meth:`penalty`, times a coefficient, to the training loss.
     """
 
+    _cell = KRURecurrence
     _cell_options = ("activation", "init", "init_scale", "init_max_phase", "bias_init")
-
-    def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRURecurrence:
-        return KRURecurrence(shapes, **options)
-
-    def _planes(self, hx: Tensor, batch: int | None) -> Tensor:
-        return self._state_tensor("h_0", hx, 2, batch)
-
-    def _state(self, planes: Tensor) -> Tensor:
-        return planes.flatten(-2).clone()  # (L·directions, B, ·N), no view: it can be detached in place
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ ‖W_f^H W_f − I‖² over all factors: a scalar."""
@@ -229,10 +219,8 @@ class KRULSTM(_KroneckerLayer):
     Further options: ``init_scale`` and ``chrono_max_length`` of ``KRULSTMRecurrence``.
     """
 
+    _cell = KRULSTMRecurrence
     _cell_options = ("init_scale", "chrono_max_length")
-
-    def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRULSTMRecurrence:
-        return KRULSTMRecurrence(shapes, **options)
 
     def _planes(self, hx: tuple[Tensor, Tensor], batch: int | None) -> Tensor:
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
@@ -252,13 +240,16 @@ class KRUGRU(_KroneckerLayer):
     Further options: ``init_scale`` and ``chrono_max_length`` of ``KRUGRURecurrence``.
     """
 
+    _cell = KRUGRURecurrence
     _cell_options = ("init_scale", "chrono_max_length")
 
-    def _cell(self, shapes: Sequence[Sequence[int]], **options: Any) -> KRUGRURecurrence:
-        return KRUGRURecurrence(shapes, **options)
 
-    def _planes(self, hx: Tensor, batch: int | None) -> Tensor:
-        return self._state_tensor("h_0", hx, 1, batch)
+class KRUJANET(_KroneckerLayer):
+    """JANET, the LSTM with a forget gate alone, with Kronecker recurrent matrices: half the parameters of ``KRULSTM``.
 
-    def _state(self, planes: Tensor) -> Tensor:
-        return planes.flatten(-2).clone()  # (L·directions, B, ·N), no view: it can be detached in place
+    Features N wide a direction; state (L·directions, B, N). See ``scan_gated`` for its equation. Further options:
+    ``init_scale`` and ``chrono_max_length`` of ``KRUJANETRecurrence``.
+    """
+
+    _cell = KRUJANETRecurrence
+    _cell_options = ("init_scale", "chrono_max_length")

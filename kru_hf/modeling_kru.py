@@ -81,7 +81,7 @@ class KRUPreTrainedModel(PreTrainedModel):
         elif isinstance(module, KRUGatedRecurrence):
             for factor, start in zip(module.factors, module.initial_factors(), strict=True):
                 init.copy_(factor, start)  # (G, P, Q)
-            init.copy_(module.bias, module.initial_bias())  # (4, N)
+            init.copy_(module.bias, module.initial_bias())  # (·, N)
         elif isinstance(module, KroneckerLinear):
             init.normal_(module.mixing, std=module.mixing_std)  # (n, n, n)
             init.normal_(module.blocks, std=module.blocks_std)  # (n, out/n, in/n)

@@ -1,9 +1,13 @@
-"""The gated recurrences: LSTM and GRU whose recurrent matrices are Kronecker products of real factors, a set a gate.
+"""The gated recurrences: cells whose recurrent matrices are Kronecker products of real factors, a set a gate.
 
     LSTM, gates i f g o:  a = W h_{t-1} + u_t + b,  c_t = σ(a_f) c_{t-1} + σ(a_i) tanh(a_g),  h_t = σ(a_o) tanh(c_t)
     GRU, gates r z n:     n = tanh(u_n + b_n + r (W_n h_{t-1} + b'_n)),  h_t = (1 − z) n + z h_{t-1}
+    JANET, gates f g:     a = W h_{t-1} + u_t + b,  h_t = σ(a_f) h_{t-1} + (1 − σ(a_f − 1)) tanh(a_g)
 
-Letters: G gates (4 or 3), S planes of the state (2: h and c, or 1: h), M rows of a batch of states.
+JANET is the LSTM with a forget gate alone (van der Westhuizen & Lasenby, "The unreasonable effectiveness of the forget
+gate", 2018) with their β = 1.
+
+Letters: G gates (4, 3 or 2), S planes of the state (2: h and c, or 1: h), M rows of a batch of states.
 Engines: "reference" (a loop that autograd differentiates), "torch" (analytic backward, no graph over time) and "cpu"
 (the native kernel).
 """
@@ -26,7 +30,7 @@ from .transforms import is_transformed, transformed_backend
 logger = logging.getLogger(__name__)
 
 # cell: (gates G, rows of the bias, planes S of the state). The GRU's fourth bias is the candidate's recurrent one.
-GATED_CELLS = {"lstm": (4, 4, 2), "gru": (3, 4, 1)}
+GATED_CELLS = {"lstm": (4, 4, 2), "gru": (3, 4, 1), "janet": (2, 2, 1)}
 GATED_BACKENDS = ("auto", "reference", "torch", "cpu")
 
 
@@ -60,6 +64,10 @@ def kru_gated_scan_reference(
         if cell == "lstm":
             a = torch.stack(product) + u.transpose(0, 1) + bias[:, None]  # (4, B, N)
             new = torch.stack(lstm_step(a, state[:, 1]), 1)  # (B, 2, N)
+        elif cell == "janet":
+            a = torch.stack(product) + u.transpose(0, 1) + bias[:, None]  # (2, B, N)
+            opened = (1 - a[0]).sigmoid()  # (B, N): 1 − σ(a_f − 1), without the digits that the difference loses
+            new = (a[0].sigmoid() * h + opened * a[1].tanh()).unsqueeze(1)  # (B, 1, N)
         else:
             r = (product[0] + u[:, 0] + bias[0]).sigmoid()  # (B, N)
             z = (product[1] + u[:, 1] + bias[1]).sigmoid()  # (B, N)
@@ -135,15 +143,16 @@ def kru_gated_scan(
     cell: str,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """A KRU-LSTM or KRU-GRU over a whole sequence.
+    """A KRU-LSTM, KRU-GRU or KRU-JANET over a whole sequence.
 
     Args:
-        inputs: U x_t (B, T, G, N), float32 or float64; gates in torch's order, i f g o or r z n.
+        inputs: U x_t (B, T, G, N), float32 or float64; gates in torch's order, i f g o or r z n, or f g of "janet".
         factors: F real tensors (G, P_f, Q_f) with ∏ P_f = ∏ Q_f = N; factor 0 is the slowest index of the state.
-        bias: (4, N): of i f g o, or of r z n and the candidate's recurrent bias, which the reset gate multiplies.
-        initial_state: (B, 2, N) = [h; c] for "lstm", (B, 1, N) = [h] for "gru"; zeros if None.
+        bias: (4, N): of i f g o, or of r z n and the candidate's recurrent bias, which the reset gate multiplies;
+            (2, N) of f g.
+        initial_state: (B, 2, N) = [h; c] for "lstm", else (B, 1, N) = [h]; zeros if None.
         mask: (B, T) bool; False holds the state at that step, whatever the input.
-        cell: "lstm" or "gru".
+        cell: "lstm", "gru" or "janet".
         backend: "auto", or one of "reference", "torch", "cpu": an engine that cannot run is an error.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The gated cells in the native CPU engine: whole sequences of a KRU-LSTM or KRU-GRU in one C call.
+"""The gated cells in the native CPU engine: whole sequences of a gated cell in one C call.
 
-The library is the one that ``scan_cpu`` loads, and so are the threads. Letters as in ``scan_gated``: G gates (4 or 3),
-S planes of the state (2: h and c, or 1: h).
+The library is the one that ``scan_cpu`` loads, and so are the threads. Letters as in ``scan_gated``: G gates (4: LSTM,
+3: GRU, 2: JANET), S planes of the state (2: h and c, or 1: h).
 """
 
 import ctypes
@@ -18,7 +18,8 @@ from .transforms import differentiable_once, refuse_derivative
 
 __all__ = ["is_available", "kru_gated_scan_cpu", "supports", "unavailable_reason"]
 
-ABI = 1  # KRU_GATED_ABI in native/kru_gated.h
+ABI = 2  # KRU_GATED_ABI in native/kru_gated.h
+GATES = {"lstm": 4, "gru": 3, "janet": 2}
 _lanes: int | None = None  # samples that advance together; None: the processor's widest vector
 
 
@@ -154,7 +155,7 @@ def _backward(
     states: Tensor,
     cells: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_inputs (B, T, G, N), the factors' gradients in one row, d_bias (4, N), d_initial (B, S, N)."""
+    """d_inputs (B, T, G, N), the factors' gradients in one row, d_bias (4 or 2, N), d_initial (B, S, N)."""
     batch, length, gates, units = inputs.shape
     lstm = gates == 4
     plan, kept, pointers, packed = _prepare(factors)
@@ -162,13 +163,14 @@ def _backward(
     inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
     groups = -(-batch // plan.lanes)
     # Gradient buffers of at most a quarter of the states' bytes.
-    affordable = batch * length * units // (4 * (plan.dense + 4 * units))
+    rows = bias.shape[0]
+    affordable = batch * length * units // (4 * (plan.dense + rows * units))
     chunks = min(groups, MAX_CHUNKS, max(affordable, 4))
-    chunk_grads = _fresh(chunks, plan.dense + 4 * units)
+    chunk_grads = _fresh(chunks, plan.dense + rows * units)
     d_inputs = _fresh(batch, length, gates, units)  # (B, T, G, N)
     d_initial = _fresh(batch, 2 if lstm else 1, units)  # (B, S, N)
     d_factors = _fresh(sum(factor.numel() for factor in kept))
-    d_bias = _fresh(4, units)  # (4, N)
+    d_bias = _fresh(rows, units)  # (4 or 2, N)
     args = _Args(batch, length, lstm, chunks)
     _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
     _point(args, d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
@@ -217,7 +219,7 @@ if __name__.startswith("kru_hf."):
         return (
             inputs.new_empty(batch, length, gates, units),
             inputs.new_empty(sum(factor.numel() for factor in factors)),
-            inputs.new_empty(4, units),
+            inputs.new_empty(bias.shape[0], units),
             inputs.new_empty(batch, 2 if gates == 4 else 1, units),
         )
 
@@ -277,12 +279,13 @@ def kru_gated_scan_cpu(
     *,
     cell: str,
 ) -> tuple[Tensor, Tensor]:
-    """A KRU-LSTM or KRU-GRU by the native kernel, float32 on the CPU. See ``kru_gated_scan`` for the contract.
+    """A gated cell by the native kernel, float32 on the CPU. See ``kru_gated_scan`` for the contract.
 
     Args:
-        inputs: U x_t (B, T, G, N). factors: F real tensors (G, P_f, Q_f) with ∏ P_f = ∏ Q_f = N. bias: (4, N).
+        inputs: U x_t (B, T, G, N). factors: F real tensors (G, P_f, Q_f) with ∏ P_f = ∏ Q_f = N. bias: (4, N),
+            or (2, N) of "janet".
         initial_state: (B, S, N); zeros if None. mask: (B, T) bool; False holds the state.
-        cell: "lstm" (G = 4, S = 2) or "gru" (G = 3, S = 1).
+        cell: "lstm" (G = 4, S = 2), "gru" (G = 3, S = 1) or "janet" (G = 2, S = 1).
 
     Returns:
         states (B, T, N) and final_state (B, S, N), a copy. The same to the last bit for any number of threads.
@@ -293,10 +296,8 @@ def kru_gated_scan_cpu(
     """
     if _reason is not None:
         raise RuntimeError(f"the native CPU engine is not available: {_reason}")
-    if inputs.shape[2] != (4 if cell == "lstm" else 3):
-        raise ValueError(
-            f"inputs of the cell {cell!r} must have {4 if cell == 'lstm' else 3} gates, got {inputs.shape}"
-        )
+    if inputs.shape[2] != GATES[cell]:
+        raise ValueError(f"inputs of the cell {cell!r} must have {GATES[cell]} gates, got {inputs.shape}")
     leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):

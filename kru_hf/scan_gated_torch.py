@@ -1,6 +1,6 @@
 """The portable engine of the gated cells: merged groups and an analytic backward, no autograd graph over time.
 
-Letters as in ``scan_gated``: G gates (4: LSTM, 3: GRU), S planes of the state, M rows of a batch of states.
+Letters as in ``scan_gated``: G gates (4: LSTM, 3: GRU, 2: JANET), S planes of the state, M rows of a batch of states.
 """
 
 import itertools
@@ -15,6 +15,16 @@ from .transforms import differentiable_once, refuse_derivative
 
 # Steps whose products for the weight gradients are made at once: bounds the memory, amortises the calls.
 CHUNK = 16
+
+
+def bias_rows(gates: int) -> int:
+    """Rows of the bias of a cell with that many gates."""
+    return 2 if gates == 2 else 4
+
+
+def kept_planes(gates: int) -> int:
+    """K: what a step keeps for the backward, in multiples of N."""
+    return 3 if gates == 2 else 4
 
 
 def merge_gated_groups(factors: Sequence[Tensor]) -> list[Tensor]:
@@ -67,21 +77,22 @@ def gated_weight_gradients(groups: Sequence[Tensor], x: Tensor, grad: Tensor) ->
 def _forward(
     inputs: Tensor, groups: Sequence[Tensor], bias: Tensor, initial_state: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """states (B, T, N), final_state (B, S, N), and for the backward the cells (T, B, N) and the gates (T, 4, B, N).
+    """states (B, T, N), final_state (B, S, N), and for the backward the cells (T, B, N) and the gates (T, K, B, N).
 
-    G = 4 is the LSTM, G = 3 the GRU, whose cells are empty.
+    G = 4 is the LSTM, G = 3 the GRU, G = 2 JANET; the last two have no cells.
     """
     batch, length, gates, units = inputs.shape
     lstm = gates == 4
     states = inputs.new_empty(batch, length, units)  # (B, T, N): h_t
     cells = inputs.new_empty(length if lstm else 0, batch, units)  # (T, B, N): c_t
-    kept = inputs.new_empty(length, 4, batch, units)  # (T, 4, B, N): i f g o, or r z n and W_n h + b'_n
+    # (T, K, B, N): i f g o of the LSTM, r z n and W_n h + b'_n of the GRU, f i g of JANET
+    kept = inputs.new_empty(length, kept_planes(gates), batch, units)
     h = initial_state[:, 0]  # (B, N)
-    c = initial_state[:, -1]  # (B, N): not used by the GRU
+    c = initial_state[:, -1]  # (B, N): used by the LSTM alone
     for t in range(length):
         hold = None if mask is None else ~mask[:, t, None]  # (B, 1)
         product, _ = gated_stages(groups, h.expand(gates, batch, units))  # (G, B, N)
-        u, a = inputs[:, t].transpose(0, 1), kept[t]  # (G, B, N), (4, B, N)
+        u, a = inputs[:, t].transpose(0, 1), kept[t]  # (G, B, N), (K, B, N)
         if lstm:
             torch.add(product, u, out=a).add_(bias[:, None])
             a[:2].sigmoid_(), a[2].tanh_(), a[3].sigmoid_()
@@ -89,6 +100,11 @@ def _forward(
             new = a[3] * new_c.tanh()  # (B, N)
             c = new_c if hold is None else torch.where(hold, c, new_c)  # (B, N)
             cells[t] = c
+        elif gates == 2:
+            torch.add(product, u, out=a[::2]).add_(bias[:, None])
+            torch.sub(1, a[0], out=a[1]).sigmoid_()
+            a[0].sigmoid_(), a[2].tanh_()
+            new = torch.addcmul(a[0] * h, a[1], a[2])  # (B, N)
         else:
             torch.add(product[:2], u[:2], out=a[:2]).add_(bias[:2, None]).sigmoid_()
             torch.add(product[2], bias[3], out=a[3])
@@ -109,17 +125,17 @@ def _backward(
     cells: Tensor,
     kept: Tensor,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of the inputs (B, T, G, N), the groups (G, P, Q), the bias (4, N) and the initial state (B, S, N)."""
+    """Gradients of the inputs (B, T, G, N), the groups (G, P, Q), the bias (4 or 2, N), the initial state (B, S, N)."""
     batch, length, units = states.shape
     gates = groups[0].shape[0]
     lstm = gates == 4
     adjoints = [group.mT for group in groups]
     grad_inputs = states.new_empty(batch, length, gates, units)  # (B, T, G, N)
-    grad_bias = states.new_zeros(4, units)  # (4, N)
+    grad_bias = states.new_zeros(bias_rows(gates), units)  # (4 or 2, N)
     grad_groups = [torch.zeros_like(group) for group in groups]
     dh = grad_final[:, 0]  # (B, N): of h_t, from the future
-    dc = grad_final[:, -1]  # (B, N): not used by the GRU
-    carried: Tensor | int = 0  # (B, N): what the GRU passes on beside the products
+    dc = grad_final[:, -1]  # (B, N): used by the LSTM alone
+    carried: Tensor | int = 0  # (B, N): what the others pass on beside the products
     for end in range(length, 0, -CHUNK):
         start = max(end - CHUNK, 0)
         previous = states[:, max(start - 1, 0) : end - 1]
@@ -139,6 +155,11 @@ def _backward(
                 da[2] = total * i * (1 - g.square())
                 da[3] = grad * tanh_c * o * (1 - o)
                 dc = total * f if keep is None else torch.where(keep, total * f, dc)  # (B, N)
+            elif gates == 2:
+                f, i, g = kept[t].unbind()  # (B, N)
+                da[0] = grad * (previous[:, t - start] * f * (1 - f) - g * i * (1 - i))
+                da[1] = grad * i * (1 - g.square())
+                carried = grad * f  # (B, N)
             else:
                 r, z, n, product = kept[t].unbind()  # (B, N)
                 dn = grad * (1 - z) * (1 - n.square())  # (B, N): of the candidate's pre-activation
@@ -153,16 +174,12 @@ def _backward(
             if keep is not None:
                 # Selected, not multiplied: an input that is not a number must not leak out of a held step.
                 da.copy_(torch.where(keep, da, 0))
-            own = 4 if lstm else 2
+            own = 2 if gates == 3 else gates  # the GRU's candidate has its own
             grad_inputs[:, t, :own] = da[:own].transpose(0, 1)  # (B, ·, N)
             passed = gated_stages(adjoints, da)[0].sum(0) + carried  # (B, N)
             dh = passed if keep is None else torch.where(keep, passed, grad)  # (B, N)
         sums = chunk.sum((1, 2))  # (G, N)
-        if lstm:
-            grad_bias += sums
-        else:
-            grad_bias[:2] += sums[:2]
-            grad_bias[3] += sums[2]
+        grad_bias[[0, 1, 3] if gates == 3 else slice(None)] += sums
         flat = previous.transpose(0, 1).reshape(-1, units).expand(gates, -1, -1)  # (G, C·B, N)
         for whole, part in zip(grad_groups, gated_weight_gradients(groups, flat, chunk.flatten(1, 2)), strict=True):
             whole += part  # (G, P, Q)
@@ -204,7 +221,7 @@ if __name__.startswith("kru_hf."):
             inputs.new_empty(batch, length, units),
             initial_state.new_empty(initial_state.shape),
             inputs.new_empty(length if gates == 4 else 0, batch, units),
-            inputs.new_empty(length, 4, batch, units),
+            inputs.new_empty(length, kept_planes(gates), batch, units),
         )
 
     @torch.library.custom_op("kru_hf::gated_scan_torch_backward", mutates_args=())
@@ -228,8 +245,10 @@ if __name__.startswith("kru_hf."):
     def _(d_states, d_final, factors, initial_state, mask, states, cells, kept):
         batch, length, units = states.shape
         d_factors = [factor.new_empty(factor.shape) for factor in factors]
-        d_inputs = states.new_empty(batch, length, factors[0].shape[0], units)
-        return d_inputs, d_factors, states.new_empty(4, units), initial_state.new_empty(initial_state.shape)
+        gates = factors[0].shape[0]
+        d_inputs = states.new_empty(batch, length, gates, units)
+        d_bias = states.new_empty(bias_rows(gates), units)
+        return d_inputs, d_factors, d_bias, initial_state.new_empty(initial_state.shape)
 
     def _setup(ctx, inputs, output) -> None:
         _, factors, _, initial_state, mask = inputs

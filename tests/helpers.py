@@ -109,4 +109,5 @@ WIRINGS = [
 GATED = [
     {"wiring": "residual", "cell_type": "kru_lstm"},
     {"wiring": "plain", "cell_type": "kru_gru", "io_rank": 3},
+    {"wiring": "residual", "cell_type": "kru_janet"},
 ]

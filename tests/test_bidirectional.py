@@ -12,13 +12,14 @@ from kru_hf import (
     KRUForTokenClassification,
     KRUModel,
 )
+from kru_hf.configuration_kru import CELL_TYPES
 from kru_hf.readout import normed_linear
 from training.arguments import ModelOptions, parse_arguments
 from training.errors import UserError
 from training.models import build_model
 
-CELLS = ["kru", "kru_lstm", "kru_gru"]
-STATE_WIDTH = {"kru": 12, "kru_lstm": 6, "kru_gru": 6}  # features of one direction: 2N or N with N = 6
+CELLS = list(CELL_TYPES)
+STATE_WIDTH = {"kru": 12, "kru_lstm": 6, "kru_gru": 6, "kru_janet": 6}  # features of one direction: 2N or N with N = 6
 WIRED = [{"wiring": "plain"}, {"wiring": "plain", "io_rank": 3}, {"wiring": "residual"}]
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
 EVERY_WIRING = pytest.mark.parametrize("wiring", WIRED, ids=lambda w: "-".join(map(str, w.values())))

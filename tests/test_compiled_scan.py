@@ -10,12 +10,13 @@ from helpers import LOGITS, RELATIVE, assert_near, random_problem, run_engine, t
 from torch.utils._pytree import tree_map_only
 
 from kru_hf import KRUForCausalLM, KRUForTokenClassification, scan_gated_torch, scan_torch
+from kru_hf.configuration_kru import CELL_TYPES
 from kru_hf.scan_gated import GATED_CELLS
 from kru_hf.scan_gated_torch import kru_gated_scan_torch
 from kru_hf.scan_torch import kru_scan_torch
 
-CELLS = ["kru", "kru_lstm", "kru_gru"]
-GATED = ["lstm", "gru"]
+CELLS = list(CELL_TYPES)
+GATED = list(GATED_CELLS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 # One factor, factors that are merged in runs of several, and rectangular ones.
 SHAPES = [[(3, 3)], [(2, 2)] * 5, [(2, 3), (2, 2), (3, 2), (1, 2), (2, 1)]]
@@ -65,7 +66,7 @@ def test_compiled_is_eager(shapes, masked, activation, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-@pytest.mark.parametrize(("cell", "masked"), [("lstm", True), ("gru", False)])
+@pytest.mark.parametrize(("cell", "masked"), [("lstm", True), ("gru", False), ("janet", True)])
 def test_compiled_gated_is_eager(cell, shapes, masked, dtype):
     arguments = gated_problem(cell, shapes, dtype=dtype, masked=masked)
     compiled = torch.compile(kru_gated_scan_torch, backend="aot_eager", fullgraph=True)

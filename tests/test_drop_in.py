@@ -1,13 +1,13 @@
-"""KRU, KRULSTM and KRUGRU in code that was written for torch's layers."""
+"""KRU, KRULSTM, KRUGRU and KRUJANET in code that was written for torch's layers."""
 
 import pytest
 import torch
 from torch import nn
 
-from kru_hf import KRU, KRUGRU, KRULSTM
+from kru_hf import KRU, KRUGRU, KRUJANET, KRULSTM
 
-LAYERS = pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
-GATED = pytest.mark.parametrize("layer_class", [KRULSTM, KRUGRU])
+LAYERS = pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU, KRUJANET])
+GATED = pytest.mark.parametrize("layer_class", [KRULSTM, KRUGRU, KRUJANET])
 
 
 def states(state):

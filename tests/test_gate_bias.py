@@ -5,22 +5,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kru_hf import KRUGRU, KRULSTM, KRUConfig, KRUForCausalLM
+from kru_hf import KRUGRU, KRUJANET, KRULSTM, KRUConfig, KRUForCausalLM
 from kru_hf.gate_bias import gate_bias
 from training.baselines import BaselineConfig, BaselineForCausalLM
 
-ROWS = 4  # a GRU's fourth is the bias b'_n inside the reset gate
+ROWS = {"lstm": 4, "gru": 4, "janet": 2}  # a GRU's fourth is the bias b'_n inside the reset gate
+KEEPS = {"lstm": 1, "gru": 1, "janet": 0}  # the gate that keeps the state
 EDGE = 1e-5  # of log u at the ends of its interval, fp32
 
 
-@given(st.sampled_from(["lstm", "gru"]), st.integers(1, 40), st.integers(3, 10_000), st.integers(0, 100))
+@given(st.sampled_from(list(ROWS)), st.integers(1, 40), st.integers(3, 10_000), st.integers(0, 100))
 def test_kept_lengths_lie_between_two_steps_and_the_longest(cell, size, longest, seed):
     torch.manual_seed(seed)
-    bias = gate_bias(cell, ROWS, size, longest)
-    kept = 1 / (1 - bias[1].double().sigmoid())  # (N,): steps in which a gate forgets a share of 1 - 1/e
+    bias = gate_bias(cell, ROWS[cell], size, longest)
+    kept = 1 / (1 - bias[KEEPS[cell]].double().sigmoid())  # (N,): steps in which a gate forgets a share of 1 - 1/e
     assert kept.min() >= 2 * (1 - EDGE) and kept.max() <= longest * (1 + EDGE)
-    assert torch.equal(bias[0], -bias[1] if cell == "lstm" else torch.zeros(size))
-    assert not bias[2:].any()
+    assert_others(cell, bias)
+
+
+def assert_others(cell, bias):
+    """What the gates beside the one that keeps start with, by chrono initialisation."""
+    if cell == "lstm":
+        assert torch.equal(bias[0], -bias[1])
+    assert not bias[[row for row in range(len(bias)) if row != KEEPS[cell] and (cell, row) != ("lstm", 0)]].any()
 
 
 def test_lengths_are_uniform():
@@ -32,10 +39,12 @@ def test_lengths_are_uniform():
 
 def chrono_models(longest: int | None):
     """(cell, its bias by rows) of every class that takes the option."""
-    for cell, layer in (("lstm", KRULSTM), ("gru", KRUGRU)):
+    for cell, layer in (("lstm", KRULSTM), ("gru", KRUGRU), ("janet", KRUJANET)):
         yield cell, layer(3, 64, chrono_max_length=longest).recurrences[0].bias
         config = KRUConfig(vocab_size=9, state_size=64, cell_type=f"kru_{cell}", chrono_max_length=longest)
         yield cell, KRUForCausalLM(config).model.layers[1].recurrence.bias
+        if cell == "janet":
+            continue  # torch has none
         baseline = BaselineForCausalLM(BaselineConfig(cell=cell, state_size=64, chrono_max_length=longest))
         yield cell, baseline.model.recurrent.bias_ih_l0.view(-1, 64)
         assert not baseline.model.recurrent.bias_hh_l0.any()
@@ -44,12 +53,11 @@ def chrono_models(longest: int | None):
 def test_every_gated_network_starts_so():
     torch.manual_seed(0)
     for cell, bias in chrono_models(1000):
-        assert bias[1].exp().std() > 150  # of U[1, 999]: 288
-        assert torch.equal(bias[0], -bias[1] if cell == "lstm" else torch.zeros(64))
-        assert not bias[2:].any()
+        assert bias[KEEPS[cell]].exp().std() > 150  # of U[1, 999]: 288
+        assert_others(cell, bias)
     for cell, bias in chrono_models(None):
-        assert (bias[1] == (1 if cell == "lstm" else 0)).all()
-        assert not bias[[0, 2]].any()
+        assert (bias[KEEPS[cell]] == (0 if cell == "gru" else 1)).all()
+        assert bias.count_nonzero() == (0 if cell == "gru" else 64)
 
 
 def test_a_layer_says_what_is_allowed():

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kru_hf.gated_cells import KRUGRURecurrence, KRULSTMRecurrence
+from kru_hf.configuration_kru import GATED_TYPES
+from kru_hf.gated_cells import GATED_RECURRENCES
 from kru_hf.scan_gated import GATED_CELLS, kru_gated_scan
 
 # Largest absolute difference, with values and gradients of the order of 1 to 100.
@@ -55,7 +56,7 @@ def evaluate(case, cell, backend, dtype=torch.float64):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    cell=st.sampled_from(["lstm", "gru"]),
+    cell=st.sampled_from(list(GATED_CELLS)),
     shapes=SHAPES,
     batch=st.integers(1, 4),
     length=st.sampled_from([1, 2, 5, 16, 17, 35]),
@@ -70,7 +71,7 @@ def test_analytic_backward_equals_the_definition(cell, shapes, batch, length, in
         torch.testing.assert_close(found[name], value, rtol=0, atol=FLOAT64_TOLERANCE, msg=name)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", GATED_CELLS)
 def test_float32_is_near_float64(cell):
     case = make_case(cell, [(2, 2), (3, 3), (4, 4)], 3, 33, True, True, 0)
     expected, found = evaluate(case, cell, "reference"), evaluate(case, cell, "auto", torch.float32)
@@ -79,7 +80,7 @@ def test_float32_is_near_float64(cell):
         assert (found[name] - value).norm() <= FLOAT32_RELATIVE * value.norm(), name
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", GATED_CELLS)
 def test_a_held_step_lets_nothing_through(cell):
     case = make_case(cell, [(2, 2), (3, 3)], 2, 6, True, False, 0)
     mask = torch.tensor([[True, False, True, True, False, False], [False, True, False, True, True, True]])
@@ -124,10 +125,27 @@ def test_one_dense_factor_is_torchs_own_cell(cell, backend):
     torch.testing.assert_close(bias.grad, own, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_janet_is_the_published_equation(backend):
+    """Step by step with dense matrices, as van der Westhuizen and Lasenby write it."""
+    case = make_case("janet", [(2, 2), (3, 3)], 3, 8, True, False, 0)
+    states, _ = kru_gated_scan(
+        case["inputs"], case["factors"], case["bias"], case["initial_state"], cell="janet", backend=backend
+    )
+    u_f, u_c = (torch.kron(*(factor[gate] for factor in case["factors"])) for gate in (0, 1))  # (N, N)
+    (w_f, w_c), (b_f, b_c) = case["inputs"].unbind(2), case["bias"]  # (B, T, N), (N,)
+    c, beta = case["initial_state"][:, 0], 1  # (B, N)
+    for t in range(8):
+        s = c @ u_f.mT + w_f[:, t] + b_f  # (B, N)
+        candidate = torch.tanh(c @ u_c.mT + w_c[:, t] + b_c)  # (B, N)
+        c = torch.sigmoid(s) * c + (1 - torch.sigmoid(s - beta)) * candidate  # (B, N)
+        torch.testing.assert_close(states[:, t], c, rtol=0, atol=FLOAT64_TOLERANCE)
+
+
 def test_bad_arguments_are_named():
     case = make_case("lstm", [(2, 2)], 2, 3, True, False, 0)
     good = [case["inputs"], case["factors"], case["bias"], case["initial_state"]]
-    with pytest.raises(ValueError, match="cell must be one of lstm, gru, got 'rnn'"):
+    with pytest.raises(ValueError, match="cell must be one of lstm, gru, janet, got 'rnn'"):
         kru_gated_scan(*good, cell="rnn")
     with pytest.raises(ValueError, match="inputs must have the shape"):
         kru_gated_scan(*good, cell="gru")
@@ -140,10 +158,11 @@ def test_bad_arguments_are_named():
 
 
 def test_start_of_the_cells():
-    lstm, gru = KRULSTMRecurrence([(2, 2), (3, 3)]), KRUGRURecurrence([(2, 2), (3, 3)])
+    lstm, gru, janet = (GATED_RECURRENCES[name]([(2, 2), (3, 3)]) for name in GATED_TYPES)
     assert torch.equal(lstm.bias[1], torch.ones(6))
     assert lstm.bias.sum() == 6 and gru.bias.abs().sum() == 0
-    for cell in (lstm, gru):
+    assert torch.equal(janet.bias, torch.tensor([[1.0], [0.0]]).expand(2, 6))
+    for cell in (lstm, gru, janet):
         for gate in range(cell.input_planes):
             matrix = torch.kron(cell.factors[0][gate], cell.factors[1][gate])
             torch.testing.assert_close(matrix @ matrix.mT, 0.49 * torch.eye(6))

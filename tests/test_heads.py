@@ -12,9 +12,10 @@ from kru_hf import (
     KRUForSequenceClassification,
     KRUForTokenClassification,
 )
+from kru_hf.configuration_kru import CELL_TYPES
 
 TOLERANCE = 1e-5  # absolute, float32, logits of the order of 1
-CELLS = ["kru", "kru_lstm", "kru_gru"]
+CELLS = list(CELL_TYPES)
 HEADS = [KRUForSequenceClassification, KRUForTokenClassification]
 
 

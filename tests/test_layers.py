@@ -1,4 +1,4 @@
-"""KRU, KRULSTM and KRUGRU against the habits and the numbers of torch's own layers."""
+"""KRU, KRULSTM, KRUGRU and KRUJANET against the habits and the numbers of torch's own layers."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from kru_hf.feed_forward import KRUFeedForward
 from kru_hf.kronecker import kron_dense, to_complex
-from kru_hf.layers import KRU, KRUGRU, KRULSTM
+from kru_hf.layers import KRU, KRUGRU, KRUJANET, KRULSTM
 
 FLOAT64_TOLERANCE = 1e-10
 TWINS = {KRULSTM: torch.nn.LSTM, KRUGRU: torch.nn.GRU}
@@ -82,7 +82,7 @@ def test_one_dense_factor_is_torchs_layer(layer_class, layers, batch_first, bidi
         torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
-@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
+@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU, KRUJANET])
 def test_widths_and_carried_state(layer_class):
     layer = layer_class(3, 12, num_layers=2, factor_size=3, batch_first=True, dtype=torch.float64)
     layer.flatten_parameters()  # as callers of torch's layers do
@@ -159,7 +159,7 @@ def test_the_phases_of_the_product_are_those_asked_for():
         KRU(3, 6, factor_shapes=[[2, 3], [3, 2]], init_max_phase=0.6)
 
 
-@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
+@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU, KRUJANET])
 def test_a_trace_of_frozen_layers_computes_what_they_do(layer_class):
     layer, x = layer_class(4, 8).eval().requires_grad_(False), torch.randn(5, 3, 4)
     traced = torch.jit.trace(layer, (torch.randn(5, 3, 4),), check_trace=False)
@@ -205,7 +205,7 @@ def test_the_linear_network_has_no_bias():
         KRU(3, 6, activation="identity", bias_init=0.5)
 
 
-@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
+@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU, KRUJANET])
 def test_bias_false_and_frozen_factors_stay_so(layer_class):
     layer = layer_class(3, 6, num_layers=2, bias=0, train_factors=False)  # torch's layers take 0 for False
     for _ in range(2):
@@ -216,7 +216,7 @@ def test_bias_false_and_frozen_factors_stay_so(layer_class):
     assert all(cell.bias.any() and cell.bias.requires_grad for cell in KRU(3, 6).recurrences)
 
 
-@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU])
+@pytest.mark.parametrize("layer_class", [KRU, KRULSTM, KRUGRU, KRUJANET])
 def test_dropout_acts_between_layers_in_training_only(layer_class):
     layer, x = layer_class(3, 6, num_layers=2, dropout=1.0), torch.randn(4, 2, 3)
     alone = layer_class(3, 6, num_layers=2)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
+from kru_hf.configuration_kru import CELL_TYPES
 
 EXAMPLES = 80
 WIDTH, CLASSES, TOKENS = 5, 3, 11
@@ -60,7 +61,7 @@ def cases(draw) -> Case:
     head = draw(st.sampled_from(heads))
     frames = head is KRUForPianoRoll or (head is not KRUForCausalLM and draw(st.booleans()))
     options = {
-        "cell_type": draw(st.sampled_from(["kru", "kru_lstm", "kru_gru"])),
+        "cell_type": draw(st.sampled_from(CELL_TYPES)),
         "wiring": draw(st.sampled_from(["residual", "plain"])),
         "bidirectional": head not in STREAMED and draw(st.booleans()),
         "factor_shapes": draw(st.sampled_from(SHAPES)),

@@ -18,6 +18,7 @@ from helpers import WIRINGS, tiny_config
 from safetensors.torch import load_file
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
+from kru_hf.configuration_kru import CELL_TYPES
 from training import checkpoint as ckpt
 from training.arguments import RECIPES, parse_arguments
 from training.evaluate import main as evaluate
@@ -107,7 +108,7 @@ def test_pieces_that_end_leave_a_process_without_rows(pieces, tmp_path, capsys):
     assert abs(alone["nll_per_frame"] - results(both)["validation_nll_per_frame"]) < SAME
 
 
-@pytest.mark.parametrize("cell", ["kru", "kru_lstm", "kru_gru"])
+@pytest.mark.parametrize("cell", CELL_TYPES)
 def test_every_trained_parameter_gets_a_gradient_in_every_step(cell):
     """So DDP need not look for unused ones, which would cost a walk over the graph a step."""
     ids = torch.randint(1, 11, (2, 5))

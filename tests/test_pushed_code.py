@@ -24,6 +24,7 @@ LANGUAGE_MODELS = {
     "plain-low-rank": WIRINGS[4],
     "kru_lstm": {"cell_type": "kru_lstm"},
     "kru_gru": {"cell_type": "kru_gru"},
+    "kru_janet": {"cell_type": "kru_janet"},
 }
 CLASSIFIERS = {"sequence": KRUForSequenceClassification, "token": KRUForTokenClassification}
 FRAMES = 6

@@ -23,10 +23,12 @@ pytestmark = pytest.mark.skipif(
 # Relative error in norm of float32 against the same computation in float64.
 STATE_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 5e-6
+# A result smaller than this has lost digits to cancellation among numbers of order 1: 1 - g² of a saturated gate.
+ORDER = 0.1
 # Largest relative error of sigmoid and tanh at a single argument, in units of float32's epsilon.
 FUNCTION_ULPS = 3.0
 
-CELLS = ["lstm", "gru"]
+CELLS = ["lstm", "gru", "janet"]
 LANES = [n for n in (4, 8, 16) if scan_gated_cpu.is_available() and n <= scan_cpu._library.kru_lanes()]
 
 
@@ -87,7 +89,7 @@ def assert_equal(case, cell, engine=kru_gated_scan_cpu):
     for name, want in expected.items():
         tolerance = STATE_TOLERANCE if name in ("states", "final_state") else GRADIENT_TOLERANCE
         error = (actual[name].double() - want).norm().item()
-        assert error <= tolerance * (want.norm().item() + 1e-3), f"{name}: error {error}, norm {want.norm()}"
+        assert error <= tolerance * (want.norm().item() + ORDER), f"{name}: error {error}, norm {want.norm()}"
 
 
 SHAPES = {

@@ -15,6 +15,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from kru_hf.configuration_kru import GATED_TYPES
+
 from .errors import UserError
 from .idle_options import given_names, refuse_idle
 from .machine import shown_command
@@ -110,7 +112,7 @@ class ModelOptions:
         for name in OFF_AT_ZERO:
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "positive, or 0 to turn it off")
-        if self.cell_type in ("kru_lstm", "kru_gru"):
+        if self.cell_type in GATED_TYPES:
             for name in ("bias_init", "unitary_loss_coef", "max_recurrent_norm"):
                 require(not getattr(self, name), name, getattr(self, name), f"left out with cell_type {self.cell_type}")
         parse_factor_shapes(self.factor_shapes)

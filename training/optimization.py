@@ -12,7 +12,7 @@ from .arguments import RunOptions
 
 
 def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases (also the (4, N) of gated cells) and norms without; factors at their own rate.
+    """Matrices with weight decay; biases (also the (·, N) of gated cells) and norms without; factors at their own rate.
 
     `scale` of a group multiplies the learning rate of the schedule. Generators of unitary and orthogonal matrices are
     treated as factors are: weight decay would draw the matrix to the identity. The dense and low-rank recurrent

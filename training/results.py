@@ -35,7 +35,7 @@ INCIDENTAL = {
 DECISIVE = ("architecture", "state_size", "factor_shapes", "factor_size", "parameter_budget")
 PTB_SIZES = ((160_000, PTB_SMALL), (500_000, PTB_LARGE))
 NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "orthogonal": "orthogonal RNN", "low_rank": "low-rank RNN"}
-CELLS = {"kru": "KRU", "kru_lstm": "Kron-LSTM", "kru_gru": "Kron-GRU"}
+CELLS = {"kru": "KRU", "kru_lstm": "Kron-LSTM", "kru_gru": "Kron-GRU", "kru_janet": "Kron-JANET"}
 
 
 @dataclass(frozen=True)

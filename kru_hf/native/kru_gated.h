@@ -1,9 +1,9 @@
 /* What the library exports for the gated cells; included by kru_scan.c, which has the kernels of every vector width. */
-#define KRU_GATED_ABI 1
+#define KRU_GATED_ABI 2
 
 KRU_EXPORT int64_t kru_gated_abi(void) { return KRU_GATED_ABI; }
 
-/* G gates: 4 for the LSTM, 3 for the GRU. Freed by kru_plan_free. NULL: out of memory or too many factors. */
+/* G gates: 4 for the LSTM, 3 for the GRU, 2 for JANET. Freed by kru_plan_free. NULL: out of memory or too many factors. */
 KRU_EXPORT void *kru_gated_plan_new(int64_t G, int64_t F, const int64_t *P, const int64_t *Q, int64_t lanes) {
     if (lanes > best_lanes() || (lanes != 4 && lanes != 8 && lanes != 16)) return NULL;
     return gated_plan_new(G, (int)F, P, Q, lanes);
@@ -45,10 +45,11 @@ static int gated_run(const gated_plan *plan, const gated_args *args, int backwar
 KRU_EXPORT int kru_gated_forward(const gated_plan *plan, const gated_args *args) { return gated_run(plan, args, 0); }
 KRU_EXPORT int kru_gated_backward(const gated_plan *plan, const gated_args *args) { return gated_run(plan, args, 1); }
 
-/* Sums the chunks in order and takes merged gradients back to the factors: d_factors[f] is (G,P_f,Q_f), d_bias (4,N). */
+/* Sums the chunks in order and takes merged gradients back to the factors: d_factors[f] is (G,P_f,Q_f), d_bias (4,N) or
+ * (2,N). */
 KRU_EXPORT int kru_gated_reduce(const gated_plan *plan, const float *const *factors, int64_t chunks,
                                 const float *chunk_grads, float *const *d_factors, float *d_bias) {
-    int64_t W = plan->dense_floats, rows = GATED_BIAS_ROWS * plan->N, stride = W + rows;
+    int64_t W = plan->dense_floats, rows = gated_bias_rows(plan) * plan->N, stride = W + rows;
     float *sum = calloc(3 * W + 2, sizeof(float));
     if (!sum) return -1;
     memset(d_bias, 0, sizeof(float) * rows);

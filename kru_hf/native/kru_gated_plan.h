@@ -6,7 +6,6 @@
 
 /* From this many entries a stage's gradient is accumulated over samples, not a vector of lanes an entry. */
 #define GATED_LARGE 1024
-#define GATED_BIAS_ROWS 4
 
 typedef struct {
     int64_t P, Q, left, right; /* y[l,p,r] = sum_q W[p,q] x[l,q,r] */
@@ -25,6 +24,8 @@ typedef struct {
     int64_t dense_floats, packed_floats, acc_floats;
     double work; /* estimated vector operations of one step of a group of samples */
 } gated_plan;
+
+static int64_t gated_bias_rows(const gated_plan *plan) { return plan->G == 2 ? 2 : 4; }
 
 /* What the next pass over the gates will read or write, fetched a little at a time while the products are computed: no
  * hardware prefetcher follows samples that lie a sequence apart, and a step fetched at once, or too early, is lost again. */

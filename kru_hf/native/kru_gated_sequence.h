@@ -60,21 +60,24 @@ KFN void FN(gated_product)(const gated_plan *plan, const float *w, const float *
     }
 }
 
-/* The gates of m units from i on into in[]: i f g o of the LSTM; r z n of the GRU, and W_n h + b'_n into in[3]. */
+/* The gates of m units from i on into in[]: i f g o of the LSTM; r z n of the GRU, and W_n h + b'_n into in[3]; f i g of
+ * JANET, whose input gate is sigmoid(1 - a_f). */
 KFN void FN(gates)(const gated_plan *plan, const gated_args *args, const float *u, int64_t i, int n, int m,
                    const float *a, vf in[4][VL]) {
     int64_t N = plan->N, G = plan->G, plane = FN(plane)(plan);
     const float *b = args->bias + i;
     a += i * VL;
-    for (int g = 0; g < G; g++) FN(gather)(u + g * N + i, args->T * G * N, n, m, in[g]);
-    int own = args->lstm ? 4 : 2;
+    int own = args->lstm ? 4 : 2, janet = G == 2;
+    for (int g = 0; g < G; g++) FN(gather)(u + g * N + i, args->T * G * N, n, m, in[g << janet]);
     for (int g = 0; g < own; g++)
-        for (int k = 0; k < m; k++) in[g][k] += FN(load)(a + g * plane + k * VL) + b[g * N + k];
+        for (int k = 0; k < m; k++) in[g << janet][k] += FN(load)(a + g * plane + k * VL) + b[g * N + k];
+    if (janet)
+        for (int k = 0; k < m; k++) in[1][k] = 1.0f - in[0][k];
     FN(sigmoid)(m, in[0]);
     FN(sigmoid)(m, in[1]);
     if (args->lstm)
         FN(sigmoid)(m, in[3]);
-    else
+    else if (!janet)
         for (int k = 0; k < m; k++) {
             in[3][k] = FN(load)(a + 2 * plane + k * VL) + b[3 * N + k];
             in[2][k] += b[2 * N + k] + in[0][k] * in[3][k];
@@ -113,7 +116,9 @@ KFN void FN(gated_forward)(const gated_plan *plan, const gated_args *args, int64
                 }
                 FN(tanh)(m, out);
                 for (int k = 0; k < m; k++) out[k] *= in[3][k];
-            } else
+            } else if (G == 2)
+                for (int k = 0; k < m; k++) out[k] = in[0][k] * FN(load)(hp + k * VL) + in[1][k] * in[2][k];
+            else
                 for (int k = 0; k < m; k++) out[k] = in[2][k] + in[1][k] * (FN(load)(hp + k * VL) - in[2][k]);
             for (int k = 0; k < m; k++) {
                 if (held) out[k] = FN(pick)(hold, FN(load)(hp + k * VL), out[k]);
@@ -158,6 +163,18 @@ KFN void FN(gru_back)(int m, vf in[4][VL], vf *g, const float *h, int held, vi h
         g[k] = back;
     }
 }
+KFN void FN(janet_back)(int m, vf in[4][VL], vf *g, const float *h, int held, vi hold) {
+    for (int k = 0; k < m; k++) {
+        vf f = in[0][k], i = in[1][k], q = in[2][k], none = {0}, back = g[k] * f, gi = g[k] * i;
+        vf d[2] = {back * FN(load)(h + k * VL) * (1.0f - f) - gi * q * (1.0f - i), gi * (1.0f - q * q)};
+        if (held) {
+            back = FN(pick)(hold, g[k], back);
+            for (int j = 0; j < 2; j++) d[j] = FN(pick)(hold, none, d[j]);
+        }
+        for (int j = 0; j < 2; j++) in[j][k] = d[j];
+        g[k] = back;
+    }
+}
 
 KFN void FN(gated_backward)(const gated_plan *plan, const gated_args *args, int64_t b0, int n, float *ws, float *acc,
                             float *db) {
@@ -199,7 +216,9 @@ KFN void FN(gated_backward)(const gated_plan *plan, const gated_args *args, int6
                 for (int k = 0; k < m; k++)
                     was[k] = cells ? FN(get)(cells + (i + k) * n, n) : FN(load)(c0 + (i + k) * VL);
                 FN(lstm_back)(m, in, g, dc + i * VL, was, held, hold);
-            } else
+            } else if (G == 2)
+                FN(janet_back)(m, in, g, h + i * VL, held, hold);
+            else
                 FN(gru_back)(m, in, g, h + i * VL, held, hold);
             for (int k = 0; k < m; k++) FN(store)(dh + (i + k) * VL, g[k]); /* the products are added to it below */
             for (int j = 0; j < G; j++) {
@@ -207,8 +226,9 @@ KFN void FN(gated_backward)(const gated_plan *plan, const gated_args *args, int6
                 memcpy(a + j * plane + i * VL, d, sizeof(vf) * m);
                 total[j] = FN(scatter)(in[j], d_in + j * N + i, T * G * N, n, m);
             }
-            if (!args->lstm) total[3] = FN(scatter)(in[3], NULL, 0, n, m);
-            for (int j = 0; j < 4; j++) FN(put)(db + j * N + i, FN(get)(db + j * N + i, m) + total[j], m);
+            if (G == 3) total[3] = FN(scatter)(in[3], NULL, 0, n, m);
+            for (int j = 0; j < gated_bias_rows(plan); j++)
+                FN(put)(db + j * N + i, FN(get)(db + j * N + i, m) + total[j], m);
         }
         gated_fetches next = {{{t > 1 ? args->states + (row - 2) * N : NULL, T * N, n, N, 0},
                                {t ? u - G * N : NULL, T * G * N, n, G * N, 0}}};
@@ -253,7 +273,7 @@ KFN int FN(gated_run)(const gated_plan *plan, const gated_args *a, int backward)
     float *ws = NULL;
     int64_t acc_at = round_up(FN(planes)(plan, backward) * FN(plane)(plan), 16);
     int64_t floats = acc_at + (backward ? plan->acc_floats : 0), groups = ceil_div(a->B, VL);
-    int64_t stride = plan->dense_floats + GATED_BIAS_ROWS * plan->N;
+    int64_t rows = gated_bias_rows(plan) * plan->N, stride = plan->dense_floats + rows;
     if (posix_memalign((void **)&ws, 64, sizeof(float) * floats)) return -1;
     for (;;) {
         int64_t c = __atomic_fetch_add(a->counter, 1, __ATOMIC_RELAXED);
@@ -261,7 +281,7 @@ KFN int FN(gated_run)(const gated_plan *plan, const gated_args *a, int backward)
         float *dense = backward ? a->chunk_grads + c * stride : NULL, *db = backward ? dense + plan->dense_floats : NULL;
         if (backward) {
             memset(ws + acc_at, 0, sizeof(float) * plan->acc_floats);
-            memset(db, 0, sizeof(float) * GATED_BIAS_ROWS * plan->N);
+            memset(db, 0, sizeof(float) * rows);
         }
         for (int64_t k = c * groups / a->chunks; k < (c + 1) * groups / a->chunks; k++) {
             int64_t b = k * a->B / groups, n = (k + 1) * a->B / groups - b;

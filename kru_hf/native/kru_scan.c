@@ -1,6 +1,6 @@
 /* Native CPU engine of the Kronecker recurrence: h_t = modReLU((W_0 x ... x W_{F-1}) h_{t-1} + inputs_t, bias),
  * complex numbers as two float planes, whole sequences in one call, forward and backward. kru_gated*.h: the same for an
- * LSTM and a GRU whose gates have real factors.
+ * LSTM, a GRU and a JANET whose gates have real factors.
  *
  * Called from kru_hf/scan_cpu.py through ctypes: no torch headers, no Python API, no threads of its own (each calling
  * thread takes chunks of the batch from a shared counter). One object holds every vector width; the widest that
@@ -45,7 +45,7 @@ typedef struct {
     float *cells; /* B*T*N floats, (T,N,samples) for each group: c_t; NULL in a forward that no backward follows */
     const float *d_states, *d_final;
     float *d_inputs, *d_initial;
-    float *chunk_grads; /* (chunks, dense + 4N) */
+    float *chunk_grads; /* (chunks, dense + 4N), or 2N */
     int64_t *counter;
 } gated_args;
 
