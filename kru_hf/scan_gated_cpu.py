@@ -19,7 +19,7 @@ from .transforms import differentiable_once, refuse_derivative
 __all__ = ["is_available", "kru_gated_scan_cpu", "supports", "unavailable_reason"]
 
 ABI = 2  # KRU_GATED_ABI in native/kru_gated.h
-GATES = {"lstm": 4, "gru": 3, "janet": 2}
+SIZES = {"lstm": (4, 4), "gru": (3, 4), "janet": (2, 2)}  # cell: gates G, rows of the bias
 _lanes: int | None = None  # samples that advance together; None: the processor's widest vector
 
 
@@ -292,12 +292,17 @@ def kru_gated_scan_cpu(
 
     Raises:
         RuntimeError: the library is not there. MemoryError: no memory for the workspace.
-        ValueError: inputs have another number of gates than the cell.
+        ValueError: no such cell, or inputs or a bias of another one.
     """
     if _reason is not None:
         raise RuntimeError(f"the native CPU engine is not available: {_reason}")
-    if inputs.shape[2] != GATES[cell]:
-        raise ValueError(f"inputs of the cell {cell!r} must have {GATES[cell]} gates, got {inputs.shape}")
+    if cell not in SIZES:
+        raise ValueError(f"cell must be one of {', '.join(SIZES)}, got {cell!r}")
+    gates, rows = SIZES[cell]
+    if inputs.shape[2] != gates:
+        raise ValueError(f"inputs of the cell {cell!r} must have {gates} gates, got {tuple(inputs.shape)}")
+    if bias.shape != (rows, inputs.shape[3]):  # C would read, and write, past its end
+        raise ValueError(f"bias of the cell {cell!r} must be {(rows, inputs.shape[3])}, got {tuple(bias.shape)}")
     leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):

@@ -96,14 +96,14 @@ def test_widths_and_carried_state(layer_class):
         torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
-def test_complex_layer_packed_and_bidirectional():
-    layer = KRU(3, 6, bidirectional=True, batch_first=True, dtype=torch.float64)
+@pytest.mark.parametrize("layer_class", [KRU, KRUJANET])
+def test_layers_without_a_twin_packed_and_bidirectional(layer_class):
+    layer = layer_class(3, 6, bidirectional=True, batch_first=True, dtype=torch.float64)
     pieces = [torch.randn(length, 3, dtype=torch.float64) for length in (2, 5, 3)]
     _, state = layer(pack_sequence(pieces, enforce_sorted=False))
     for index, piece in enumerate(pieces):
         _, alone = layer(piece)
         torch.testing.assert_close(state[:, index], alone, rtol=0, atol=FLOAT64_TOLERANCE)
-    assert layer.penalty().shape == ()
 
 
 def test_bad_arguments_are_named():

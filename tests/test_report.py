@@ -215,6 +215,7 @@ def test_labels(tmp_path):
         ({**KRU, "kronecker_terms": 8}, "KRU 1100 (10^2·11), maps of 8 terms"),
         ({**KRU, "model_type": "kru_unitary"}, "strictly unitary KRU 1100 (10^2·11)"),
         ({**KRU, "cell_type": "kru_lstm", "num_hidden_layers": 2}, "Kron-LSTM 1100 (10^2·11), 2 layers"),
+        ({**KRU, "cell_type": "kru_janet"}, "Kron-JANET 1100 (10^2·11)"),
         ({**LSTM, "cell": "low_rank", "recurrent_rank": 18}, "low-rank RNN 150, rank 18"),
         ({**LSTM, "recurrent_factor_shapes": [[10, 10], [15, 15]]}, "LSTM 150 (10·15)"),
     ]

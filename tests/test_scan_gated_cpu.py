@@ -28,7 +28,7 @@ ORDER = 0.1
 # Largest relative error of sigmoid and tanh at a single argument, in units of float32's epsilon.
 FUNCTION_ULPS = 3.0
 
-CELLS = ["lstm", "gru", "janet"]
+CELLS = list(GATED_CELLS)
 LANES = [n for n in (4, 8, 16) if scan_gated_cpu.is_available() and n <= scan_cpu._library.kru_lanes()]
 
 
@@ -331,6 +331,10 @@ def test_the_engine_is_chosen_and_refusals_say_why():
         )
     with pytest.raises(ValueError, match="'gru' must have 3 gates"):
         kru_gated_scan_cpu(inputs, factors, bias, cell="gru")
+    with pytest.raises(ValueError, match=r"bias of the cell 'lstm' must be \(4, 2\), got \(2, 2\)"):
+        kru_gated_scan_cpu(inputs, factors, bias[:2], cell="lstm")
+    with pytest.raises(ValueError, match="cell must be one of lstm, gru, janet, got 'rnn'"):
+        kru_gated_scan_cpu(inputs, factors, bias, cell="rnn")
 
 
 def test_a_library_without_the_gated_engine_is_named():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kru_hf import KRUConfig
+from kru_hf.configuration_kru import GATED_TYPES
 from training.arguments import ModelOptions, parse_arguments, parse_factor_shapes
 from training.corpora import load_corpus, python_docs, split_text
 from training.errors import UserError
@@ -293,10 +294,11 @@ def test_what_has_an_effect_or_is_off_is_none(tmp_path):
         assert (model.num_hidden_layers, model.hidden_dropout) == (layers, dropout)
 
 
+@pytest.mark.parametrize("cell", GATED_TYPES)
 @pytest.mark.parametrize("name", ["bias_init", "unitary_loss_coef", "max_recurrent_norm"])
-def test_options_of_the_complex_cell_are_refused_for_gated_ones(name):
-    with pytest.raises(UserError, match=f"{name}=0.5 is not valid: it must be left out with cell_type kru_gru"):
-        parse_arguments(["--cell_type", "kru_gru", f"--{name}", "0.5"])
+def test_options_of_the_complex_cell_are_refused_for_gated_ones(name, cell):
+    with pytest.raises(UserError, match=f"{name}=0.5 is not valid: it must be left out with cell_type {cell}"):
+        parse_arguments(["--cell_type", cell, f"--{name}", "0.5"])
 
 
 @pytest.mark.parametrize("head", ["sequence_classification", "token_classification", "piano_roll"])

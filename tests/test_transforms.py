@@ -17,6 +17,12 @@ def scan(inputs, backend):
     return kru_scan(inputs, [f.detach() for f in PROBLEM.factors], PROBLEM.bias.detach(), backend=backend)[0]
 
 
+def janet_scan(inputs, backend):
+    """The same for JANET, whose two gates read the planes of the inputs."""
+    factors = [f.detach() for f in PROBLEM.factors]
+    return kru_gated_scan(inputs, factors, PROBLEM.bias.detach().expand(2, -1), cell="janet", backend=backend)[0]
+
+
 def gated_scan(inputs, backend):
     """The same for the GRU, whose three gates read the planes of the inputs and their sum."""
     planes = torch.cat((inputs, inputs.sum(2, keepdim=True)), 2)
@@ -24,7 +30,7 @@ def gated_scan(inputs, backend):
     return kru_gated_scan(planes, factors, PROBLEM.bias.detach().expand(4, -1), cell="gru", backend=backend)[0]
 
 
-@pytest.mark.parametrize("function", [scan, gated_scan])
+@pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
 def test_forward_mode_equals_reverse_mode(function):
     inputs, tangent = PROBLEM.inputs.detach(), torch.randn(PROBLEM.inputs.shape)
     weights = torch.randn(function(inputs, "reference").shape)
@@ -40,7 +46,7 @@ def test_forward_mode_equals_reverse_mode(function):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("function", [scan, gated_scan])
+@pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
 def test_other_engines_refuse(function, backend):
     inputs = PROBLEM.inputs.detach()
     message = f"backend '{backend}' has no forward-mode derivatives and no torch.func"
@@ -99,7 +105,7 @@ def test_vmap_over_masks():
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("function", [scan, gated_scan])
+@pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
 def test_second_derivatives_are_refused(function, backend, power):
     """Also those of a sum, whose gradient is a constant that nothing differentiates on the way in."""
     inputs = PROBLEM.inputs.detach().requires_grad_()

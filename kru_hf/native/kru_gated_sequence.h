@@ -72,7 +72,7 @@ KFN void FN(gates)(const gated_plan *plan, const gated_args *args, const float *
     for (int g = 0; g < own; g++)
         for (int k = 0; k < m; k++) in[g << janet][k] += FN(load)(a + g * plane + k * VL) + b[g * N + k];
     if (janet)
-        for (int k = 0; k < m; k++) in[1][k] = 1.0f - in[0][k];
+        for (int k = 0; k < VL; k++) in[1][k] = 1.0f - in[0][k];
     FN(sigmoid)(m, in[0]);
     FN(sigmoid)(m, in[1]);
     if (args->lstm)

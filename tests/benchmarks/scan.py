@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import kru_hf
 from kru_hf.kronecker import random_orthogonal, random_unitary
+from kru_hf.scan_gated import GATED_CELLS
 
 # name: B, T, N, factor sizes, whether the backward is measured too
 CASES = {
@@ -37,10 +38,12 @@ CASES = {
 GATED_CASES: dict[str, tuple[str, int, int, int, list[int], int | None]] = {
     "KRULSTM": ("lstm", 128, 100, 900, [9, 10, 10], None),
     "KRUGRU": ("gru", 128, 100, 900, [9, 10, 10], None),
+    "KRUJANET": ("janet", 128, 100, 900, [9, 10, 10], None),
     "KRULSTM 128": ("lstm", 128, 100, 900, [9, 10, 10], 128),
     "KRUGRU 128": ("gru", 128, 100, 900, [9, 10, 10], 128),
     "KRULSTM 900": ("lstm", 128, 100, 900, [9, 10, 10], 900),
 }
+LAYERS = {"lstm": kru_hf.KRULSTM, "gru": kru_hf.KRUGRU, "janet": kru_hf.KRUJANET}
 # Ratios that issue "The recurrence at hardware speed" asks for: (against nn.LSTM, against nn.RNN).
 TARGETS = {
     "S1": (8, 1.5),
@@ -81,12 +84,12 @@ def make_scan(
 
 def make_gated_scan(backend: str, cell: str, batch: int, length: int, units: int, sizes: list[int]) -> Callable:
     """The same for a gated cell, with its backward."""
-    gates = 4 if cell == "lstm" else 3
+    gates, rows, _ = GATED_CELLS[cell]
     factors = [
         torch.stack([random_orthogonal(size, size) for _ in range(gates)]).requires_grad_() for size in sizes
     ]  # (G, P, P)
     inputs = torch.randn(batch, length, gates, units).requires_grad_()  # (B, T, G, N)
-    bias = torch.zeros(4, units).requires_grad_()  # (4, N)
+    bias = torch.zeros(rows, units).requires_grad_()  # (4 or 2, N)
     grad = torch.randn(batch, length, units)  # (B, T, N)
 
     def step() -> None:
@@ -162,8 +165,7 @@ def run_gated_case(name: str, repeats: int, slow: bool) -> dict:
     if features is None:
         steps = {"kru": make_gated_scan("auto", cell, batch, length, units, sizes)}
     else:
-        kind = kru_hf.KRULSTM if cell == "lstm" else kru_hf.KRUGRU
-        layer = kind(features, units, batch_first=True, factor_shapes=[(size, size) for size in sizes])
+        layer = LAYERS[cell](features, units, batch_first=True, factor_shapes=[(size, size) for size in sizes])
         steps = {"kru": make_module(layer, batch, length, features, units, True, "cpu")}
     for other, kind in (("rnn", nn.RNN), ("lstm", nn.LSTM)) + ((("gru", nn.GRU),) if cell == "gru" else ()):
         steps[other] = make_torch_nn(kind, batch, length, units, True, "cpu", features)
