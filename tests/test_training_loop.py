@@ -201,10 +201,20 @@ def test_not_a_number_stops_and_keeps_the_last_good_checkpoint(text_file, tmp_pa
     assert [p.name for p in ckpt.checkpoints(tmp_path)] == ["checkpoint-5"]
 
 
-def test_huge_learning_rate_ends_with_a_message(text_file, tmp_path, capsys):
-    changes = {"architecture": "rnn", "factor_shapes": None, "wiring": None, "learning_rate": 1e30, "max_grad_norm": 0}
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        ({"architecture": "rnn", "factor_shapes": None, "wiring": None}, ""),
+        ({"cell_type": "kru_janet"}, ", or --factor_learning_rate_scale"),
+        ({}, ", or --factor_learning_rate_scale, or raise --unitary_loss_coef"),
+    ],
+)
+def test_huge_learning_rate_ends_with_a_message(text_file, tmp_path, capsys, model, advice):
+    changes = {"learning_rate": 1e30, "max_grad_norm": 0, **model}
     assert main(options(text_file, tmp_path, warmup_steps=0, **changes)) == 1
-    assert "training stopped: loss" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "training stopped: loss" in said
+    assert f"; lower --learning_rate or --max_grad_norm{advice}\n" in said
 
 
 def test_output_folder_of_another_run(text_file, tmp_path, capsys):

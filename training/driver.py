@@ -207,9 +207,13 @@ class Driver(ABC):
         """What to say when the run has left the finite numbers."""
         found = ckpt.checkpoints(self.folder)
         kept = f"the last good checkpoint is {str(found[-1])!r}" if found else "no checkpoint had been written yet"
+        advice = "lower --learning_rate or --max_grad_norm"
+        if self.bare_model.config.model_type == "kru":
+            advice += ", or --factor_learning_rate_scale"
+            advice += "" if self.bare_model.config.gated else ", or raise --unitary_loss_coef"
         return (
             f"training stopped: loss {float(figures[2])} with gradient norm {float(figures[3])} at step {step}; "
-            f"{kept}. Lower --learning_rate, set --max_grad_norm, or raise --unitary_loss_coef"
+            f"{kept}; {advice}"
         )
 
     def exhausted(self) -> bool:
