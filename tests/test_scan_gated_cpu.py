@@ -23,8 +23,9 @@ pytestmark = pytest.mark.skipif(
 # Relative error in norm of float32 against the same computation in float64.
 STATE_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 5e-6
-# A result smaller than this has lost digits to cancellation among numbers of order 1: 1 - g² of a saturated gate.
-ORDER = 0.1
+# Added to the norm of what is wanted. Drawn cases can be so small that a whole gradient is what cancellation among
+# numbers of order 1 leaves, as in 1 - g² of a saturated gate: there the error is held as one of numbers of order 1.
+FLOOR, FLOOR_OF_DRAWN = 1e-3, 1.0
 # Largest relative error of sigmoid and tanh at a single argument, in units of float32's epsilon.
 FUNCTION_ULPS = 3.0
 
@@ -83,13 +84,13 @@ def evaluate(engine, case, cell, dtype=torch.float32):
     return {"states": states.detach(), "final_state": final.detach()} | dict(zip(wanted, grads, strict=True))
 
 
-def assert_equal(case, cell, engine=kru_gated_scan_cpu):
+def assert_equal(case, cell, engine=kru_gated_scan_cpu, floor=FLOOR):
     expected = evaluate(kru_gated_scan_reference, copy.deepcopy(case), cell, torch.float64)
     actual = evaluate(engine, case, cell)
     for name, want in expected.items():
         tolerance = STATE_TOLERANCE if name in ("states", "final_state") else GRADIENT_TOLERANCE
         error = (actual[name].double() - want).norm().item()
-        assert error <= tolerance * (want.norm().item() + ORDER), f"{name}: error {error}, norm {want.norm()}"
+        assert error <= tolerance * (want.norm().item() + floor), f"{name}: error {error}, norm {want.norm()}"
 
 
 SHAPES = {
@@ -129,7 +130,7 @@ def test_equals_reference_everywhere(cell, sizes, swap, batch, length, initial, 
     case = make_case(cell, list(zip(sizes, columns, strict=True)), batch, length, initial=initial, mask=mask, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan_gated_cpu, "_lanes", lanes)
-        assert_equal(case, cell)
+        assert_equal(case, cell, floor=FLOOR_OF_DRAWN)
 
 
 @pytest.mark.parametrize("cell", CELLS)
