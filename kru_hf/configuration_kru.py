@@ -3,13 +3,15 @@
 import difflib
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .gate_bias import check_chrono
-from .kronecker import check_choice, check_max_phase, plan_with_warning
+from .kronecker import MOST_UNITS, check_choice, check_max_phase, plan_with_warning
 
 logger = logging.getLogger(__name__)
 
@@ -22,20 +24,33 @@ ACTIVATIONS = ("modrelu", "identity")
 RECURRENT_INITS = ("random", "identity")
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
-# What transformers itself passes beside the declared fields when it reads a config.json or an Auto class.
-_FOREIGN_OPTIONS = {
+# What transformers and the Hub read in a config.json without declaring it: no reason for a warning.
+_READ_ELSEWHERE = (
     "attn_implementation",
     "auto_map",
     "custom_pipelines",
     "experts_implementation",
     "layer_types",
-    "model_type",
-    "name_or_path",
-    "num_labels",
     "quantization_config",
+    "tokenizer_class",
     "torch_dtype",
-    "transformers_version",
+)
+
+# The most that a size may be: beyond it a slip of the keyboard is likelier than a model, and planning or building would
+# take hours or all memory before it fails.
+LIMITS = {
+    "num_hidden_layers": 2**12,
+    "vocab_size": 2**24,
+    "state_size": MOST_UNITS,
+    "hidden_size": 4 * MOST_UNITS,  # with the plain wiring that of the states
+    "intermediate_size": 2**20,
+    "io_rank": 2**20,
+    "kronecker_terms": 2**20,
+    "input_size": 2**20,
+    "chrono_max_length": 2**40,
 }
+MOST_FACTORS = 64
+MOST_ENTRIES = 2**28  # of a factor
 
 
 @strict
@@ -90,8 +105,11 @@ class KRUConfig(PreTrainedConfig):
         tie_word_embeddings: the embedding is the head as well. With the plain wiring it is U and starts as U does; the
             normalised state is then divided by the square root of its width, as in T5.
 
+    Like every config of transformers it takes other names too (``tokenizer_class``, notes of tools) and keeps them, with
+    a warning, unless they are nearly those of an option.
+
     Raises:
-        ValueError: a value outside what is allowed. TypeError: an unknown option; the message names the nearest one.
+        ValueError: a value outside what is allowed. TypeError: a misspelt option; the message names the nearest one.
     """
 
     model_type = "kru"
@@ -133,8 +151,9 @@ class KRUConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._reject_unknown(kwargs)
+        self._check_names(kwargs)
         kwargs.pop("layer_types", None)
+        self._check_sizes()
         self._resolve_shapes()
         for name, value in self._derived_defaults().items():
             if getattr(self, name) is None:
@@ -150,17 +169,14 @@ class KRUConfig(PreTrainedConfig):
         """The config of a saved dictionary, with the options in ``kwargs`` in place of its own.
 
         They are put in before the config is built, so that what follows from them (shapes of the factors, defaults of
-        the cell and of the wiring) follows again, and everything is validated. What the dictionary holds beside
-        options is kept, with a warning: other tools leave notes there.
+        the cell and of the wiring) follows again, and everything is validated.
 
         Raises:
-            ValueError: as the constructor. TypeError: a name that is nearly that of an option.
+            ValueError, TypeError: as the constructor.
         """
-        options = dict(config_dict)
-        notes = {name: options.pop(name) for name in config_dict if not cls._has(name)}
-        for name in (name for name in (*notes, *kwargs) if not cls._has(name)):
-            if nearest := difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.8):
-                raise TypeError(f"KRUConfig has no option {name!r}; did you mean {nearest[0]!r}?")
+        cls._check_names(kwargs, warn=False)
+        options = {name: value for name, value in config_dict.items() if cls._has(name)}
+        notes = {name: value for name, value in config_dict.items() if not cls._has(name)}
         given = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
         if given:
             stored = cls(**options)
@@ -172,28 +188,43 @@ class KRUConfig(PreTrainedConfig):
                 options.pop("state_size", None)
             elif other_size or given.get("factor_size") is not None:
                 options.pop("factor_shapes", None)
-        found = super().from_dict({**options, **given}, **kwargs)
-        config = found[0] if isinstance(found, tuple) else found
-        if notes:
-            logger.warning("KRUConfig has no option %s: kept, and without effect", ", ".join(map(repr, notes)))
-        for name, value in notes.items():
-            setattr(config, name, value)
-        return found
+        return super().from_dict({**options, **notes, **given}, **kwargs)
 
     @classmethod
     def _has(cls, name: str) -> bool:
-        """Whether transformers or a KRU model knows a name that a config may hold."""
-        fields = cls.__dataclass_fields__
-        return name in fields or name.startswith("_") or name in _FOREIGN_OPTIONS or hasattr(PreTrainedConfig, name)
+        """Whether transformers or a KRU model reads a name that a config may hold."""
+        foreign = hasattr(PreTrainedConfig, name) or name in GenerationConfig._get_default_generation_params()
+        return name in cls.__dataclass_fields__ or name.startswith("_") or foreign or name in _READ_ELSEWHERE
 
-    def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
-        """A misspelt option would otherwise become an attribute that nothing reads."""
-        known = [name for name in dir(type(self)) if not name.startswith("_")]
-        for name in kwargs:
-            if not self._has(name):
-                nearest = difflib.get_close_matches(name, [*self.__dataclass_fields__, *known], n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise TypeError(f"KRUConfig has no option {name!r}{hint}")
+    @classmethod
+    def _check_names(cls, names: Iterable[str], warn: bool = True) -> None:
+        """Refuse a misspelt option, which would become an attribute that nothing reads, and warn of other such names."""
+        notes = [name for name in names if not cls._has(name)]
+        for name in notes:
+            if isinstance(getattr(cls, name, None), property) and name != "layer_types":
+                raise TypeError(f"{name} of a KRUConfig follows from its options: it cannot be given")
+            # transformers names dozens of tokens, which look alike
+            nearest = difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.7)
+            if nearest and not name.endswith("_token_id"):
+                raise TypeError(f"KRUConfig has no option {name!r}; did you mean {nearest[0]!r}?")
+        if notes and warn:
+            logger.warning("KRUConfig has no option %s: kept, but no KRU model reads it", ", ".join(map(repr, notes)))
+
+    def _check_sizes(self) -> None:
+        """Each size at most its limit, before anything is planned or built from it."""
+        for name, most in LIMITS.items():
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}")
+        if self.factor_shapes is not None and len(self.factor_shapes) > MOST_FACTORS:
+            raise ValueError(f"factor_shapes must hold at most {MOST_FACTORS} pairs, got {len(self.factor_shapes):,}")
+
+    def _check_tokens(self) -> None:
+        """The ids of special tokens are tokens of the vocabulary."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            for token in ids if isinstance(ids, list) else [ids]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} must be at least 0 and below vocab_size = {self.vocab_size}, got {token}")
 
     def _derived_defaults(self) -> dict[str, Any]:
         """What options that are not given become, by the cell, the wiring and the shapes."""
@@ -233,6 +264,9 @@ class KRUConfig(PreTrainedConfig):
 
     def _check_product(self) -> None:
         rows, columns = (math.prod(sizes) for sizes in zip(*(self.factor_shapes or []), strict=True))
+        for p, q in self.factor_shapes or []:
+            if p * q > MOST_ENTRIES:
+                raise ValueError(f"a factor of factor_shapes must have at most {MOST_ENTRIES:,} entries, got {p}x{q}")
         if not rows == columns == self.state_size:
             raise ValueError(
                 f"factor_shapes {self.factor_shapes} multiply to {rows}x{columns}; "
@@ -277,7 +311,9 @@ class KRUConfig(PreTrainedConfig):
 
     def validate_kru_options(self) -> None:
         """Every field within its range; runs at construction, before saving, and before a model is built."""
+        self._check_sizes()
         self._check_product()
+        self._check_tokens()
         if self.factor_size is not None:
             raise ValueError(f"factor_size is read at construction: it must be None later, got {self.factor_size}")
         choices = {

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOST_UNITS = 2**24
+
 
 def to_complex(planes: Tensor, dim: int) -> Tensor:
     """Planes (…, 2, …) with the plane axis at ``dim`` to a complex tensor without it."""
@@ -144,6 +146,8 @@ def plan_factor_shapes(state_size: int, factor_size: int) -> list[list[int]]:
     """
     if state_size < 1:
         raise ValueError(f"state_size must be at least 1, got {state_size}")
+    if state_size > MOST_UNITS:  # trying its divisors would take hours
+        raise ValueError(f"state_size must be at most {MOST_UNITS:,}, got {state_size:,}")
     if factor_size < 2:
         raise ValueError(f"factor_size must be at least 2, got {factor_size}")
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 from helpers import tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from kru_hf import KRU, KRUConfig
 
@@ -86,6 +86,18 @@ def test_plain_width_is_the_state():
         ({"bias_init": 0.5, "activation": "identity"}, r"bias_init of activation 'identity' must stay -0.1"),
         ({"wiring": "plain", "num_hidden_layers": 2}, "one layer"),
         ({"wiring": "plain", "hidden_size": 7}, "hidden_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4,096, got 1,000,000,000"),
+        ({"hidden_size": 10**12}, "hidden_size must be at most 67,108,864, got 1,000,000,000,000"),
+        ({"state_size": 10**18 + 9}, "state_size must be at most 16,777,216"),
+        ({"state_size": 16777213}, "must have at most 268,435,456 entries, got 16777213x16777213"),
+        ({"factor_shapes": [[2**30, 1], [1, 2**30]]}, "at most 268,435,456 entries, got 1073741824x1"),
+        ({"factor_shapes": [[1, 1]] * 10**6}, "factor_shapes must hold at most 64 pairs, got 1,000,000"),
+        ({"intermediate_size": 2**31}, "intermediate_size must be at most"),
+        ({"vocab_size": 2**40}, "vocab_size must be at most"),
+        ({"vocab_size": 11, "pad_token_id": 11}, "pad_token_id must be at least 0 and below vocab_size = 11, got 11"),
+        ({"vocab_size": 11, "pad_token_id": -1}, "below vocab_size = 11, got -1"),
+        ({"vocab_size": 11, "eos_token_id": [3, 99]}, "eos_token_id must be at least 0 and below vocab_size = 11, got"),
+        ({"vocab_size": 11, "bos_token_id": 50256}, "bos_token_id must be at least 0 and below vocab_size = 11, got"),
     ],
 )
 def test_bad_values_are_named(options, message):
@@ -99,9 +111,63 @@ def test_wrong_type_is_named():
         KRUConfig(vocab_size="many")
 
 
-def test_misspelt_option_names_the_nearest():
-    with pytest.raises(TypeError, match="did you mean 'state_size'"):
-        KRUConfig(statesize=64)
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("statesize", "state_size"),
+        ("num_layers", "num_hidden_layers"),
+        ("dropout", "state_dropout"),
+        ("pad_tokn_id", "pad_token_id"),
+    ],
+)
+def test_misspelt_option_names_the_nearest(name, nearest):
+    with pytest.raises(TypeError, match=f"no option '{name}'; did you mean '{nearest}'"):
+        KRUConfig(**{name: 3})
+    with pytest.raises(TypeError, match=f"no option '{name}'; did you mean '{nearest}'"):
+        AutoConfig.for_model("kru", **{name: 3})
+
+
+@pytest.mark.parametrize("name", ["embedding_size", "gated", "directions"])
+def test_what_follows_from_options_is_no_option(name):
+    with pytest.raises(TypeError, match=f"{name} of a KRUConfig follows from its options"):
+        KRUConfig(**{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokenizer_class", "PreTrainedTokenizerFast"),
+        ("task_specific_params", {"text-generation": {"max_length": 50}}),
+        ("prefix", "once"),
+        ("sep_token_id", 3),
+        ("mask_token_id", 4),
+        ("decoder_start_token_id", 1),
+        ("is_decoder", True),
+        ("finetuning_task", "sst2"),
+        ("problem_type", "regression"),
+        ("id2label", {0: "a", 1: "b", 2: "c"}),
+        ("return_dict", False),
+        ("output_hidden_states", True),
+    ],
+)
+def test_takes_what_every_config_takes(name, value, tmp_path):
+    for config in (KRUConfig(**{name: value}), AutoConfig.for_model("kru", **{name: value})):
+        assert getattr(config, name) == value
+    config.save_pretrained(tmp_path)
+    assert getattr(AutoConfig.from_pretrained(tmp_path), name) == value
+
+
+def test_takes_every_field_of_the_base_config():
+    """Also those that a later transformers adds."""
+    for name in PreTrainedConfig.__dataclass_fields__:
+        KRUConfig(**{name: getattr(PreTrainedConfig(), name)})
+    # generate() takes them from its own config, as for every model
+    assert not hasattr(KRUConfig(temperature=0.5, max_length=9), "temperature")
+
+
+def test_a_layer_of_a_huge_size_is_refused_at_once():
+    with pytest.raises(ValueError, match="state_size must be at most 16,777,216, got 1,000,000,000,000,000,003"):
+        KRU(4, 10**18 + 3)
 
 
 def test_zero_factor_size_is_not_the_default():

@@ -89,7 +89,7 @@ def test_notes_of_other_tools_are_kept_with_a_warning(tmp_path, caplog):
     model.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, "kru_hf.configuration_kru"):
         assert AutoModelForCausalLM.from_pretrained(tmp_path).config.my_note == {"by": "another tool"}
-    assert "KRUConfig has no option 'my_note': kept, and without effect" in caplog.text
+    assert "KRUConfig has no option 'my_note': kept, but no KRU model reads it" in caplog.text
 
 
 def test_a_misspelt_option_in_a_file_is_an_error(folder):
