@@ -105,8 +105,8 @@ class KRUConfig(PreTrainedConfig):
         tie_word_embeddings: the embedding is the head as well. With the plain wiring it is U and starts as U does; the
             normalised state is then divided by the square root of its width, as in T5.
 
-    Like every config of transformers it takes other names too (``tokenizer_class``, notes of tools) and keeps them, with
-    a warning, unless they are nearly those of an option.
+    As every config of transformers it takes other names too (``tokenizer_class``, notes of tools) and keeps them, with a
+    warning, unless they are nearly those of an option.
 
     Raises:
         ValueError: a value outside what is allowed. TypeError: a misspelt option; the message names the nearest one.
@@ -198,7 +198,7 @@ class KRUConfig(PreTrainedConfig):
 
     @classmethod
     def _check_names(cls, names: Iterable[str], warn: bool = True) -> None:
-        """Refuse a misspelt option, which would become an attribute that nothing reads, and warn of other such names."""
+        """Refuse misspelt options, which would become attributes that nothing reads, and warn of other such names."""
         notes = [name for name in names if not cls._has(name)]
         for name in notes:
             if isinstance(getattr(cls, name, None), property) and name != "layer_types":
