@@ -2,14 +2,11 @@
 
 import json
 import random
-import shlex
 import statistics
 from pathlib import Path
 
 import pytest
 
-from training.arguments import parse_arguments
-from training.commands import amended
 from training.errors import UserError
 from training.paper_figures import FIGURES, METRICS, PTB_LARGE, PTB_SMALL
 from training.report import BEGIN, END, main
@@ -157,40 +154,6 @@ def test_settings_come_from_task_data_and_options(tmp_path):
     assert Run.read(large).setting == PTB_LARGE
 
 
-def test_commands_name_what_recipes_have_changed_since():
-    recipe = parse_arguments(["training/recipes/jsb_chorales.yaml"]).flat()
-    command = "accelerate launch -m training.train training/recipes/jsb_chorales.yaml --seed 1 --output_dir runs/a"
-    made = {**recipe, "seed": 1, "dataset": "/elsewhere/jsb"}
-    assert amended(command, made, {}) == command
-    older = {**made, "weight_decay": made["weight_decay"] + 1, "max_recurrent_norm": None}
-    assert amended(command, older, {}) == f"{command} --weight_decay {made['weight_decay'] + 1}"
-    default = parse_arguments([]).flat()
-    unbounded = {name: value for name, value in default.items() if name != "max_recurrent_norm"}
-    assert amended("python -m training.train", unbounded, {}) == "python -m training.train --max_recurrent_norm 0.0"
-    chrono = "python -m training.train training/recipes/adding_gated.yaml"
-    without = {**parse_arguments(chrono.split()[3:]).flat(), "chrono_max_length": None}
-    assert amended(chrono, without, {"chrono_max_length": None}) == f"{chrono} --chrono_max_length 0"
-    off = parse_arguments([*chrono.split()[3:], "--chrono_max_length", "0"]).model
-    assert "chrono_max_length" not in off.config_values()
-    counted = {**default, "max_steps": 9, "num_train_epochs": 3.0}  # the one decided, the other cannot be given with it
-    assert amended("python -m training.train", counted, {}) == "python -m training.train --max_steps 9"
-    ignored = "python -m training.train --num_train_epochs 3 --seed=0"
-    assert amended(ignored, counted, {}) == "python -m training.train --seed=0 --max_steps 9"
-    assert amended("python -m training.train gone.yaml", made, {}) == "python -m training.train gone.yaml"
-
-
-def test_an_amended_command_makes_the_same_run():
-    """Another network than the recipe's: what is added displaces more of it, and what was not set has a default."""
-    made = parse_arguments(["training/recipes/adding_published.yaml"]).flat()
-    config = {"recurrent_init": "random", "hidden_dropout": 0.0, "num_hidden_layers": 1, "factor_shapes": [[2, 2]] * 9}
-    command = amended("accelerate launch -m training.train training/recipes/adding.yaml", made, config)
-    again = parse_arguments(shlex.split(command)[4:]).flat()
-    assert {**made, "recurrent_init": "random", "num_hidden_layers": 1} == {
-        **again,
-        "max_recurrent_norm": again["max_recurrent_norm"] or None,
-    }
-
-
 def test_seeds_of_before_and_after_a_new_option_are_one_row(tmp_path):
     write_run(tmp_path / "0", config=KRU, options={"task": "char_lm", "seed": 0})
     write_run(tmp_path / "1", config={**KRU, "recurrent_init": "random"}, options={"task": "char_lm", "seed": 1})
@@ -301,20 +264,3 @@ def test_real_runs_without_their_weights(tmp_path):
     )
     assert str(tmp_path) not in written
     assert (tmp_path / "out" / "results-char-lm-on-text-txt.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_command_of_a_run_that_recorded_none(tmp_path):
-    """It is put together from the options, against what the task's own recipe says, and gives the same options."""
-    options = {"state_size": 24, "factor_size": 2, "input_dropout": 0.37, "learning_rate": 0.00123, "seed": 4}
-    folder = write_run(tmp_path / "a", data="python_docs", options={**options, "model": None}, seed=4)
-    training = json.loads((folder / "training.json").read_text())
-    del training["command"], training["machine"]
-    (folder / "training.json").write_text(json.dumps(training))
-    run = Run.read(folder)
-    launcher, words = run.command.split(" -m training.train ")
-    assert launcher == "accelerate launch"
-    assert words.endswith(" --output_dir=runs/a")
-    again = parse_arguments(shlex.split(words)).flat()
-    assert {name: again[name] for name in options} == options
-    assert (again["dataset"], again["max_steps"]) == ("python_docs", 100)
-    assert run.machine == ""

@@ -5,7 +5,6 @@ import re
 import pytest
 
 from training.arguments import MAX_SEED, ModelOptions, parse_arguments
-from training.commands import amended
 from training.compose import ComposeOptions
 from training.errors import UserError
 from training.models import build_model
@@ -79,29 +78,6 @@ def test_a_budget_does_not_choose_a_rank_that_was_turned_off():
         build_model("causal_lm", ModelOptions(**sized, state_size=504), **TEXT)
     lstm = build_model("causal_lm", ModelOptions("lstm", parameter_budget=60_000, io_rank=0), **TEXT)
     assert "io_rank" not in lstm.config.to_dict()
-
-
-def test_an_older_run_is_made_again_without_what_its_recipe_has_got_since(recipe, ranked):
-    for path, changed, added in (
-        (recipe, ("kronecker_terms", "intermediate_size"), "--kronecker_terms 0 --intermediate_size 0"),
-        (ranked, ("io_rank",), "--io_rank 0"),
-    ):
-        command = f"python -m training.train {path}"
-        made = {**parse_arguments([path]).flat(), **dict.fromkeys(changed)}
-        again = amended(command, made, dict.fromkeys(changed))
-        assert again == f"{command} {added}"
-        assert amended(again, made, {}) == again
-        found = parse_arguments(again.split()[3:]).model.config_values()
-        assert not set(found) & set(changed)
-
-
-def test_what_another_option_displaces_is_not_turned_off_as_well(recipe):
-    command = f"python -m training.train {recipe}"
-    lost = dict.fromkeys(("kronecker_terms", "intermediate_size", "hidden_size"))
-    made = {**parse_arguments([recipe]).flat(), **lost, "wiring": "plain"}
-    assert amended(command, made, {}) == f"{command} --wiring plain"
-    ranked = {**parse_arguments([recipe]).flat(), "kronecker_terms": None, "io_rank": 3}
-    assert amended(command, ranked, {}) == f"{command} --io_rank 3"
 
 
 def test_seeds_that_torch_takes():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .errors import one_line
 
 if TYPE_CHECKING:
     from .cards import RunRecord
@@ -51,6 +54,22 @@ DATA_SOURCES = {
 }
 
 
+# What Markdown, HTML, Jinja and KaTeX read as more than a letter; an underscore only at the edge of a word.
+_MARKUP = re.compile(r"[\\`*\[\]{}|~$@<>&]|(?<=:)/(?=/)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])")
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+
+
+def plain(text: object) -> str:
+    """The text of a record as one line of Markdown that shows it as it is, also within a table."""
+    return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), one_line(text))
+
+
+def quoted(text: str) -> str:
+    """A text as a string of Python."""
+    escaped = text.encode("unicode_escape").decode().replace('"', '\\"')
+    return f'"{escaped}"'
+
+
 def local_place(folder: Path) -> str:
     """The folder as seen from here, or its name: never an absolute path, and never what could be a name on the Hub."""
     try:
@@ -65,9 +84,10 @@ def snippet(record: RunRecord, place: str, revision: str | None, carries_code: b
     arguments = "repo, revision=revision, trust_remote_code=True" if revision else "repo, trust_remote_code=True"
     begin = "" if carries_code else "import kru_hf  # registers the model with transformers\n"
     arguments = arguments if carries_code else "repo"
-    start = f'repo = "{place}"'
+    start = f"repo = {quoted(place)}"
     if revision:
-        start += f'\nrevision = "{revision}"' + ("  # better: the SHA of a commit" if revision == "main" else BLANK)
+        better = "  # better: the SHA of a commit" if revision == "main" else BLANK
+        start += f"\nrevision = {quoted(revision)}{better}"
     if auto == "AutoModelForCausalLM":
         return (
             f"{begin}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

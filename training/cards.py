@@ -10,17 +10,17 @@ A card reads `config.json`, `all_results.json`, `log_history.json` (through its 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from .card_text import BLANK, CITATION, DATA_SOURCES, DataSource, how_to_load, limits, local_place, snippet
-from .commands import amended
-from .errors import UserError
+from .card_text import BLANK, CITATION, DATA_SOURCES, DataSource, how_to_load, limits, local_place, plain, snippet
+from .errors import UserError, check_fields, one_line, read_json
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 SPLITS = ("train_", "validation_", "test_")  # what the record of a data set counts begins with one of these
@@ -58,28 +58,61 @@ CONFIG_ROWS = (
 )
 
 
+# Types of the fields that are read of each file, and of the parts of training.json; other fields are left alone.
+MAPPING = dict[str, Any]
+SIZES = ("state_size", "vocab_size", "input_size", "io_rank", "num_hidden_layers", "recurrent_rank", "kronecker_terms")
+FIELDS: dict[str, dict[str, Any]] = {
+    "config.json": {
+        **dict.fromkeys(("model_type", "cell_type", "cell"), str | None),
+        **dict.fromkeys((*SIZES, "intermediate_size"), int | None),
+        **dict.fromkeys(("factor_shapes", "recurrent_factor_shapes"), list[list[int]] | None),
+        "architectures": list[str] | None,
+    },
+    "training.json": {
+        **dict.fromkeys(("options", "dataset", "versions", "machine"), MAPPING),
+        "command": str | None,
+        "earlier_machines": list[MAPPING],
+    },
+    "comparison.json": {"metric": str, "rows": list[MAPPING]},
+    "composition.json": {"command": str, "prime_frames": int, "num_frames": int, "report": MAPPING},
+    "options": {
+        **dict.fromkeys(("task", "architecture", "model", "data_license"), str | None),
+        **dict.fromkeys(("optimizer", "lr_scheduler_type"), str | None),
+        **dict.fromkeys(("seed", "max_steps", "parameter_budget", "sequence_length", "state_size"), int | None),
+    },
+    "dataset": dict.fromkeys(("name", "dataset_config", "dataset_revision", "sha256"), str | None),
+    "machine": {"processes": int, "threads": int, "device": str | None, "processor": str | None},
+    "report": {
+        **dict.fromkeys(("density", "lowest", "highest"), float | None),
+        **dict.fromkeys(("density_band", "lowest_band", "highest_band"), list[float | int]),
+        "within": bool,
+    },
+}
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """A JSON object of a run's folder, with the fields that are used in their types; empty if it is not there."""
+    values = read_json(path, optional=True)
+    check_fields(path, values, FIELDS.get(path.name, {}))
+    return values
+
+
 def composition(folder: Path) -> dict[str, Any] | None:
     """How the released piece was made and how it compares with the training pieces; None without such a piece."""
     if not all((folder / name).is_file() for name in COMPOSITION):
         return None
-    made = read_json(folder / COMPOSITION[2])
+    path = folder / COMPOSITION[2]
+    made = read_json(path)
+    check_fields(path, made, FIELDS[path.name], required=True)
     report = made["report"]
-    figures = [
-        f"{name} {shown(report[key])} (training pieces: {shown(report[f'{key}_band'][0])} to "
-        f"{shown(report[f'{key}_band'][1])})"
-        for key, name in (("density", "keys a frame"), ("lowest", "lowest pitch"), ("highest", "highest pitch"))
-    ]
-    return {**made, "figures": ", ".join(figures), "within": report["within"]}
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or an empty mapping if it is not there; a damaged one is a `UserError`."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} of {path.parent.name!r} cannot be read: {error}") from error
+    check_fields(f"{path}: report", report, FIELDS["report"], required=True)
+    names, figures = {"density": "keys a frame", "lowest": "lowest pitch", "highest": "highest pitch"}, []
+    for key, name in names.items():
+        band = report[f"{key}_band"]
+        if len(band) != 2:
+            raise UserError(f"{path}: report: {key}_band={band} is not valid: it must be two figures")
+        figures.append(f"{name} {shown(report[key])} (training pieces: {shown(band[0])} to {shown(band[1])})")
+    return {**made, "command": one_line(made["command"]), "figures": ", ".join(figures), "within": report["within"]}
 
 
 @dataclass
@@ -98,20 +131,25 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
-        """Read the files that are there."""
-        training = read_json(folder / "training.json")
-        config, options = read_json(folder / "config.json"), training.get("options", {})
-        return cls(
-            folder,
-            config,
-            read_json(folder / "all_results.json"),
-            options,
-            training.get("dataset", {}),
-            training.get("versions", {}),
-            read_json(folder / "comparison.json"),
-            amended(training.get("command") or BLANK, options, config),
-            training.get("machine", {}),
+        """Read the files that are there.
+
+        Raises:
+            UserError: one of them cannot be read, or a field is of another type than it must be; it is named.
+        """
+        training, config = read_fields(folder / "training.json"), read_fields(folder / "config.json")
+        for name in ("factor_shapes", "recurrent_factor_shapes"):
+            if any(len(shape) != 2 for shape in config.get(name) or []):
+                raise UserError(f"{folder / 'config.json'}: {name}={config[name]} is not valid: it must hold pairs")
+        options, data, versions, machine = (
+            training.get(name, {}) for name in ("options", "dataset", "versions", "machine")
         )
+        earlier = [("machine", given) for given in training.get("earlier_machines", [])]
+        for name, part in (("options", options), ("dataset", data), ("machine", machine), *earlier):
+            check_fields(f"{folder / 'training.json'}: {name}", part, FIELDS[name])
+        results = read_json(folder / "all_results.json", optional=True)
+        check_fields(folder / "all_results.json", results, dict.fromkeys(results, float | None))
+        beside, command = read_fields(folder / "comparison.json"), one_line(training.get("command") or BLANK)
+        return cls(folder, config, results, options, data, versions, beside, command, machine)
 
     @property
     def class_name(self) -> str:
@@ -173,12 +211,12 @@ def shown(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.5g}" if math.isfinite(value) else str(value)
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return plain(value)
 
 
 def eval_results(record: RunRecord) -> list[EvalResult]:
     """The figures as the Hub's model-index wants them."""
-    name = record.data.get("name")
+    name = one_line(record.data.get("name") or BLANK)
     if not name:
         return []
     return [
@@ -186,8 +224,8 @@ def eval_results(record: RunRecord) -> list[EvalResult]:
             task_type=record.head[1],
             dataset_type=name,
             dataset_name=name,
-            dataset_config=record.data.get("dataset_config"),
-            dataset_revision=record.data.get("dataset_revision"),
+            dataset_config=one_line(record.data.get("dataset_config") or BLANK) or None,
+            dataset_revision=one_line(record.data.get("dataset_revision") or BLANK) or None,
             dataset_split=split,
             metric_type=metric,
             metric_name=METRICS[metric],
@@ -199,10 +237,17 @@ def eval_results(record: RunRecord) -> list[EvalResult]:
     ]
 
 
+def on_hub(name: str | None) -> list[str]:
+    """A name alone if it can be that of a repository of somebody on the Hub, else nothing."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return []
+    return [name] if name and "/" in name else []
+
+
 def card_data(record: RunRecord, title: str, license: str) -> ModelCardData:
     """The metadata at the head of the card."""
-    name = record.data.get("name", BLANK)
-    base = record.options.get("model")
     results = eval_results(record)
     return ModelCardData(
         library_name="transformers",
@@ -210,8 +255,8 @@ def card_data(record: RunRecord, title: str, license: str) -> ModelCardData:
         language=record.source.language if record.source else None,
         pipeline_tag=record.head[1] if record.head[1] != "other" else None,
         tags=[*(["kru", "kronecker", "arxiv:1705.10142"] if record.is_kru else []), "recurrent-neural-network"],
-        datasets=[name] if "/" in name else None,
-        base_model=base if base and "/" in base else None,
+        datasets=on_hub(record.data.get("name")) or None,
+        base_model=next(iter(on_hub(record.options.get("model"))), None),
         metrics=[metric for metric, *_ in record.figures()] or None,
         model_name=title if results else None,
         eval_results=results or None,
@@ -224,7 +269,7 @@ def architecture_rows(record: RunRecord) -> list[tuple[str, str]]:
     rows = [("state_size N", shown(config.get("state_size"))), ("vocab_size V", shown(config.get("vocab_size")))]
     shapes = config.get("factor_shapes")
     if record.is_kru:
-        rows.append(("Factor shapes P_f x Q_f", " ⊗ ".join(f"{p}x{q}" for p, q in shapes) if shapes else BLANK))
+        rows.append(("Factor shapes P_f x Q_f", " ⊗ ".join(f"{p}x{q}" for p, q in shapes or [])))
     names = [*CONFIG_ROWS, "cell"]
     if record.is_kru and not record.is_gated:
         rows.append(("unitary_loss_coef λ", shown(config.get("unitary_loss_coef"))))
@@ -266,7 +311,6 @@ def comparison(record: RunRecord) -> dict[str, Any]:
     if not given:
         return {"metric": metric, "rows": []}
     own = {
-        "name": "**this model**",
         "value": record.results.get(f"test_{metric}"),
         "num_parameters": record.results.get("num_parameters"),
         "num_recurrent_parameters": record.results.get("num_recurrent_parameters"),
@@ -274,7 +318,10 @@ def comparison(record: RunRecord) -> dict[str, Any]:
     }
     columns = ("name", "value", "num_parameters", "num_recurrent_parameters", "source")
     rows = [{column: shown(row.get(column)) for column in columns} for row in [own, *given]]
-    return {"metric": METRICS.get(metric, metric), "rows": rows}
+    rows[0]["name"] = "**this model**"
+    for row in rows:  # a command in backticks, as earlier records have it
+        row["source"] = row["source"].removeprefix("\\`").removesuffix("\\`")
+    return {"metric": METRICS.get(metric) or plain(metric), "rows": rows}
 
 
 def render_card(
@@ -293,14 +340,14 @@ def render_card(
         data_license: licence of the data, where it is not a built-in set. license: of the weights.
 
     Raises:
-        UserError: one of the folder's files is damaged.
+        UserError: one of the folder's files is damaged; it is named.
     """
     record = RunRecord.read(Path(folder))
-    name = record.data.get("name", BLANK)
+    name = shown(record.data.get("name"))
     pin = (revision or "main") if repo_id else None
-    title = (repo_id or f"{record.class_name or 'Model'} {name}".strip()).split("/")[-1]
+    title = one_line(repo_id or f"{record.class_name or 'Model'} {record.data.get('name') or BLANK}").split("/")[-1]
     kind = "A Kronecker recurrent unit" if record.is_kru else "A recurrent baseline"
-    size = [f"{shown(value)} {key.replace('_', ' ')}" for key, value in record.data.items() if key.startswith(SPLITS)]
+    sizes = {key.replace("_", " "): value for key, value in record.data.items() if key.startswith(SPLITS)}
     source = record.source
     # What is published always brings its code; a folder of this repository leaves it to the checkout that it lies in.
     carries_code = repo_id is not None or (record.folder / "modeling_kru.py").is_file()
@@ -308,19 +355,19 @@ def render_card(
     card = ModelCard.from_template(
         card_data(record, title, license),
         template_path=str(TEMPLATE),
-        title=title,
+        title=plain(title),
         summary=f"{kind}" + (f" trained on {name}" if name else BLANK) + f". The method: {paper}.",
-        task=record.options.get("task", BLANK),
+        task=shown(record.options.get("task")),
         data={
             "name": name,
             "description": source.description if source else BLANK,
-            "license": record.data_license(data_license),
-            "revision": record.data.get("dataset_revision", BLANK),
-            "sha256": record.data.get("sha256", BLANK),
-            "size": ", ".join(size),
+            "license": shown(record.data_license(data_license)),
+            "revision": shown(record.data.get("dataset_revision")),
+            "sha256": shown(record.data.get("sha256")),
+            "size": ", ".join(f"{shown(value)} {plain(name)}" for name, value in sizes.items()),
         },
         architecture={
-            "name": record.class_name,
+            "name": plain(record.class_name),
             "num_parameters": shown(record.results.get("num_parameters")),
             "num_recurrent_parameters": shown(record.results.get("num_recurrent_parameters")),
             "rows": architecture_rows(record),
@@ -329,7 +376,7 @@ def render_card(
         is_gated=record.is_gated,
         recipe=recipe_rows(record),
         command=record.command,
-        versions=", ".join(f"{package} {version}" for package, version in record.versions.items()),
+        versions=", ".join(f"{plain(package)} {plain(version)}" for package, version in record.versions.items()),
         results=[(METRICS[n], shown(validation), shown(test)) for n, validation, test in record.figures()],
         comparison=comparison(record),
         speed=speed(record),

@@ -25,8 +25,7 @@ def run_row(run: Run, metric: str) -> dict[str, Any]:
         raise UserError(f"beside={str(run.folder)!r} has no test_{metric} in all_results.json: it cannot be compared")
     names = ("num_parameters", "num_recurrent_parameters")
     sizes = {name: run.results[name] for name in names if run.results.get(name) is not None}
-    command = f"`{run.command}`" if run.command else "all_results.json, test"
-    return {"name": run.label, "value": value, **sizes, "source": command}
+    return {"name": run.label, "value": value, **sizes, "source": run.command or "all_results.json, test"}
 
 
 def paper_rows(setting: str) -> list[dict[str, Any]]:

@@ -32,11 +32,11 @@ class Interrupted(UserError):
         self.exit_code = 128 + signal_number
 
 
-def one_line(value: object, limit: int = 400) -> str:
-    """A text, or what an error says, without line breaks and control characters, cut at `limit` characters."""
-    text = str(value) or type(value).__name__
+def one_line(value: object, limit: int | None = None) -> str:
+    """A text, or what an error says, without line breaks and control characters, cut after `limit` characters."""
+    text = str(value) or (type(value).__name__ if isinstance(value, BaseException) else "")
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return text if limit is None or len(text) <= limit else f"{text[:limit]}…"
 
 
 def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict, optional: bool = False) -> Any:
@@ -60,16 +60,19 @@ def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict, o
     return value
 
 
-def check_fields(place: object, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Whether the fields of a record that are there have their types; an int is a float, a bool is no number.
+def check_fields(place: object, values: Mapping[str, Any], kinds: Mapping[str, Any], required: bool = False) -> None:
+    """Whether the fields of a record have their types; an int is a float, a bool is no number.
 
     Args:
         place: names the file in the message. kinds: type of each field, such as `str | None` or `list[int]`.
+        required: whether all of them must be there.
 
     Raises:
         UserError: naming the file, the first field that is wrong, its value, and the type that it must have.
     """
     for name, kind in kinds.items():
+        if required and name not in values:
+            raise UserError(f"{place}: {name} is missing")
         try:
             if name in values:
                 type_validator(name, values[name], kind | int if float in (kind, *get_args(kind)) else kind)

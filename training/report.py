@@ -239,13 +239,13 @@ def draw(setting: str, rows: list[Row], metric: str, path: Path) -> None:
                 lowest = min(lowest, *(value for _, value in points))
                 style = "-" if index < 10 else "--"
                 (line,) = axes.plot(*zip(*points, strict=True), style, color=f"C{index % 10}", linewidth=1.2)
-                line.set_label(row.label if row.label not in named else "_again")
+                line.set_label(row.label.replace("$", r"\$") if row.label not in named else "_again")
                 named.add(row.label)
     if metric in ("loss", "mse") and lowest > 0:
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel(f"validation {metric}")
-    axes.set_title(setting)
+    axes.set_title(setting, parse_math=False)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower left", fontsize="small", frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint as ckpt
-from .arguments import parse_arguments
-from .cards import RunRecord, read_json
-from .errors import UserError
-from .machine import UNSHOWN
+from .cards import RunRecord, read_fields, shown
+from .errors import UserError, check_fields, read_json
 from .paper_figures import ADDING, COPY, JSB, PERMUTED, PHONEMES, PIANO, PTB_LARGE, PTB_SMALL, SEQUENTIAL
 from .tasks import get_task, task_names
 
@@ -31,8 +28,6 @@ INCIDENTAL = {
     "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "_name_or_path", "id2label",
     "label2id", "use_cache", "parameter_budget", "eval_steps", "architecture", "return_dict",
 }  # fmt: skip
-# Options that make a recipe's own ones of the model give way: first when a command is put together.
-DECISIVE = ("architecture", "state_size", "factor_shapes", "factor_size", "parameter_budget")
 PTB_SIZES = ((160_000, PTB_SMALL), (500_000, PTB_LARGE))
 NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "orthogonal": "orthogonal RNN", "low_rank": "low-rank RNN"}
 CELLS = {"kru": "KRU", "kru_lstm": "Kron-LSTM", "kru_gru": "Kron-GRU", "kru_janet": "Kron-JANET"}
@@ -51,12 +46,16 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         """Read what is there; an unfinished run brings the history of its last checkpoint."""
-        history, stopped = read_json(folder / "log_history.json") or [], None
+        history, stopped = read_json(folder / "log_history.json", list, optional=True), None
         saved = ckpt.checkpoints(folder)
         if not (folder / "all_results.json").is_file() and saved:
-            state = read_json(saved[-1] / ckpt.STATE)
+            state = read_json(saved[-1] / ckpt.STATE, optional=True)
+            check_fields(saved[-1] / ckpt.STATE, state, {"history": list, "step": int})
             history, stopped = state.get("history", []), state.get("step")
-        return cls(folder, RunRecord.read(folder), history, read_json(folder / "training.json"), stopped)
+        check_fields(folder, {"history": history}, {"history": list[dict[str, Any]]})
+        for entry in history:
+            check_fields(f"{folder}: history", entry, dict.fromkeys(entry, float | None))
+        return cls(folder, RunRecord.read(folder), history, read_fields(folder / "training.json"), stopped)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -91,8 +90,8 @@ class Run:
     @cached_property
     def setting(self) -> str:
         """Heading of the table that the run belongs to."""
-        options, data = self.record.options, str(self.record.data.get("name", ""))
-        task, length = options.get("task", ""), options.get("sequence_length")
+        options, data = self.record.options, shown(self.record.data.get("name"))
+        task, length = shown(options.get("task")), options.get("sequence_length")
         if task in ("copy_memory", "adding"):
             return (COPY if task == "copy_memory" else ADDING).format(length)
         if task == "phonemes" and "timit" in data.lower():
@@ -142,19 +141,8 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The command that made the run; of older runs it is put together from the options that they recorded."""
-        if self.record.command:
-            return self.record.command
-        options = self.record.options
-        if options.get("task") not in task_names():
-            return ""
-        words = [f"--task={options['task']}", f"--dataset={self.record.data.get('name', '')}"]
-        words += [f"--{name}={options[name]}" for name in DECISIVE if options.get(name) is not None]
-        usual = parse_arguments(words).flat()
-        for name, value in options.items():
-            if name in usual and value is not None and value != usual[name] and name not in UNSHOWN:
-                words.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
-        return f"accelerate launch -m training.train {shlex.join([*words, f'--output_dir=runs/{self.folder.name}'])}"
+        """The command that made the run, as it was recorded, but for what would end a block of code; may be blank."""
+        return self.record.command.lstrip("`~ ")
 
     @property
     def machine(self) -> str:
