@@ -226,7 +226,7 @@ def test_paths_that_hold_no_run(tmp_path, capsys):
     assert len(find_runs([folder, tmp_path, folder / ".." / "a"])) == 1
     (folder / "all_results.json").write_text("{")
     assert main([str(folder)]) == 1
-    assert "cannot be read" in capsys.readouterr().err
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_a_released_model_is_a_run_and_is_linked(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import one_line
+from .files import one_line
 
 if TYPE_CHECKING:
     from .cards import RunRecord

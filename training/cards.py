@@ -20,7 +20,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .card_text import BLANK, CITATION, DATA_SOURCES, DataSource, how_to_load, limits, local_place, plain, snippet
-from .errors import UserError, check_fields, one_line, read_json
+from .errors import UserError
+from .files import check_fields, one_line, read_json
 
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 SPLITS = ("train_", "validation_", "test_")  # what the record of a data set counts begins with one of these

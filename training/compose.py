@@ -20,10 +20,10 @@ from tqdm import tqdm
 from kru_hf.piano_roll import NUM_PITCHES, MidiError, PianoRoll, draw_roll, read_midi, write_midi, write_wav
 
 from .arguments import check_seed, option, parse_words, require
-from .cards import read_json
 from .checkpoint import PRESENTED, RUN_FILES
 from .errors import UserError
 from .evaluate import read_record
+from .files import read_json
 from .machine import shown_command
 from .models import check_device, load_model
 from .music_data import piece_figures
@@ -127,7 +127,7 @@ def is_report(path: Path) -> bool:
         found = read_json(path)
     except UserError:
         return False
-    return isinstance(found, dict) and {"command", "report"} <= set(found)
+    return {"command", "report"} <= set(found)
 
 
 def run(argv: list[str]) -> dict[str, Any] | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import reprlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,9 +22,15 @@ Value = TypeVar("Value")
 KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line; its kind if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(value: object, limit: int | None = None) -> str:
+    """A text, or what an exception says (its kind if nothing), without line breaks and control characters.
+
+    Args:
+        limit: characters after which it is cut.
+    """
+    text = str(value) or (type(value).__name__ if isinstance(value, BaseException) else "")
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if limit is None or len(text) <= limit else f"{text[:limit]}…"
 
 
 def read(path: Path, reader: Callable[[Path], Value]) -> Value:
@@ -37,19 +46,46 @@ def read(path: Path, reader: Callable[[Path], Value]) -> Value:
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror or one_line(error)}") from error
     except Exception as error:  # parsers fail in every way on damaged files, safetensors and pickle above all
-        raise UserError(f"{str(path)!r} is damaged: {one_line(error)}") from error
+        raise UserError(f"{str(path)!r} is damaged: {one_line(error, 400)}") from error
 
 
-def read_json(path: Path, kind: type[Value] = dict) -> Value:  # type: ignore[assignment]
+def read_json(path: Path, kind: type[Any] = dict, optional: bool = False) -> Any:
     """A JSON file whose outermost value is of this kind: dict (an object) or list.
+
+    Args:
+        optional: a file that is not there counts as an empty one.
 
     Raises:
         UserError: it is missing, cannot be read, is not UTF-8 or not JSON, or holds another kind of value.
     """
+    if optional and not os.path.lexists(path):
+        return kind()
     value = read(path, lambda file: json.loads(file.read_text(encoding="utf-8")))
     if not isinstance(value, kind):
-        raise UserError(f"{str(path)!r} is damaged: it must hold {KINDS[kind]}, not {str(value)[:40]!r}")
+        raise UserError(f"{str(path)!r} is damaged: it must hold {KINDS[kind]}, not {reprlib.repr(value)}")
     return value
+
+
+def check_fields(place: object, values: Mapping[str, Any], kinds: Mapping[str, Any], required: bool = False) -> None:
+    """Whether the fields of a record have their types; an int is a float, a bool is no number.
+
+    Args:
+        place: names the file in the message. kinds: type of each field, such as `str | None` or `list[int]`.
+        required: whether all of them must be there.
+
+    Raises:
+        UserError: naming the file, the first field that is wrong, its value, and the type that it must have.
+    """
+    for name, kind in kinds.items():
+        if required and name not in values:
+            raise UserError(f"{place}: {name} is missing")
+        try:
+            if name in values:
+                type_validator(name, values[name], kind | int if float in (kind, *get_args(kind)) else kind)
+        except TypeError as error:
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            shown = reprlib.repr(values[name])
+            raise UserError(f"{place}: {name}={shown} is not valid: it must be of the type {wanted}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .errors import UserError, read_json
+from .errors import UserError
+from .files import read_json
 
 # huggingface_hub's error derives from that of its HTTP client: httpx in 1.x, a successor from 2.x on.
 ClientError: type[Exception] = HfHubHTTPError.__bases__[0]

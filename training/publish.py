@@ -23,9 +23,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import kru_hf
 
 from .arguments import parse_words
-from .cards import COMPOSITION, DATA_SOURCES, missing_fields, read_json, render_card
+from .cards import COMPOSITION, DATA_SOURCES, missing_fields, render_card
 from .checkpoint import not_finite
 from .errors import UserError
+from .files import read_json
 from .hub import PROPOSAL, check_access, check_name, explained, open_proposal, remote_files, same
 
 PACKAGE = Path(kru_hf.__file__).parent

@@ -14,7 +14,8 @@ from typing import Any
 
 from . import checkpoint as ckpt
 from .cards import RunRecord, read_fields, shown
-from .errors import UserError, check_fields, read_json
+from .errors import UserError
+from .files import check_fields, read_json
 from .paper_figures import ADDING, COPY, JSB, PERMUTED, PHONEMES, PIANO, PTB_LARGE, PTB_SMALL, SEQUENTIAL
 from .tasks import get_task, task_names
 
