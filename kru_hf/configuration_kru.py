@@ -105,8 +105,8 @@ class KRUConfig(PreTrainedConfig):
         tie_word_embeddings: the embedding is the head as well. With the plain wiring it is U and starts as U does; the
             normalised state is then divided by the square root of its width, as in T5.
 
-    As every config of transformers it takes other names too (``tokenizer_class``, notes of tools) and keeps them, with a
-    warning, unless they are nearly those of an option.
+    As every config of transformers it takes other names (``tokenizer_class``, notes of tools) and keeps them, with
+    a warning, unless they are nearly those of an option.
 
     Raises:
         ValueError: a value outside what is allowed. TypeError: a misspelt option; the message names the nearest one.
