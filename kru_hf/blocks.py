@@ -6,6 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .bidirectional import KRUBidirectional
 from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
+from .documents import run_documents
 from .feed_forward import KRUFeedForward
 from .gated_cells import GATED_RECURRENCES, KRUGatedRecurrence
 from .kronecker_linear import linear, structured_linear
@@ -55,12 +56,14 @@ class KRUPlainLayer(GradientCheckpointingLayer):
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.state_dropout = nn.Dropout(config.state_dropout)
 
-    def forward(self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, 2N) or (B, T, r), state (B, 2, N), mask (B, T): (B, T, 2N) and the final state."""
+    def forward(
+        self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, T, 2N) or (B, T, r), state (B, 2, N), mask, starts (B, T): (B, T, 2N), final state."""
         cell = self.recurrence
         inputs = hidden_states if self.in_proj is None else self.in_proj(hidden_states)  # (B, T, 2N)
         inputs = self.input_dropout(inputs).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
-        states, final = cell(inputs, state, mask)  # (B, T, 2, N), (B, 2, N)
+        states, final = run_documents(cell, inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         return self.state_dropout(states.flatten(-2)), final
 
 
@@ -90,14 +93,16 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         inner = config.intermediate_size
         self.feed_forward = KRUFeedForward(config.hidden_size, inner, self.epsilon, terms) if inner else None
 
-    def forward(self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, D), state (B, 2, N), mask (B, T): (B, T, D) and the final state (B, 2, N)."""
+    def forward(
+        self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states (B, T, D), state (B, 2, N), mask, starts (B, T): (B, T, D) and the final state (B, 2, N)."""
         cell = self.recurrence
         x = self.norm(hidden_states)  # (B, T, D)
         if self.down is not None:
             x = self.down(x)  # (B, T, r)
         inputs = self.input_dropout(self.in_proj(x)).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
-        states, final = cell(inputs, state, mask)  # (B, T, 2, N), (B, 2, N)
+        states, final = run_documents(cell, inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         features = self.state_dropout(states.flatten(-2)).to(x.dtype)  # (B, T, 2N)
         epsilon = self.epsilon if self.readout_norm else None
         scale = undropped(self.state_dropout.p, self.training)

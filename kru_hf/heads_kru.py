@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
+from .documents import DocumentRows
 from .modeling_kru import KRUModel, KRUModelOutput, KRUPreTrainedModel, step_targets, target_share
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -31,19 +32,19 @@ class KRUClassifierOutput(ModelOutput):
     unitary_loss: Tensor | None = None
 
 
-def last_attended(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    """Index (B,) of the last step that counts: T − 1 without a mask (B, ≥T), 0 where no step counts."""
-    if attention_mask is None:
+def last_attended(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """Index (B,) of the last step that counts: T − 1 without a mask (B, T) bool, 0 where no step counts."""
+    if mask is None:
         return torch.full((batch,), length - 1, device=device)
     steps = torch.arange(length, device=device)  # (T,)
-    return (attention_mask[:, -length:].to(device).bool() * steps).amax(1)  # (B,)
+    return (mask.to(device) * steps).amax(1)  # (B,)
 
 
-def first_attended(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    """Index (B,) of the first step that counts: 0 without a mask (B, ≥T), and where no step counts."""
-    if attention_mask is None:
+def first_attended(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """Index (B,) of the first step that counts: 0 without a mask (B, T) bool, and where no step counts."""
+    if mask is None:
         return torch.zeros(batch, dtype=torch.long, device=device)
-    return attention_mask[:, -length:].to(device).bool().int().argmax(1)  # (B,)
+    return mask.to(device).int().argmax(1)  # (B,)
 
 
 def classification_loss(
@@ -150,15 +151,15 @@ class KRUForSequenceClassification(_Classifier):
         mixed = config.wiring != "plain" or config.io_rank is not None
         return config.feature_size * (2 if config.bidirectional and mixed else 1)
 
-    def pool(self, features: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def pool(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Features (B, T, D) to what ``score`` reads of a sequence: (B, D), or (B, 2·D) of both ends."""
         batch, length, width = features.shape
         rows = torch.arange(batch, device=features.device)  # (B,)
-        last = features[rows, last_attended(attention_mask, batch, length, features.device)]  # (B, D)
+        last = features[rows, last_attended(mask, batch, length, features.device)]  # (B, D)
         if not self.config.bidirectional:
             return last
-        first = features[rows, first_attended(attention_mask, batch, length, features.device)]  # (B, D)
-        if self.score.in_features == width:  # the directions lie side by side
+        first = features[rows, first_attended(mask, batch, length, features.device)]  # (B, D)
+        if self.score_size(self.config) == width:  # the directions lie side by side
             last, first = last[:, : width // 2], first[:, width // 2 :]  # (B, D/2) each
         return torch.cat((last, first), 1)  # (B, D) or (B, 2·D)
 
@@ -175,20 +176,26 @@ class KRUForSequenceClassification(_Classifier):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> KRUClassifierOutput:
-        """As :class:`KRUModel`, with labels (B,) or (B, K); logits (B, K).
+        """As :class:`KRUModel`, with labels (B,) or (B, K); logits (B, K), for packed rows one for each document.
 
         Padding is told by ``attention_mask`` alone, on either side: without one the last step is read.
         """
+        mask, starts = self.read_batch(attention_mask, kwargs, input_ids, inputs_embeds, input_values)  # (B, T) each
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             input_values=input_values,
+            document_starts=starts,
             **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
-        pooled = self.pool(outputs.last_hidden_state, attention_mask)  # (B, D)
+        features = outputs.last_hidden_state  # (B, T, D)
+        if starts is not None:
+            rows = DocumentRows(starts)
+            features, mask = rows.unpack(features), rows.steps(mask)  # (documents, longest, D), (documents, longest)
+        pooled = self.pool(features, mask)  # (B, D)
         return self._finish(outputs, self.read(pooled, self.score), labels, None, num_items_in_batch)
 
 
@@ -212,17 +219,17 @@ class KRUForTokenClassification(_Classifier):
         **kwargs: Any,
     ) -> KRUClassifierOutput:
         """As :class:`KRUModel`, with labels (B, T) or (B, T, K); padded steps and -100 are not scored."""
+        mask, starts = self.read_batch(attention_mask, kwargs, input_ids, inputs_embeds, input_values)  # (B, T) each
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             input_values=input_values,
+            document_starts=starts,
             **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
         logits = self.read(outputs.last_hidden_state, self.score)  # (B, T, K)
-        scored = None
-        if attention_mask is not None:
-            scored = attention_mask[:, -logits.shape[1] :].to(logits.device).bool()  # (B, T)
+        scored = None if mask is None else mask.to(logits.device)  # (B, T)
         return self._finish(outputs, logits, labels, scored, num_items_in_batch)

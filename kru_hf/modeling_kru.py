@@ -17,6 +17,7 @@ from .blocks import KRUPlainLayer, KRUResidualLayer
 from .cache_kru import KRUCache, check_cache, initial_state
 from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
+from .documents import read_batch
 from .gated_cells import KRUGatedRecurrence
 from .kronecker_linear import KroneckerLinear, linear
 from .readout import normed_linear, undropped
@@ -124,6 +125,16 @@ class KRUPreTrainedModel(PreTrainedModel):
             loss = loss + self.config.unitary_loss_coef * share * penalty.to(loss.device)
         return loss, penalty
 
+    def read_batch(
+        self, attention_mask: Tensor | None, marks: dict[str, Any], *inputs: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As :func:`kru_hf.documents.read_batch`, for a batch of whichever of the ``inputs`` (B, T, …) is given."""
+        given = [x for x in inputs if x is not None]
+        if len(given) != 1 or given[0].ndim < 2 or given[0].shape[1] == 0:
+            return attention_mask, None  # the body says what is wrong
+        batch, length = given[0].shape[:2]
+        return read_batch(attention_mask, marks, batch, length, given[0].device)
+
     def read(self, features: Tensor, head: nn.Linear) -> Tensor:
         """``head`` on what :class:`KRUModel` returns, normalising states that come as they are: (B, T, out)."""
         config = self.config
@@ -155,7 +166,7 @@ class KRUModel(KRUPreTrainedModel):
         self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
         self.readout = linear(config.hidden_size, config.io_rank) if plain and config.io_rank else None
         self.norm = None if plain else nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.gradient_checkpointing = False
+        # No attribute gradient_checkpointing, which its layers have: transformers would turn use_cache off for it.
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding | None:
@@ -213,10 +224,13 @@ class KRUModel(KRUPreTrainedModel):
         """Run the recurrence over T steps from the state in ``past_key_values`` (zero if None).
 
         Args:
-            input_ids: (B, T). attention_mask: (B, ≥T), of which the last T count; 0 holds the state.
+            input_ids: (B, T). attention_mask: (B, ≥T), of which the last T count; 0 holds the state, 1, 2, … may number
+                the documents of a row.
             past_key_values: the state to start from; it receives the final state (assigned, never written in place).
             inputs_embeds: (B, T, E) instead of ids. use_cache: return the final state.
             input_values: continuous frames (B, T, input_size) instead of ids, for a config with ``input_size``.
+            kwargs: ``position_ids``, ``seq_idx`` or ``cu_seq_lens_q`` of packed batches say where documents begin (see
+                ``read_batch``): each starts from a zero state, and the final state is that of the last.
 
         Raises:
             ValueError: inputs that do not fit; ``past_key_values`` or ``use_cache=True`` for a bidirectional model.
@@ -227,21 +241,14 @@ class KRUModel(KRUPreTrainedModel):
             use_cache = False
         hidden = self._embed(input_ids, inputs_embeds, input_values)  # (B, T, E)
         batch, length = hidden.shape[:2]
-        mask = None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-                shape = tuple(attention_mask.shape)
-                raise ValueError(f"attention_mask must have the shape ({batch}, {length}) or be longer, got {shape}")
-            mask = attention_mask[:, -length:].bool()  # (B, T)
-            if can_look_at(mask) and bool(mask.all()):
-                mask = None
+        mask, starts = read_batch(attention_mask, kwargs, batch, length, hidden.device)  # (B, T) each
         check_cache(past_key_values, len(self.layers))
         if past_key_values is None and use_cache:
             past_key_values = KRUCache(len(self.layers))
         for index, layer in enumerate(self.layers):
             cell = cast(KRURecurrence, layer.recurrence)
             state = initial_state(past_key_values, index, (batch, cell.state_planes, cell.state_size))
-            hidden, final = layer(hidden, state, mask)  # (B, T, D), (B, 2, N)
+            hidden, final = layer(hidden, state, mask, starts)  # (B, T, D), (B, 2, N)
             if past_key_values is not None:
                 past_key_values.layers[index].store(final, length)
         if self.norm is not None:
@@ -301,6 +308,12 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                "generate() goes on from one text a row: attention_mask must hold 0 and 1 alone, got "
+                f"{float(mask.min()):.4g} to {float(mask.max()):.4g}"
+            )
         given, base = model_kwargs.get("past_key_values"), cast(Any, super())
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
@@ -338,15 +351,18 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
     ) -> KRUCausalLMOutput:
         """As :class:`KRUModel`, with labels (B, T): the mean cross-entropy in nats of token t+1 given tokens ≤ t.
 
-        Labels are shifted inside; -100 is not scored. ``shift_labels`` (B, T) in kwargs gives targets that are already
-        aligned with the logits, for contiguous windows. In training mode λ · unitary_loss is added to the loss.
+        Labels are shifted inside; -100 is not scored, nor is the first token of a packed document. ``shift_labels``
+        (B, T) in kwargs gives targets that are already aligned with the logits, for contiguous windows; all of them but
+        -100 are scored. In training mode λ · unitary_loss is added to the loss.
         """
+        mask, starts = self.read_batch(attention_mask, kwargs, input_ids, inputs_embeds)  # (B, T) each
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            document_starts=starts,
             **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -354,6 +370,8 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         loss: Tensor | None = None
         share: Tensor | float = 1.0
         if labels is not None:
+            if starts is not None:
+                labels = labels.masked_fill(starts.to(labels.device), -100)  # (B, T): no document predicts the next
             if kwargs.get("shift_labels") is not None:
                 # transformers takes a view of it, which a window cut from a longer stream does not allow
                 kwargs["shift_labels"] = kwargs["shift_labels"].contiguous()

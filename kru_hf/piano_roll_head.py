@@ -69,11 +69,15 @@ class PianoRollMixin:
 
     @staticmethod
     def scored_frames(
-        input_values: Tensor, attention_mask: Tensor | None, shift_labels: Tensor | None, shift_mask: Tensor | None
+        input_values: Tensor,
+        attention_mask: Tensor | None,
+        shift_labels: Tensor | None,
+        shift_mask: Tensor | None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Targets (B, T, width) aligned with the logits, and which of them count (B, T).
 
-        Frame t+1 counts if it and frame t are frames of the piece: a piece's first frame is predicted from nothing.
+        Frame t+1 counts if it and frame t are frames of one piece: a piece's first frame is predicted from nothing.
         """
         real = torch.ones(input_values.shape[:2], dtype=torch.bool, device=input_values.device)  # (B, T)
         if attention_mask is not None:
@@ -81,8 +85,9 @@ class PianoRollMixin:
         if shift_labels is not None:
             return shift_labels, real if shift_mask is None else real & shift_mask.bool()
         targets = torch.cat([input_values[:, 1:], torch.zeros_like(input_values[:, :1])], 1)  # (B, T, width)
+        follows = real if starts is None else real & ~starts  # (B, T)
         last = torch.zeros_like(real[:, :1])  # (B, 1)
-        return targets, real & torch.cat([real[:, 1:], last], 1)  # (B, T)
+        return targets, real & torch.cat([follows[:, 1:], last], 1)  # (B, T)
 
     def stream_piano_roll(
         self,
@@ -137,7 +142,8 @@ class PianoRollMixin:
         voices: tuple[int, int | None],
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
-        device = self.key_head.weight.device
+        device: torch.device = self.device  # type: ignore[attr-defined]
+        device = torch.device("cpu") if device.type == "meta" else device  # weights that are brought in for each call
         training = self.training  # type: ignore[attr-defined]
         self.eval()  # type: ignore[attr-defined]
         try:
@@ -238,17 +244,19 @@ class KRUForPianoRoll(PianoRollMixin, KRUPreTrainedModel):
             the loss is the mean over all scored frames of the binary cross-entropy summed over the keys, in nats.
         """
         check_frames(input_values, self.width)
+        mask, starts = self.read_batch(attention_mask, kwargs, input_values)  # (B, T) each
         outputs = self.model(
             input_values=input_values,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            document_starts=starts,
             **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
         logits = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width)
         loss, shift_labels = None, kwargs.get("shift_labels")
         if return_loss and (shift_labels is not None or input_values.shape[1] > 1):
-            loss = roll_loss(logits, *self.scored_frames(input_values, attention_mask, shift_labels, shift_mask))
+            loss = roll_loss(logits, *self.scored_frames(input_values, mask, shift_labels, shift_mask, starts))
         loss, penalty = self.with_penalty(loss, outputs)
         return KRUPianoRollOutput(
             loss=loss,

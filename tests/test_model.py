@@ -85,14 +85,32 @@ def test_resize_embeddings(wiring, tied, tmp_path):
 
 
 @EVERY
-def test_gradient_checkpointing_has_equal_gradients(wiring):
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_windows_state_and_gradients(wiring, reentrant):
     model = tiny_model(**wiring).train()
-    plain = gradients(model, input_ids=IDS, labels=IDS)
-    model.gradient_checkpointing_enable()
-    checkpointed = gradients(model, input_ids=IDS, labels=IDS)
-    assert plain.keys() == checkpointed.keys() == dict(model.named_parameters()).keys()
-    for name, grad in plain.items():
-        assert_near(checkpointed[name], grad, RELATIVE[torch.float32])
+
+    def windows():
+        model.zero_grad()
+        state, losses = None, []
+        for part, detached in zip(IDS.split(2, 1), (False, True, False), strict=True):
+            out = model(input_ids=part, labels=part, past_key_values=state, use_cache=True)
+            state = out.past_key_values.detach() if detached else out.past_key_values
+            losses.append(out.loss)
+        sum(losses).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        return [loss.item() for loss in losses], state.states, grads
+
+    losses, states, grads = windows()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.is_gradient_checkpointing
+    found, found_states, found_grads = windows()
+    assert found == pytest.approx(losses, abs=LOGITS)
+    for state, expected in zip(found_states, states, strict=True):
+        assert_near(state, expected, LOGITS)
+    for name, grad in grads.items():
+        assert_near(found_grads[name], grad, RELATIVE[torch.float32])
+    assert model(input_ids=IDS).past_key_values.get_seq_length() == IDS.shape[1]  # the config's default
+    assert model(input_ids=IDS, use_cache=False).past_key_values is None
 
 
 @EVERY
