@@ -24,8 +24,10 @@ def _require(condition: Tensor, message: str, found: Tensor | None = None) -> No
         condition = torch.func.debug_unwrap(condition).all()  # ()
     if can_look_at(condition):
         if not bool(condition):
-            low, high = (None, None) if found is None else found.aminmax()
-            raise ValueError(message if low is None else f"{message}, got {float(low):.4g} to {float(high):.4g}")
+            if found is not None:
+                low, high = (float(n) for n in torch.func.debug_unwrap(found).aminmax())
+                message += f", got {low:.4g} to {high:.4g}"
+            raise ValueError(message)
     else:
         torch._assert_async(condition, message)
 
