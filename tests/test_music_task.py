@@ -1,9 +1,11 @@
 """The music task: its figure, its batches, its data, and composing from a trained folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,18 +308,43 @@ def test_missing_and_empty_folders(tmp_path):
         load_pieces(DataOptions(dataset=str(tmp_path)), 1)
 
 
-def test_chorales_are_parsed_once(tmp_path, monkeypatch):
+def test_chorales_are_parsed_once_for_every_grid_and_anew_when_what_decides_them_changes(tmp_path, monkeypatch):
     corpus = pytest.importorskip("music21.corpus")
-    some = sorted(corpus.getComposer("bach"), key=str)[:8]
+    files = [Path(shutil.copy(path, tmp_path)) for path in sorted(corpus.getComposer("bach"), key=str)[:6]]
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr(corpus, "getComposer", lambda name: some)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rolls = music_data.music21_chorales(2)
-    monkeypatch.setattr(corpus, "getComposer", lambda name: pytest.fail("the cache was not used"))
-    again = music_data.music21_chorales(2)
-    assert len(rolls) >= 3
-    assert all(np.array_equal(a, b) for a, b in zip(rolls, again, strict=True))
+    monkeypatch.setattr(corpus, "getComposer", lambda name: files)
+    parse, parsed = music_data.parse_chorale, []
+    monkeypatch.setattr(music_data, "parse_chorale", lambda path: parsed.append(path) or parse(path))
+
+    def again(grid=2):
+        parsed.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return music_data.music21_chorales(grid), len(parsed)
+
+    stale = music_data.cache_folder() / f"bach_chorales-music21-{music_data.version('music21')}-2.json"
+    stale.parent.mkdir()
+    stale.write_text("[[[60], [60]]]")  # as versions before kept them
+    rolls, count = again()
+    assert count == 6 and len(rolls) >= 3
+    same, count = again()
+    assert count == 0 and all(np.array_equal(a, b) for a, b in zip(rolls, same, strict=True))
+    finer, count = again(4)
+    assert count == 0 and [len(roll) for roll in finer] == [2 * len(roll) for roll in rolls]
+    monkeypatch.setattr(music_data.inspect, "getsource", lambda parser: "another parser")
+    assert again()[1] == 6
+    monkeypatch.setattr(music_data, "version", lambda name: "0")
+    assert again()[1] == 6
+    files.pop()
+    assert again()[1] == 5
+    shutil.copy(files[0], files[1])
+    assert again()[1] == 5
+    newest = max(stale.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for damage in (newest.read_text().replace("60", "61"), newest.read_text()[:-9], "[]", "{}"):
+        newest.write_text(damage)
+        assert again()[1] == 5
+    with pytest.raises(UserError, match="frames_per_quarter=481 is not valid"):
+        again(481)
     figures = piece_figures(rolls[0])
     assert 2 < figures["density"] <= 5
     assert 30 <= figures["lowest"] < figures["highest"] <= 84

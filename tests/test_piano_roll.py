@@ -280,10 +280,25 @@ def test_what_is_dropped_or_changed_is_counted(tmp_path):
     assert "2 notes outside the pitches 21..108" in piece.problems
 
 
-def test_notes_that_their_pitch_cuts_short_are_counted():
-    piece = quantise([(0, 8, 60), (4, 1, 60), (5, 1, 60), (0, 8, 64)], 1)
-    assert piece.notes() == [(0, 4, 60), (0, 8, 64), (4, 1, 60), (5, 1, 60)]
-    assert piece.report == {"cut_notes": 1}
+def test_a_key_sounds_where_any_note_of_it_does():
+    """Nested, in a row, of one start, and apart; the onsets tell them from one another."""
+    piece = quantise([(0, 8, 60), (4, 1, 60), (5, 1, 60), (0, 8, 64), (0, 3, 64), (10, 1, 60)], 1)
+    assert np.flatnonzero(piece.roll[:, 39]).tolist() == [*range(8), 10]
+    assert np.flatnonzero(piece.onsets[:, 39]).tolist() == [0, 4, 5, 10]
+    assert np.flatnonzero(piece.roll[:, 43]).tolist() == list(range(8))
+    assert piece.notes() == [(0, 4, 60), (0, 8, 64), (4, 1, 60), (5, 3, 60), (10, 1, 60)]
+    assert piece.report == {"overlapping_notes": 1}
+
+
+@settings(max_examples=50, deadline=None)
+@given(notes=pieces)
+def test_a_roll_is_the_union_of_its_notes(notes):
+    piece = quantise(notes, 1)
+    union, onsets = np.zeros_like(piece.roll), np.zeros_like(piece.roll)
+    for start, length, pitch in notes:
+        union[start : start + length, pitch - 21] = True
+        onsets[start, pitch - 21] = True
+    assert np.array_equal(piece.roll, union) and np.array_equal(piece.onsets, onsets)
 
 
 def test_notes_without_length_are_counted():
@@ -305,7 +320,7 @@ ONE_NOTE = b"\x00\x90\x3c\x50\x83\x60\x80\x3c\x00" + END
     ("data", "message"),
     [
         (b"", "is empty"),
-        (b"RIFF....", "not a MIDI file"),
+        (b"RIFF....WAVEfmt ", "not a MIDI file"),
         (b"MThd", "damaged"),
         (midi_bytes(ONE_NOTE)[:20], "damaged|no note"),
         (midi_bytes(END), "no note that a piano has"),
@@ -340,6 +355,45 @@ def test_a_missing_file_and_a_bad_length(tmp_path):
         read_midi(tmp_path / "none.mid")
     with pytest.raises(MidiError, match="more than 100000"):
         quantise([(1e6, 1, 60)], 4)
+    for start, length in ((-1, 2), (0, math.inf), (math.nan, 1), (3, -1)):
+        with pytest.raises(MidiError, match="must be 0 or more, finite"):
+            quantise([(start, length, 60)], 4)
+    for grid in (0, 481):
+        with pytest.raises(MidiError, match=f"frames_per_quarter={grid} is not valid: it must be between 1 and 480"):
+            quantise([(0, 1, 60)], grid)
+    with pytest.raises(MidiError, match="100001 frames, more than 100000"):
+        frames_to_roll([[]] * 100_001)
+    with (tmp_path / "large.mid").open("wb") as file:
+        file.truncate((1 << 24) + 1)
+    with pytest.raises(MidiError, match="16,777,217 bytes; a MIDI file may have 16,777,216"):
+        read_midi(tmp_path / "large.mid")
+
+
+@pytest.mark.parametrize(("grid", "tempo", "frames"), [(1, 10.0, 601), (4, 10.0, 2401), (480, 1000.0, 100_000)])
+def test_a_sound_is_at_most_an_hour_on_every_grid(grid, tempo, frames, tmp_path, monkeypatch):
+    piece = PianoRoll(np.zeros((frames, 88)), None, grid, [(0, tempo)])
+    if piece.frame_seconds()[-1] <= 3600:
+        synthesize(piece, 100)
+        piece.tempos = [(0, 1e-3)]
+    with pytest.raises(MidiError, match="seconds is too long: it may have 3,600"):
+        write_wav(piece, tmp_path / "a.wav")
+    assert not (tmp_path / "a.wav").exists()
+
+
+def test_a_held_string_rings_out():
+    """What is left after ten seconds is below one step of 16 bits, so a longer note takes no more memory."""
+    piece = PianoRoll(np.zeros((40, 88)), None, 1, [(0, 60.0)])
+    piece.roll[:, 39] = piece.onsets[0, 39] = True
+    sound = synthesize(piece, 8_000)
+    assert np.abs(sound[9 * 8_000 : 10 * 8_000]).max() < 1 / 32_768
+    assert len(sound) == int(40.3 * 8_000) + 1 and not sound[11 * 8_000 :].any()
+
+
+@pytest.mark.parametrize("grid", [1, 68, 69, 480])
+def test_every_grid_can_be_written(grid, tmp_path):
+    piece = quantise([(0, 1, 60), (1, 1 / grid, 64)], grid)
+    write_midi(piece, tmp_path / "a.mid")
+    assert read_midi(tmp_path / "a.mid", grid).notes() == [(0, grid, 60), (grid, 1, 64)]
 
 
 @settings(max_examples=60, deadline=None)

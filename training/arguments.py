@@ -27,6 +27,8 @@ ARCHITECTURES = ("kru", "rnn", "lstm", "gru", "orthogonal", "low_rank", "unitary
 RECIPES = Path(__file__).parent / "recipes"
 # Options of the model that 0 turns off, as if they were not given: so a recipe's own can be taken back.
 OFF_AT_ZERO = ("io_rank", "kronecker_terms", "intermediate_size", "chrono_max_length")
+MAX_COUNT = 2**31 - 1  # of every other whole number: what arrays and tensors of such sizes can still be counted with
+MAX_RECIPE = 1 << 20  # bytes
 MAX_SEED = 2**63 - 1  # torch takes unsigned numbers of 64 bits, and each process adds its own number to the seed
 
 
@@ -269,13 +271,28 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"recipe {str(path)!r} does not exist; recipes here: {', '.join(names)}")
+    if path.stat().st_size > MAX_RECIPE:
+        raise UserError(f"recipe {str(path)!r} has {path.stat().st_size:,} bytes; it may have {MAX_RECIPE:,}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        check_flat(text)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes, numbers and dates that are none
         raise UserError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {str(path)!r} must be a mapping of option names to values")
     return values
+
+
+def check_flat(text: str) -> None:
+    """`ValueError` for a recipe with aliases, which can stand for more than memory holds, or deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has the alias *{event.anchor}; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 3:
+            raise ValueError("it is nested deeper than a list of lists")
 
 
 def recipe_arguments(values: dict[str, Any], known: list[str], source: str) -> list[str]:
@@ -340,4 +357,7 @@ def parse_words(classes: list[Any], words: list[str], program: str) -> list[Any]
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: a recipe comes first, then --option value")
     values = vars(namespace)
+    for name in known:
+        if isinstance(values[name], int) and "seed" not in name:
+            require(values[name] <= MAX_COUNT, name, values[name], f"at most {MAX_COUNT}")
     return [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]

@@ -17,7 +17,18 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from kru_hf.piano_roll import NUM_PITCHES, MidiError, PianoRoll, draw_roll, read_midi, write_midi, write_wav
+from kru_hf.piano_roll import (
+    MAX_FRAMES,
+    MAX_GRID,
+    NUM_PITCHES,
+    MidiError,
+    PianoRoll,
+    check_length,
+    draw_roll,
+    read_midi,
+    write_midi,
+    write_wav,
+)
 
 from .arguments import check_seed, option, parse_words, require
 from .checkpoint import PRESENTED, RUN_FILES
@@ -63,10 +74,13 @@ class ComposeOptions:
         for path in (Path(self.output), *files):
             require(not path.is_dir(), "output", self.output, f"a file, and {path.name} is a folder")
         require(self.prime is not None or not self.prime_frames, "prime_frames", self.prime_frames, "0 without prime")
-        require(self.num_frames >= 1, "num_frames", self.num_frames, "1 or more")
+        require(1 <= self.num_frames <= MAX_FRAMES, "num_frames", self.num_frames, f"between 1 and {MAX_FRAMES}")
         require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more and finite")
         for name in ("prime_frames", "max_voices", "min_voices", "frames_per_quarter"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(
+            self.frames_per_quarter <= MAX_GRID, "frames_per_quarter", self.frames_per_quarter, f"at most {MAX_GRID}"
+        )
         require(self.max_voices <= NUM_PITCHES, "max_voices", self.max_voices, f"at most {NUM_PITCHES}, or 0")
         check_seed(self.seed)
         most = self.max_voices or NUM_PITCHES
@@ -93,21 +107,32 @@ def read_prime(options: ComposeOptions, frames_per_quarter: int) -> PianoRoll | 
 
 
 def compose(model: Any, prime: PianoRoll | None, options: ComposeOptions, frames_per_quarter: int) -> PianoRoll:
-    """The prime and `num_frames` composed frames as one piece; notes begin anew where the model takes over."""
+    """The prime and `num_frames` composed frames as one piece; notes begin anew where the model takes over.
+
+    Raises:
+        UserError: with the prime it would be too long, which is known before it is composed.
+    """
+    given = np.zeros((0, NUM_PITCHES), dtype=bool) if prime is None else prime.roll  # (T, 88)
+    tempos = prime.tempos if prime is not None and not options.tempo else [(0, options.tempo or 90.0)]
+    limit = MAX_FRAMES - len(given)
+    require(options.num_frames <= limit, "num_frames", options.num_frames, f"at most {limit} after this prime")
+    roll = np.concatenate([given, np.zeros((options.num_frames, NUM_PITCHES), dtype=bool)])  # (T + num_frames, 88)
+    try:
+        check_length(PianoRoll(roll, None, frames_per_quarter, tempos).frame_seconds()[-1])
+    except MidiError as error:
+        raise UserError(f"num_frames={options.num_frames}, after {len(given)} of the prime: {error}") from error
     start = None if prime is None else torch.from_numpy(prime.roll).float()  # (T, 88)
     most, least = options.max_voices or None, options.min_voices
     stream = model.stream_piano_roll(
         start, options.num_frames, options.temperature, most, options.seed, min_voices=least
     )
     bar = tqdm(stream, total=options.num_frames, desc="composing", unit="frame", disable=not sys.stderr.isatty())
-    continuation = PianoRoll(np.stack([frame[0].numpy() for frame in bar]), None, frames_per_quarter)
-    tempos = [(0, options.tempo or 90.0)]
-    if prime is None:
-        return PianoRoll(continuation.roll, continuation.onsets, frames_per_quarter, tempos)
-    assert prime.onsets is not None and continuation.onsets is not None
-    roll = np.concatenate([prime.roll, continuation.roll])  # (T + num_frames, 88)
-    onsets = np.concatenate([prime.onsets, continuation.onsets])  # (T + num_frames, 88)
-    return PianoRoll(roll, onsets, frames_per_quarter, tempos if options.tempo else prime.tempos)
+    roll[len(given) :] = np.stack([frame[0].numpy() for frame in bar]) > 0.5
+    onsets = PianoRoll(roll[len(given) :]).onsets
+    if prime is not None:
+        assert prime.onsets is not None and onsets is not None
+        onsets = np.concatenate([prime.onsets, onsets])  # (T + num_frames, 88)
+    return PianoRoll(roll, onsets, frames_per_quarter, tempos)
 
 
 def compare(continuation: np.ndarray, record: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import hashlib
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,7 +138,8 @@ def sentences(random: np.random.Generator, number: int) -> list[str]:
 def load_espeak(seed: int = 0) -> tuple[dict[str, list[Utterance]], str]:
     """Spoken sentences by split, none in two of them, and espeak-ng's version: made once, then read from the cache."""
     version = library_version(_open())
-    cache = cache_folder() / f"espeak-ng-{version}-{seed}.npz"
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # sentences, voices, and how they are spoken
+    cache = cache_folder() / f"espeak-ng-{version}-{seed}-{code}.npz"
     if not cache.is_file():
         print(f"data: espeak-ng {version} speaks {sum(UTTERANCES.values())} sentences, once", flush=True)
         # What espeak-ng says depends on what it has said before: a process of its own makes the same speech anywhere.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections import Counter
@@ -16,7 +17,7 @@ import numpy as np
 from datasets import load_dataset
 from tqdm import tqdm
 
-from kru_hf.piano_roll import NUM_PITCHES, PROBLEMS, MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
+from kru_hf.piano_roll import PROBLEMS, MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
 
 from .errors import UserError
 from .tasks.base import DataOptions
@@ -24,7 +25,13 @@ from .tasks.base import DataOptions
 SPLITS = ("train", "validation", "test")
 CHORALES = "bach_chorales"
 HELD_OUT = 0.1  # share of the pieces in each of validation and test, where the data has no splits of its own
-MIDI_ENDINGS = (".mid", ".midi")
+MIDI_ENDINGS = (".mid", ".midi", ".rmi", ".kar")
+# What is told of a folder of MIDI files as the number of files that have it.
+IN_FILES = {
+    "pedal_notes": "files with notes that a pedal holds on",
+    "merged_tracks": "files whose tracks are laid over each other",
+    "tempo_changes": "files with changes of tempo, which the grid leaves out",
+}
 TABLE_ENDINGS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 
 
@@ -155,6 +162,8 @@ def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
                 f"dataset: {name!r}, row {index}: notes must be a list of frames, a frame a list of MIDI pitches, "
                 "whole numbers"
             ) from error
+        except MidiError as error:
+            raise UserError(f"dataset: {name!r}, row {index}: {error}") from error
         report["out_of_range_notes"] += outside
         rolls.append(roll)
     return rolls
@@ -187,7 +196,8 @@ def read_midi_files(folder: Path, frames_per_quarter: int, report: Counter[str])
         except MidiError as error:
             bad.append(str(error))
             continue
-        report.update(piece.report)
+        counts = {**piece.report, "tempo_changes": len(piece.tempos) - 1}
+        report.update({name: min(count, 1) if name in IN_FILES else count for name, count in counts.items()})
         rolls.append(piece.roll)
     report["unusable_files"] += len(bad)
     for message in bad[:5]:
@@ -199,7 +209,12 @@ def read_midi_files(folder: Path, frames_per_quarter: int, report: Counter[str])
 
 def describe_report(report: Mapping[str, int]) -> str:
     """What was dropped or changed, in words."""
-    words = {**PROBLEMS, "unusable_files": "files left out", "short_pieces": "pieces of fewer than two frames left out"}
+    words = {
+        **PROBLEMS,
+        **IN_FILES,
+        "unusable_files": "files left out",
+        "short_pieces": "pieces of fewer than two frames left out",
+    }
     return "; ".join(f"{count} {words[name]}" for name, count in report.items() if count)
 
 
@@ -212,48 +227,69 @@ def cache_folder() -> Path:
 
 
 def music21_chorales(frames_per_quarter: int) -> list[np.ndarray]:
-    """The four-part Bach chorales of music21's corpus: parsed once (minutes), then read from the cache."""
+    """The four-part Bach chorales of music21's corpus on a grid: parsed once (a minute), then read from the cache."""
     try:
         from music21 import corpus
     except ImportError as error:
         raise UserError(f"dataset={CHORALES!r} needs music21: pip install 'kru-hf[music]'") from error
-    cache = cache_folder() / f"{CHORALES}-music21-{version('music21')}-{frames_per_quarter}.json"
-    if cache.is_file():
-        try:
-            frames = json.loads(cache.read_text(encoding="utf-8"))
-            return [frames_to_roll(piece)[0] for piece in frames]
-        except (ValueError, TypeError):
-            tqdm.write(f"the cache {cache.name} is damaged and is built again")
-    rolls = []
-    for path in tqdm(sorted(corpus.getComposer("bach"), key=str), desc="parsing chorales, once", unit="piece"):
-        roll = parse_chorale(path, frames_per_quarter)
-        if roll is not None:
-            rolls.append(roll)
+    pieces = cached_notes(sorted(map(Path, corpus.getComposer("bach")), key=str))
+    try:
+        rolls = [
+            quantise([(start, length, pitch) for start, length, pitch in notes], frames_per_quarter).roll
+            for notes in pieces
+        ]
+    except MidiError as error:
+        raise UserError(f"dataset={CHORALES!r} with frames_per_quarter={frames_per_quarter}: {error}") from error
+    return [roll for roll in rolls if len(roll) > 1]
+
+
+def cached_notes(paths: Sequence[Path]) -> list[list[tuple[float, float, int]]]:
+    """The notes of the pieces with four parts, from a cache under all that decides them.
+
+    That is the files, music21 and the parser; the grid is laid over the notes afterwards.
+    """
+    digest = hashlib.sha256(f"{version('music21')}\n{inspect.getsource(parse_chorale)}".encode())
+    for path in paths:
+        digest.update(f"{path.name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    cache = cache_folder() / f"{CHORALES}-{digest.hexdigest()[:16]}.json"
+    try:
+        return read_notes(cache)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, LookupError):
+        tqdm.write(f"the cache {cache.name} is damaged and is built again")
+    parsed = [parse_chorale(path) for path in tqdm(paths, desc="parsing chorales, once", unit="piece")]
+    text = json.dumps([notes for notes in parsed if notes])
     cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([roll_to_frames(roll) for roll in rolls]), encoding="utf-8")
+    temporary.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "notes": text}))
     os.replace(temporary, cache)
-    return rolls
+    return read_notes(cache)
 
 
-def parse_chorale(path: Any, frames_per_quarter: int) -> np.ndarray | None:
-    """A piece of music21's corpus as a roll (T, 88), or None if it has not four parts or cannot be parsed."""
+def read_notes(cache: Path) -> list[list[tuple[float, float, int]]]:
+    """What a cache holds; `ValueError`, `TypeError` or `LookupError` if it is damaged."""
+    kept = json.loads(cache.read_text(encoding="utf-8"))
+    if hashlib.sha256(kept["notes"].encode()).hexdigest() != kept["sha256"]:
+        raise ValueError(f"{cache.name} is not as it was written")
+    return json.loads(kept["notes"])
+
+
+def parse_chorale(path: Path) -> list[tuple[float, float, int]]:
+    """Start and length in quarter notes and pitch of the notes of a score; none unless it has four parts."""
     from music21 import converter
     from music21.exceptions21 import Music21Exception
 
     try:
         score: Any = converter.parse(path)
     except (Music21Exception, ValueError, KeyError):
-        return None
+        return []
     if len(score.parts) != 4:
-        return None
-    notes = [
+        return []
+    return [
         (float(element.offset), float(element.quarterLength), pitch.midi)
         for part in score.parts
         for element in part.flatten().notes
         if element.quarterLength > 0
         for pitch in element.pitches
     ]
-    roll = quantise(notes, frames_per_quarter).roll
-    assert roll.shape[1] == NUM_PITCHES
-    return roll if len(roll) > 1 else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kru_hf import KRUCache
-from kru_hf.piano_roll import NUM_PITCHES, roll_to_frames
+from kru_hf.piano_roll import MAX_GRID, NUM_PITCHES, roll_to_frames
 from kru_hf.piano_roll_head import frame_nats
 
 from .. import piano_roll_baseline  # noqa: F401 (registers the baselines' head)
@@ -42,6 +42,8 @@ class PianoRollOptions:
         for name, lowest in (("sequence_length", 1), ("frames_per_quarter", 1), ("transpose", 0)):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name}={getattr(self, name)} is not valid: it must be {lowest} or more")
+        if self.frames_per_quarter > MAX_GRID:
+            raise UserError(f"frames_per_quarter={self.frames_per_quarter} is not valid: it must be at most {MAX_GRID}")
 
 
 class PianoRollTask(Task):
