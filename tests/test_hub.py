@@ -308,7 +308,7 @@ def test_dry_run_sends_nothing(trained: Path, hub: HubServer, capsys: pytest.Cap
     [
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda f: (f / "all_results.json").unlink(), "has no all_results.json"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "do not load"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "model.safetensors' is damaged"),
         (lambda f: edit(f / "config.json", state_size=16, factor_shapes=[[4, 4], [4, 4]], hidden_size=32), "do not"),
         (lambda f: edit(f / "config.json", model_type="kru_baseline"), "only 'kru' models"),
         (lambda f: edit(f / "all_results.json", num_parameters=None), "num_parameters"),

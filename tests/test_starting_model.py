@@ -85,7 +85,7 @@ def damaged(trained, folder, edit):
 def test_weights_that_are_missing_or_not_finite_give_no_figures(trained, text_file, tmp_path, capsys):  # noqa: F811
     gone = damaged(trained, tmp_path / "gone", lambda weights: weights.pop("lm_head.weight"))
     broken = damaged(trained, tmp_path / "broken", lambda weights: weights["lm_head.bias"].fill_(torch.nan))
-    for folder, message in ((gone, "its weights have no lm_head.weight"), (broken, "in lm_head.bias are finite")):
+    for folder, message in ((gone, "missing keys: lm_head.weight"), (broken, "are not finite: lm_head.bias")):
         for call in (evaluate.main, main):
             words = [f"--model={folder}", f"--dataset={text_file}", "--use_cpu"]
             more = [f"--output_dir={tmp_path / 'more'}", "--report_to=none", "--max_steps=1"]
@@ -97,7 +97,8 @@ def test_weights_that_are_missing_or_not_finite_give_no_figures(trained, text_fi
     ("name", "content", "message"),
     [
         *(("training", text, "no readable training.json") for text in ("[]", "{}", '{"options": [], "dataset": {}}')),
-        *(("tokenizer", text, "run' cannot be loaded: ") for text in ("{}", "[]", '{"model": 1}')),
+        *(("tokenizer", text, "run' cannot be loaded: tokenizer.json") for text in ("{}", '{"model": 1}')),
+        ("tokenizer", "[]", "tokenizer.json' is damaged: "),
     ],
 )
 def test_json_of_another_form_is_named(trained, text_file, tmp_path, capsys, name, content, message):  # noqa: F811

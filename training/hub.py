@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,30 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
+from .arguments import nearest
 from .errors import UserError
 from .files import read_json
 
 # huggingface_hub's error derives from that of its HTTP client: httpx in 1.x, a successor from 2.x on.
 ClientError: type[Exception] = HfHubHTTPError.__bases__[0]
+# The Hub's identifiers of licences, as its documentation lists them.
+LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma
+    unknown other
+"""
+# What `git check-ref-format` refuses, and what would hide behind a branch, a commit or a pull request.
+NO_TAG = re.compile(
+    r"[\s\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)|^[-/.]|[/.]$|^@$|^refs/|^(main|HEAD)$|^[0-9a-fA-F]{40}$"
+)
 PROPOSAL = "Publish the trained model"  # title of the pull requests, by which a later run finds its own again
 
 
@@ -65,9 +84,33 @@ def explained(repo_id: str, doing: str) -> Iterator[None]:
 
 
 def check_name(repo_id: str) -> None:
-    """An error unless it is ME/NAME; the Hub's own rules for the characters come later."""
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise UserError(f"repo_id={repo_id!r} is not valid: it must be ME/NAME")
+    """An error unless it is ME/NAME, by the rules of the Hub."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"repo_id={repo_id!r} is not valid: it must be ME/NAME ({error})") from error
+    if repo_id is None or "/" not in repo_id or len(repo_id) > 96:
+        raise UserError(f"repo_id={repo_id!r} is not valid: it must be ME/NAME, of at most 96 characters")
+
+
+def check_tag(tag: str | None) -> None:
+    """An error unless it is None or can be a tag, by git's rules for the names of references."""
+    if tag is not None and (not tag or not tag.isprintable() or len(tag.encode()) > 250 or NO_TAG.search(tag)):
+        raise UserError(
+            f"revision_tag={tag!r} is not valid: it must be a name such as v1.0, by git's rules: no blanks, none of "
+            "~^:?*[\\, no '..', '//', '@{' or '/.', no '-', '/' or '.' at its start, no '/', '.' or '.lock' at its "
+            "end, and neither main, HEAD, refs/… nor the SHA of a commit"
+        )
+
+
+def check_license(name: str) -> None:
+    """An error unless the Hub knows a licence of that identifier."""
+    known = LICENSES.split()
+    if name not in known:
+        raise UserError(
+            f"license={name!r} is not valid: it must be an identifier of the Hub, such as apache-2.0, mit, "
+            f"cc-by-4.0 or other{nearest(str(name).lower(), known)}"
+        )
 
 
 def check_token(api: HfApi) -> None:

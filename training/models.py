@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 import kru_hf
 from kru_hf import scan_cpu, scan_gated_cpu, scan_triton
@@ -20,6 +23,7 @@ from . import processes
 from .arguments import ModelOptions
 from .baselines import CELLS, BaselineConfig
 from .errors import UserError
+from .files import one_line, read, read_json
 from .sizing import fit_to_budget
 from .tasks import Task
 from .unitary import UnitaryKRUConfig
@@ -31,6 +35,11 @@ HEADS = {
     "token_classification": "AutoModelForTokenClassification",
     "piano_roll": "AutoModel",
 }
+FLOATS = ("F32", "F16", "BF16")  # what weights can be stored as, by safetensors' names
+JSON_FILES = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
 # Heads that predict what comes next, so that nothing may be read from the end of a sequence.
 STREAMED = ("causal_lm", "piano_roll")
 
@@ -144,51 +153,99 @@ def _snake(name: str) -> str:
     return "".join("_" + c.lower() if c.isupper() else c for c in name.replace("LM", "Lm"))
 
 
-def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
+@contextmanager
+def loading(folder: str, part: str) -> Iterator[None]:
+    """An error of one line that names `part` for whatever transformers' readers raise, in place of their reports."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what they do not expect in a damaged file ends in errors of any kind
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        cause = _root_cause(error) if isinstance(error, StrictDataclassError) else error
+        raise UserError(f"model={folder!r} cannot be loaded: {part}: {kind}{one_line(cause, 400)}") from error
+    finally:
+        logging.set_verbosity(level)
+
+
+def load_model(folder: str, head: str, **changes: Any) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer (or None) of a trained folder or Hub id; pushed code is never executed.
 
+    Args:
+        changes: config fields in place of those of config.json.
+
     Raises:
-        UserError: it does not exist, is incomplete or damaged, or model and tokenizer do not fit together.
+        UserError: it does not exist, is incomplete or damaged, or model and tokenizer do not fit together; it names the
+            file.
     """
     local = Path(folder)
     if not local.exists() and (local.is_absolute() or folder.startswith(".") or len(local.parts) > 2):
         raise UserError(f"model={folder!r} does not exist; pass the folder of a model or a Hub id")
-    if local.exists() and not (local / "config.json").is_file():
+    if local.exists() and not os.path.lexists(local / "config.json"):
         raise UserError(f"model={folder!r} is not a model folder: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    if local.exists():
+        check_files(local)
+    with loading(folder, "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
         check_engine(config)
         load: Any = model_class(head, config).from_pretrained
-        model, found = load(folder, config=config, output_loading_info=True)
-        # On the Hub language models have one; of other heads the client would look for one of another kind, and fail.
-        has_tokenizer = (local / "tokenizer.json").is_file() if local.exists() else head == "causal_lm"
-        tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    except SafetensorError as error:
-        raise UserError(
-            f"the weights in {folder!r} are damaged or incomplete ({error}); copy or train them again"
-        ) from error
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-        # The last three are what JSON of another form than a config's or a tokenizer's ends in.
-        problem = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
-        raise UserError(f"model={folder!r} cannot be loaded: {problem}") from error
-    check_weights(folder, model, found["missing_keys"])
+    if (local / "generation_config.json").exists():
+        with loading(folder, "generation_config.json"):
+            GenerationConfig.from_pretrained(folder)
+    with loading(folder, ckpt.WEIGHTS):
+        model, found = load(folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
+    check_weights(folder, model, found)
+    tokenizer = None
+    if head == "causal_lm" and (not local.exists() or (local / "tokenizer.json").exists()):
+        with loading(folder, "tokenizer.json or tokenizer_config.json"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a text")["input_ids"])  # some wrong fields only show when it is used
     if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise UserError(
             f"model={folder!r}: the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
-            f"{model.config.vocab_size}"
+            f"{model.config.vocab_size} (tokenizer.json, config.json)"
         )
     register_code(model)
     return model, tokenizer
 
 
-def check_weights(folder: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """`UserError` for weights that are not there, which would be drawn anew, or not finite; another head is new."""
+def check_files(folder: Path) -> None:
+    """`UserError` that names a file of a model's folder which is not JSON, or not weights that a model can have."""
+    for name in JSON_FILES:
+        read_json(folder / name, optional=True)
+    path = folder / ckpt.WEIGHTS
+    if not os.path.lexists(path):
+        return
+
+    def reader(file: Path) -> dict[str, str]:
+        with safe_open(file, "pt") as weights:
+            return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (no mapping)
+
+    for name, dtype in read(path, reader).items():
+        if dtype not in FLOATS:
+            raise UserError(f"{str(path)!r}: {name} is of the type {dtype}; weights must be {', '.join(FLOATS)}")
+
+
+def check_weights(folder: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """`UserError` for weights that are not there, which would be drawn anew, of another shape, or not finite.
+
+    Another head than the saved one is new, and leaves the saved one's weights alone.
+    """
     same_head = type(model).__name__ in (model.config.architectures or [])
-    gone = sorted(name for name in missing if same_head or name.startswith(f"{model.base_model_prefix}."))
-    if gone:
-        raise UserError(f"model={folder!r} is incomplete: its weights have no {', '.join(gone)}")
+    inside = f"{model.base_model_prefix}."
+    wrong = {
+        f"{kind} keys": sorted(name for name in found[f"{kind}_keys"] if same_head or name.startswith(inside))
+        for kind in ("missing", "unexpected")
+    }
+    shapes = sorted(found["mismatched_keys"])
+    wrong["shapes"] = [f"{name} is {list(stored)}, not {list(wanted)}" for name, stored, wanted in shapes]
+    if any(wrong.values()):
+        shown = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in wrong.items() if names)
+        raise UserError(f"the weights in {folder!r} ({ckpt.WEIGHTS}) do not fit config.json: {shown}")
     if broken := ckpt.not_finite(model):
-        raise UserError(f"model={folder!r} is damaged: not all numbers in {', '.join(broken)} are finite")
+        raise UserError(f"the weights in {folder!r} ({ckpt.WEIGHTS}) are not finite: {', '.join(broken[:5])}")
 
 
 def check_fit(folder: str, model: PreTrainedModel, task: Task) -> None:

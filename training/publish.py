@@ -9,25 +9,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import shlex
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import kru_hf
 
 from .arguments import parse_words
 from .cards import COMPOSITION, DATA_SOURCES, missing_fields, render_card
-from .checkpoint import not_finite
 from .errors import UserError
 from .files import read_json
-from .hub import PROPOSAL, check_access, check_name, explained, open_proposal, remote_files, same
+from .hub import (
+    PROPOSAL,
+    check_access,
+    check_license,
+    check_name,
+    check_tag,
+    explained,
+    open_proposal,
+    remote_files,
+    same,
+)
+from .models import load_model
 
 PACKAGE = Path(kru_hf.__file__).parent
 WEIGHTS = "model.safetensors"
@@ -42,6 +54,12 @@ RESULT_FILES = (
 )
 # What a new version brings or removes. Everything else in the repository is the owner's, and stays.
 COPIED_FILES = (WEIGHTS, "generation_config.json", *TOKENIZER_FILES, *RESULT_FILES)
+HEADS = {
+    "KRUForCausalLM": "causal_lm",
+    "KRUForSequenceClassification": "sequence_classification",
+    "KRUForTokenClassification": "token_classification",
+    "KRUForPianoRoll": "piano_roll",
+}
 AUTO_CLASSES = {
     "AutoModelForCausalLM": "KRUForCausalLM",
     "AutoModelForSequenceClassification": "KRUForSequenceClassification",
@@ -126,57 +144,70 @@ def check_folder(folder: Path, data_license: str | None = None) -> None:
     """Whether a folder can be published: weights and tokenizer load, results are there, the card is complete.
 
     Raises:
-        UserError: with everything that is missing, in one message.
+        UserError: with everything that is missing, in one message; or the file or field that is wrong.
     """
     if not folder.is_dir():
         raise UserError(f"model={str(folder)!r} is not a folder: publish the --output_dir of a finished run")
     missing = [name for name in ("config.json", WEIGHTS, "all_results.json") if not (folder / name).is_file()]
     if missing:
         raise UserError(f"model={str(folder)!r} has no {', '.join(missing)}: it is not the folder of a finished run")
+    for name in ("config.json", *COPIED_FILES):
+        own_file(folder, name)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "kru":
         raise UserError(
             f"model={str(folder)!r} is of the type {config.get('model_type')!r}: only 'kru' models have code to publish"
         )
+    if "custom_pipelines" in config:
+        raise UserError("config.json: custom_pipelines would run code of elsewhere; remove it")
     missing = missing_fields(folder, data_license)
     if missing:
         raise UserError(f"the card of model={str(folder)!r} would lack: {'; '.join(missing)}")
-    check_weights(folder, config["architectures"][0])
+    results = read_json(folder / "all_results.json")
+    for name, value in results.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"all_results.json: {name}={value} is not valid: it must be finite")
+    check_model(folder, config["architectures"][0])
 
 
-def check_weights(folder: Path, class_name: str) -> None:
+def check_model(folder: Path, class_name: str) -> None:
     """Load weights and tokenizer, exactly, as a user would."""
-    head = model_class(class_name)
-    if head is None:
-        raise UserError(f"config.json names the class {class_name!r}, which kru_hf {kru_hf.__version__} does not have")
-    try:
-        config: PreTrainedConfig = kru_hf.KRUConfig.from_pretrained(folder)
-        loaded: Any = head.from_pretrained(folder, config=config, output_loading_info=True)
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"the weights in {str(folder)!r} do not load: {error}") from error
-    model, report = loaded
-    wrong = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        shown = "; ".join(f"{key.replace('_', ' ')}: {', '.join(names[:5])}" for key, names in wrong.items() if names)
-        raise UserError(f"the weights in {str(folder)!r} do not fit config.json: {shown}")
-    if broken := not_finite(model):
-        raise UserError(f"the weights in {str(folder)!r} are not finite: {', '.join(broken[:5])}")
-    if class_name != "KRUForCausalLM":
-        return
-    if not (folder / "tokenizer.json").is_file():
+    if class_name not in HEADS:
+        known = ", ".join(HEADS)
+        raise UserError(f"config.json names the class {class_name!r}; kru_hf {kru_hf.__version__} publishes {known}")
+    model, tokenizer = load_model(str(folder), HEADS[class_name], scan_backend="auto")
+    if type(model).__name__ != class_name:
+        raise UserError(f"config.json names the class {class_name!r}, but describes a {type(model).__name__}")
+    if class_name == "KRUForCausalLM" and tokenizer is None:
         raise UserError(f"model={str(folder)!r} is a language model without tokenizer.json")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    if len(tokenizer) != config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, but config.json's vocab_size is {config.vocab_size}"
-        )
 
 
-def collect(folder: Path, options: PublishOptions) -> dict[str, bytes | Path]:
+def own_file(folder: Path, name: str) -> bytes | None:
+    """The content of a file of the folder, or None if there is none of that name. A link is never followed.
+
+    Raises:
+        UserError: it is a link, a folder or something else, or cannot be read.
+    """
+    path = folder / name
+    try:
+        kind = path.lstat().st_mode
+        if stat.S_ISLNK(kind) or not stat.S_ISREG(kind):
+            what = "a symbolic link, and links are not followed" if stat.S_ISLNK(kind) else "no regular file"
+            raise UserError(f"{str(path)!r} is {what}: put the file itself there, or remove it")
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+
+
+def collect(folder: Path, options: PublishOptions) -> dict[str, bytes]:
     """Every file of the commit by its name in the repository."""
-    files: dict[str, bytes | Path] = {name: folder / name for name in COPIED_FILES if (folder / name).is_file()}
+    copied = {name: own_file(folder, name) for name in COPIED_FILES}
+    files = {name: content for name, content in copied.items() if content is not None}
     files["config.json"] = published_config(folder)
-    files.update({path.name: path for path in code_files(json.loads(content(files["config.json"]))["auto_map"])})
+    files.update({path.name: path.read_bytes() for path in code_files(json.loads(files["config.json"])["auto_map"])})
     card = render_card(
         folder,
         repo_id=options.repo_id,
@@ -187,22 +218,17 @@ def collect(folder: Path, options: PublishOptions) -> dict[str, bytes | Path]:
     files["README.md"] = card.encode()
     license_file = PACKAGE.parent / "LICENSE"
     if license_file.is_file():
-        files["LICENSE"] = license_file
+        files["LICENSE"] = license_file.read_bytes()
     return dict(sorted(files.items()))
-
-
-def content(source: bytes | Path) -> bytes:
-    """The bytes of a file to publish."""
-    return source if isinstance(source, bytes) else source.read_bytes()
 
 
 # The push
 
 
-def push(api: HfApi, files: dict[str, bytes | Path], options: PublishOptions) -> Published:
+def push(api: HfApi, files: dict[str, bytes], options: PublishOptions) -> Published:
     """One commit with all files, then the tag; what is already there is left alone."""
     repo_id, tag = options.repo_id, options.revision_tag
-    sizes = {name: len(content(source)) for name, source in files.items()}
+    sizes = {name: len(content) for name, content in files.items()}
     me, exists = check_access(api, repo_id, options.private, options.create_pr)
     with explained(repo_id, "preparing the repository"):
         if not exists:
@@ -212,11 +238,11 @@ def push(api: HfApi, files: dict[str, bytes | Path], options: PublishOptions) ->
         head = api.repo_info(repo_id, revision=branch).sha
         there = remote_files(api, repo_id, branch)
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
-        changed = [name for name, source in files.items() if not same(content(source), there.get(name))]
+        changed = [name for name, content in files.items() if not same(content, there.get(name))]
         old = [name for name in COPIED_FILES if name in there and name not in files]
         if tag in tags and (changed or old or tags[tag] != head):
             tagged = remote_files(api, repo_id, tag)
-            if all(same(content(source), tagged.get(name)) for name, source in files.items()):
+            if all(same(content, tagged.get(name)) for name, content in files.items()):
                 return Published(repo_id, sizes, f"{api.endpoint}/{repo_id}", tags[tag], tag, unchanged=True)
             raise UserError(
                 f"revision_tag={tag!r} already exists in {repo_id!r} at {tags[tag]} with other content; choose another"
@@ -288,16 +314,18 @@ def publish_folder(
         api: the client to use; by default one that takes endpoint and token from the environment.
 
     Raises:
-        UserError: the folder cannot be published, or the Hub refuses. Running again is always safe.
+        UserError: the folder cannot be published, which a dry run finds too, or the Hub refuses. Running again is safe.
     """
     options = PublishOptions(str(folder), repo_id, private, revision_tag, create_pr, dry_run, data_license, license)
     check_name(repo_id)
+    check_tag(revision_tag)
+    check_license(license)
     if create_pr and revision_tag is not None:
         raise UserError("--revision_tag cannot be given with --create_pr: the owner tags after the merge")
     check_folder(Path(folder), data_license)
     files = collect(Path(folder), options)
     if dry_run:
-        return Published(repo_id, {name: len(content(source)) for name, source in files.items()})
+        return Published(repo_id, {name: len(content) for name, content in files.items()})
     return push(api or HfApi(), files, options)
 
 
