@@ -4,16 +4,18 @@ The library is an optional part of the install. Without it this module imports a
 was pushed with a model's weights uses the library of an installed ``kru_hf`` of the same ABI, if there is one.
 """
 
+import _thread
 import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
 import pathlib
-import threading
+import sys
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,25 +24,44 @@ from .transforms import differentiable_once, refuse_derivative
 
 __all__ = ["is_available", "kru_scan_cpu", "supports", "unavailable_reason"]
 
-ABI = 2  # KRU_ABI in native/kru_scan.c
+ABI = 3  # KRU_ABI in native/kru_scan.c
 MAX_FACTORS = 64  # KRU_MAX_FACTORS in native/kru_plan.h
 # Chunks of the batch that threads share out and whose weight gradients are summed in order. Depends on shapes alone, so
 # results do not depend on the number of threads.
 MAX_CHUNKS = 32
 # Estimated vector operations (about 0.4 ns each) below which waking other threads costs more than it saves.
 THREADS_FROM = 250_000
+# The same from which the caller only waits: it answers a signal while it waits, and not while it computes.
+WAIT_FROM = 50_000_000
 HUGE_FROM = 8 << 20  # bytes of an output from which huge pages are asked for
 _lanes: int | None = None  # vector lanes a plan uses; None: the processor's widest
 
 
-class _Args(ctypes.Structure):
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with its numbers in memory in the order of the indices, signs included."""
+    return tensor.resolve_neg().contiguous()
+
+
+class _Arguments(ctypes.Structure):
+    """What a C call reads and writes. Owns all that it points to: a thread can outlast a call that a signal ends."""
+
+    def point(self, **tensors: Tensor | None) -> None:
+        """Set pointers to the tensors, or to copies of those that are laid out in another way."""
+        owned = vars(self).setdefault("owned", [])
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                owned.append(_dense(tensor))
+                setattr(self, name, owned[-1].data_ptr())
+
+
+class _Args(_Arguments):
     """kru_args of native/kru_scan.c."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "modrelu", "chunks")] + [
         (name, ctypes.c_void_p)
         for name in (
             *("packed", "inputs", "bias", "initial_state", "mask", "states", "final_state"),
-            *("d_states", "d_final", "d_inputs", "d_initial", "chunk_grads", "counter"),
+            *("d_states", "d_final", "d_inputs", "d_initial", "chunk_grads", "progress"),
         )
     ]
 
@@ -142,37 +163,66 @@ def _plan_for(shapes: tuple[tuple[int, int], ...], lanes: int | None) -> _Plan:
     return _Plan(shapes, _library.kru_lanes() if lanes is None else lanes)
 
 
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
-_pool_lock = threading.Lock()
+# Threads and queues of C alone: the exception of a signal inside a lock of Python code, as a future has, leaves it locked
+# for good, and its other side waiting.
+_jobs: SimpleQueue[tuple[Callable[..., int], int, Any, SimpleQueue[int]]] = SimpleQueue()
+_workers: list[int] = []
 
 
-def _forget_pool() -> None:
-    """A forked child has none of its parent's threads, and perhaps a lock that nobody will release."""
-    global _pool, _pool_size, _pool_lock
-    _pool, _pool_size, _pool_lock = None, 0, threading.Lock()
+def _forget_workers() -> None:
+    """A forked child has none of its parent's threads."""
+    global _jobs
+    _jobs = SimpleQueue()
+    _workers.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
-def _run(call: Callable[[int, object], int], handle: int, args: ctypes.Structure, work: float) -> None:
-    """Run ``call`` on as many threads as the work deserves; they share the chunks out among themselves."""
-    global _pool, _pool_size
+def _work(jobs: SimpleQueue) -> None:
+    """A thread's life: calls, of which it holds what they work on, and nothing of them afterwards."""
+    while True:
+        function, handle, args, done = jobs.get()
+        status = function(handle, args)
+        function = handle = args = None
+        done.put(status)
+        done = None
+
+
+def _submit(count: int, *job: Any) -> int:
+    """Hand the job to ``count`` other threads, or to as many as there can be; returns how many. Each answers once."""
+    with contextlib.suppress(RuntimeError):  # no more threads for this process
+        while len(_workers) < count:
+            _workers.append(_thread.start_new_thread(_work, (_jobs,)))
+    count = min(count, len(_workers))
+    for _ in range(count):
+        _jobs.put(job)
+    return count
+
+
+def _run(function: Callable[[int, object], int], plan: Any, args: _Arguments, work: float) -> None:
+    """Run ``function`` on as many threads as the work deserves; they share the chunks out among themselves.
+
+    An exception, as that of a signal's handler, does not wait for the other threads: they own what they work on, and
+    end at their next time step.
+    """
     threads = min(torch.get_num_threads(), args.chunks) if work > THREADS_FROM else 1
-    counter = ctypes.c_int64(0)
-    args.counter = ctypes.addressof(counter)
-    reference = ctypes.byref(args)
-    helpers = []
-    if threads > 1:
-        with _pool_lock:
-            if _pool is None or _pool_size < threads - 1:
-                _pool, _pool_size = ThreadPoolExecutor(threads - 1, "kru_scan"), threads - 1
-            helpers = [_pool.submit(call, handle, reference) for _ in range(threads - 1)]
-    status = call(handle, reference)
-    results = [helper.result() for helper in helpers]  # all of them have to end before the tensors may go
-    if any(results) or status:
+    # While the interpreter is taken down, no other thread comes to its turn.
+    others = 0 if sys.is_finalizing() else threads if work > WAIT_FROM else threads - 1
+    progress = (ctypes.c_int64 * 2)()
+    args.progress = ctypes.addressof(progress)
+    args.owned += [plan, progress]
+    call, done = (plan.handle, ctypes.byref(args)), SimpleQueue()
+    try:
+        helpers = _submit(others, function, *call, done)
+        failed = function(*call) if helpers < threads else 0
+        for _ in range(helpers):
+            failed |= done.get()
+    except BaseException:
+        progress[1] = 1
+        raise
+    if failed:
         raise MemoryError("the native engine could not allocate its workspace")
 
 
@@ -185,27 +235,16 @@ def _chunks(plan: _Plan, batch: int, length: int, units: int) -> int:
 
 def _fresh(*size: int) -> Tensor:
     """An uninitialised float32 tensor, on huge pages if it is large and the system has them."""
-    tensor = torch.empty(size, dtype=torch.float32)
+    tensor = torch.empty(size, dtype=torch.float32, device="cpu")  # whatever the default device is
     if (count := tensor.nbytes) >= HUGE_FROM:
         _library.kru_advise(tensor.data_ptr(), count)
     return tensor
 
 
-def _point(args: ctypes.Structure, **tensors: Tensor | None) -> None:
-    """Set pointers of ``args``; the caller keeps the tensors alive."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            setattr(args, name, tensor.data_ptr())
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _prepare(factors: Sequence[Tensor]) -> tuple[_Plan, list[Tensor], ctypes.Array, Tensor]:
     """Plan, contiguous factors, their addresses and the weights packed for the kernels."""
     plan = _plan_for(tuple([(factor.shape[1], factor.shape[2]) for factor in factors]), _lanes)
-    kept = [factor.contiguous() for factor in factors]  # (2, P, Q) each
+    kept = [_dense(factor) for factor in factors]  # (2, P, Q) each
     pointers = plan.pointers(*[factor.data_ptr() for factor in kept])
     packed = _fresh(plan.packed)
     if _library.kru_pack(plan.handle, pointers, packed.data_ptr()):
@@ -223,14 +262,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     batch, length, _, units = inputs.shape
     plan, _, _, packed = _prepare(factors)
-    inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
     states = _fresh(batch, length, 2, units)  # (B, T, 2, N)
     final_state = _fresh(batch, 2, units)  # (B, 2, N)
     chunks = min(-(-batch // plan.group), 4 * MAX_CHUNKS)
     args = _Args(batch, length, modrelu, chunks)
-    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask)
-    _point(args, states=states, final_state=final_state)
-    _run(_library.kru_forward, plan.handle, args, plan.work * batch * length)
+    args.point(packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask)
+    args.point(states=states, final_state=final_state)
+    _run(_library.kru_forward, plan, args, plan.work * batch * length)
     return states, final_state
 
 
@@ -251,8 +289,6 @@ def _backward(
     """
     batch, length, _, units = inputs.shape
     plan, kept, pointers, packed = _prepare(factors)
-    d_states, d_final, states = _dense(d_states), _dense(d_final), states.contiguous()
-    inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
     chunks = _chunks(plan, batch, length, units)
     chunk_grads = _fresh(chunks, plan.dense + units)
     d_inputs = _fresh(batch, length, 2, units)  # (B, T, 2, N)
@@ -260,9 +296,9 @@ def _backward(
     d_factors = _fresh(sum(factor.numel() for factor in kept))
     d_bias = _fresh(units)  # (N,)
     args = _Args(batch, length, modrelu, chunks)
-    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
-    _point(args, d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
-    _run(_library.kru_backward, plan.handle, args, 4 * plan.work * batch * length)
+    args.point(packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
+    args.point(d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
+    _run(_library.kru_backward, plan, args, 4 * plan.work * batch * length)
     places = plan.pointers(*[piece.data_ptr() for piece in _split(d_factors, kept)])
     if _library.kru_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()):
         raise MemoryError("the native engine could not allocate its workspace")

@@ -12,25 +12,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .scan_cpu import MAX_CHUNKS, MAX_FACTORS, _dense, _fresh, _library, _point, _run, _split
+from .scan_cpu import MAX_CHUNKS, MAX_FACTORS, _Arguments, _dense, _fresh, _library, _run, _split
 from .scan_cpu import unavailable_reason as library_reason
 from .transforms import differentiable_once, refuse_derivative
 
 __all__ = ["is_available", "kru_gated_scan_cpu", "supports", "unavailable_reason"]
 
-ABI = 2  # KRU_GATED_ABI in native/kru_gated.h
+ABI = 3  # KRU_GATED_ABI in native/kru_gated.h
 SIZES = {"lstm": (4, 4), "gru": (3, 4), "janet": (2, 2)}  # cell: gates G, rows of the bias
 _lanes: int | None = None  # samples that advance together; None: the processor's widest vector
 
 
-class _Args(ctypes.Structure):
+class _Args(_Arguments):
     """gated_args of native/kru_scan.c."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "lstm", "chunks")] + [
         (name, ctypes.c_void_p)
         for name in (
             *("packed", "inputs", "bias", "initial_state", "mask", "states", "final_state", "cells"),
-            *("d_states", "d_final", "d_inputs", "d_initial", "chunk_grads", "counter"),
+            *("d_states", "d_final", "d_inputs", "d_initial", "chunk_grads", "progress"),
         )
     ]
 
@@ -112,7 +112,7 @@ def _prepare(factors: Sequence[Tensor]) -> tuple[_Plan, list[Tensor], ctypes.Arr
     """Plan, contiguous factors, their addresses and the weights packed for the kernels."""
     shapes = tuple([(factor.shape[1], factor.shape[2]) for factor in factors])
     plan = _plan_for(factors[0].shape[0], shapes, _lanes)
-    kept = [factor.contiguous() for factor in factors]  # (G, P, Q) each
+    kept = [_dense(factor) for factor in factors]  # (G, P, Q) each
     pointers = plan.pointers(*[factor.data_ptr() for factor in kept])
     packed = _fresh(plan.packed)
     if _library.kru_gated_pack(plan.handle, pointers, packed.data_ptr()):
@@ -132,15 +132,14 @@ def _forward(
     batch, length, gates, units = inputs.shape
     lstm = gates == 4
     plan, _, _, packed = _prepare(factors)
-    inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
     states = _fresh(batch, length, units)  # (B, T, N)
     final_state = _fresh(batch, 2 if lstm else 1, units)  # (B, S, N)
     cells = _fresh(batch * length * units if lstm and keep_cells else 0)
     groups = -(-batch // plan.lanes)
     args = _Args(batch, length, lstm, min(groups, 4 * MAX_CHUNKS))
-    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask)
-    _point(args, states=states, final_state=final_state, cells=cells if cells.numel() else None)
-    _run(_library.kru_gated_forward, plan.handle, args, plan.work * groups * length)
+    args.point(packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask)
+    args.point(states=states, final_state=final_state, cells=cells if cells.numel() else None)
+    _run(_library.kru_gated_forward, plan, args, plan.work * groups * length)
     return states, final_state, cells
 
 
@@ -159,8 +158,6 @@ def _backward(
     batch, length, gates, units = inputs.shape
     lstm = gates == 4
     plan, kept, pointers, packed = _prepare(factors)
-    d_states, d_final, states = _dense(d_states), _dense(d_final), states.contiguous()
-    inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
     groups = -(-batch // plan.lanes)
     # Gradient buffers of at most a quarter of the states' bytes.
     rows = bias.shape[0]
@@ -172,10 +169,10 @@ def _backward(
     d_factors = _fresh(sum(factor.numel() for factor in kept))
     d_bias = _fresh(rows, units)  # (4 or 2, N)
     args = _Args(batch, length, lstm, chunks)
-    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
-    _point(args, d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
-    _point(args, cells=cells if lstm else None)
-    _run(_library.kru_gated_backward, plan.handle, args, 4 * plan.work * groups * length)
+    args.point(packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
+    args.point(d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
+    args.point(cells=cells if lstm else None)
+    _run(_library.kru_gated_backward, plan, args, 4 * plan.work * groups * length)
     places = plan.pointers(*[piece.data_ptr() for piece in _split(d_factors, kept)])
     if _library.kru_gated_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()):
         raise MemoryError("the native engine could not allocate its workspace")

@@ -1,5 +1,5 @@
 /* What the library exports for the gated cells; included by kru_scan.c, which has the kernels of every vector width. */
-#define KRU_GATED_ABI 2
+#define KRU_GATED_ABI 3
 
 KRU_EXPORT int64_t kru_gated_abi(void) { return KRU_GATED_ABI; }
 

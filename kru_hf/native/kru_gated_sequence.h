@@ -91,7 +91,7 @@ KFN void FN(gated_forward)(const gated_plan *plan, const gated_args *args, int64
     const float *start = args->initial_state ? args->initial_state + b0 * S * N : NULL;
     FN(read_state)(plan, start, S * N, n, h);
     if (args->lstm) FN(read_state)(plan, start ? start + N : NULL, S * N, n, c);
-    for (int64_t t = 0; t < T; t++) {
+    for (int64_t t = 0; t < T && !stopped(args->progress); t++) {
         const float *u = args->inputs + (b0 * T + t) * G * N;
         float *cells = args->cells ? args->cells + b0 * T * N + t * N * n : NULL;
         int held;
@@ -189,7 +189,7 @@ KFN void FN(gated_backward)(const gated_plan *plan, const gated_args *args, int6
         FN(read_state)(plan, end ? end + N : NULL, S * N, n, dc);
         FN(read_state)(plan, start ? start + N : NULL, S * N, n, c0);
     }
-    for (int64_t t = T - 1; t >= 0; t--) {
+    for (int64_t t = T - 1; t >= 0 && !stopped(args->progress); t--) {
         int64_t row = b0 * T + t;
         const float *u = args->inputs + row * G * N, *d_out = args->d_states ? args->d_states + row * N : NULL;
         const float *cells = args->lstm && t ? args->cells + b0 * T * N + (t - 1) * N * n : NULL;
@@ -276,7 +276,7 @@ KFN int FN(gated_run)(const gated_plan *plan, const gated_args *a, int backward)
     int64_t rows = gated_bias_rows(plan) * plan->N, stride = plan->dense_floats + rows;
     if (posix_memalign((void **)&ws, 64, sizeof(float) * floats)) return -1;
     for (;;) {
-        int64_t c = __atomic_fetch_add(a->counter, 1, __ATOMIC_RELAXED);
+        int64_t c = next_chunk(a->progress, a->chunks);
         if (c >= a->chunks) break;
         float *dense = backward ? a->chunk_grads + c * stride : NULL, *db = backward ? dense + plan->dense_floats : NULL;
         if (backward) {

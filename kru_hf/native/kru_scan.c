@@ -21,7 +21,7 @@
 #include "kru_gated_plan.h"
 #include "kru_plan.h"
 
-#define KRU_ABI 2
+#define KRU_ABI 3
 #define KRU_EXPORT __attribute__((visibility("default")))
 
 typedef struct {
@@ -33,7 +33,7 @@ typedef struct {
     const float *d_states, *d_final; /* NULL: zero */
     float *d_inputs, *d_initial;     /* d_initial NULL: not wanted */
     float *chunk_grads;              /* (chunks, dense + N): stage gradients, then the bias's */
-    int64_t *counter;                /* next chunk, shared by the calling threads, starts at 0 */
+    int64_t *progress;               /* shared by the calling threads: see next_chunk */
 } kru_args;
 
 /* The gated cells: inputs (B,T,G,N), one plane of states (B,T,N), states at the ends (B,S,N) with S = 2 for the LSTM. */
@@ -46,8 +46,14 @@ typedef struct {
     const float *d_states, *d_final;
     float *d_inputs, *d_initial;
     float *chunk_grads; /* (chunks, dense + 4N), or 2N */
-    int64_t *counter;
+    int64_t *progress;
 } gated_args;
+
+/* progress[0]: the next chunk, starts at 0. progress[1]: not 0 asks all threads to end at their next time step. */
+static int stopped(const int64_t *progress) { return __atomic_load_n(progress + 1, __ATOMIC_RELAXED) != 0; }
+static int64_t next_chunk(int64_t *progress, int64_t chunks) {
+    return stopped(progress) ? chunks : __atomic_fetch_add(progress, 1, __ATOMIC_RELAXED);
+}
 
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)

@@ -130,7 +130,7 @@ KFN void FN(forward_group)(const kru_plan *plan, const kru_args *a, int64_t b0, 
             else
                 memset(h + c * plane + g * N, 0, sizeof(float) * N);
         }
-    for (int64_t t = 0; t < T; t++) {
+    for (int64_t t = 0; t < T && !stopped(a->progress); t++) {
         for (int64_t g = 0; g < G && t + 1 < T; g++) {
             int64_t next = ((b0 + g) * T + t + 1) * 2 * N;
             FN(fetch)(a->inputs + next, 2 * N);
@@ -167,7 +167,7 @@ KFN void FN(backward_group)(const kru_plan *plan, const kru_args *a, int64_t b0,
             else
                 memset(g_h + c * plane + g * N, 0, sizeof(float) * N);
         }
-    for (int64_t t = T - 1; t >= 0; t--) {
+    for (int64_t t = T - 1; t >= 0 && !stopped(a->progress); t--) {
         for (int64_t g = 0; g < G; g++) { /* h_{t-1} into the first stage's input */
             const float *h = t > 0 ? a->states + ((b0 + g) * T + t - 1) * 2 * N
                              : a->initial_state ? a->initial_state + (b0 + g) * 2 * N : NULL;
@@ -248,7 +248,7 @@ KFN int FN(run)(const kru_plan *plan, const kru_args *a, int backward) {
     if (posix_memalign((void **)&ws, 64, sizeof(float) * floats)) return -1;
     int64_t acc_at = floats - round_up(plan->acc_floats, 16);
     for (;;) {
-        int64_t c = __atomic_fetch_add(a->counter, 1, __ATOMIC_RELAXED);
+        int64_t c = next_chunk(a->progress, a->chunks);
         if (c >= a->chunks) break;
         int64_t b = c * a->B / a->chunks, end = (c + 1) * a->B / a->chunks;
         float *dense = backward ? a->chunk_grads + c * stride : NULL, *db = backward ? dense + plan->dense_floats : NULL;
