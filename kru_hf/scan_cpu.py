@@ -163,9 +163,9 @@ def _plan_for(shapes: tuple[tuple[int, int], ...], lanes: int | None) -> _Plan:
     return _Plan(shapes, _library.kru_lanes() if lanes is None else lanes)
 
 
-# Threads and queues of C alone: the exception of a signal inside a lock of Python code, as a future has, leaves it locked
-# for good, and its other side waiting.
-_jobs: SimpleQueue[tuple[Callable[..., int], int, Any, SimpleQueue[int]]] = SimpleQueue()
+# Threads and queues of C alone: the exception of a signal inside a lock of Python code, as a future has, leaves it
+# locked for good, and its other side waiting.
+_jobs: SimpleQueue[Any] = SimpleQueue()
 _workers: list[int] = []
 
 
@@ -213,7 +213,8 @@ def _run(function: Callable[[int, object], int], plan: Any, args: _Arguments, wo
     progress = (ctypes.c_int64 * 2)()
     args.progress = ctypes.addressof(progress)
     args.owned += [plan, progress]
-    call, done = (plan.handle, ctypes.byref(args)), SimpleQueue()
+    done: SimpleQueue[int] = SimpleQueue()
+    call = (plan.handle, ctypes.byref(args))
     try:
         helpers = _submit(others, function, *call, done)
         failed = function(*call) if helpers < threads else 0
