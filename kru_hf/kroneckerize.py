@@ -254,6 +254,9 @@ def kroneckerize(
             raise ValueError(f"{name} is parametrized already; call dekroneckerize (or remove_parametrizations) first")
         if name not in module._parameters:
             raise ValueError(f"{name} is no parameter of the module: remove weight_norm or pruning first")
+        if type(module.get_parameter(name)) is not nn.Parameter:
+            kind = type(module.get_parameter(name)).__name__
+            raise ValueError(f"{name} is a {kind}, no plain parameter: kroneckerize before quantizing or sharding")
         if not torch.isfinite(module.get_parameter(name)).all():
             raise ValueError(f"{name} has entries that are not finite")
     if init not in ("nearest", "fresh"):

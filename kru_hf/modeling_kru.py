@@ -20,7 +20,7 @@ from .configuration_kru import KRUConfig
 from .documents import read_batch
 from .gated_cells import KRUGatedRecurrence
 from .kronecker_linear import KroneckerLinear, linear
-from .readout import normed_linear, undropped
+from .readout import map_dtype, normed_linear, undropped
 from .transforms import can_look_at
 
 
@@ -179,10 +179,10 @@ class KRUModel(KRUPreTrainedModel):
         """Continuous frames (B, T, input_size) to embeddings (B, T, E); a shape that does not fit is a ValueError."""
         if self.input_map is None:
             raise ValueError("input_values needs a model with the option input_size; this one has none")
-        width = self.input_map.in_features
+        width = self.config.input_size
         if input_values.ndim != 3 or input_values.shape[-1] != width or input_values.shape[1] == 0:
             raise ValueError(f"input_values must have the shape (B, T, {width}), got {tuple(input_values.shape)}")
-        dtype = self.input_map.weight.dtype
+        dtype = map_dtype(self.input_map, input_values)
         # Under autocast the map rounds to 16 bits; what the blocks add to stays as exact as embeddings of tokens are.
         return self.input_map(input_values.to(dtype)).to(dtype)  # (B, T, E)
 
@@ -204,7 +204,10 @@ class KRUModel(KRUPreTrainedModel):
             raise ValueError(f"input_ids must have the shape (B, T) with at least one token, got {shape}")
         if input_ids.device.type == "cpu" and can_look_at(input_ids):
             low, high = (int(n) for n in input_ids.aminmax())
-            vocabulary = self.embed_tokens.weight.shape[0]  # adapters in the embedding's place have its weight
+            # Adapters in the embedding's place have its weight; that of a quantized one may be packed, or a method.
+            weight = getattr(self.embed_tokens, "weight", None)
+            whole = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+            vocabulary = weight.shape[0] if whole else self.config.vocab_size
             if low < 0 or high >= vocabulary:
                 raise ValueError(f"input_ids must be in [0, {vocabulary}), got {low if low < 0 else high}")
         return self.embed_tokens(input_ids)  # (B, T, E)

@@ -40,10 +40,43 @@ class _NormedLinear(torch.autograd.Function):
         return grad_x, scaled.mT @ x, None
 
 
+def _as_installed(function: Any, module: Any) -> Any:
+    """The function, or None if it is not the one that ``module`` defines: another library has replaced it already."""
+    return function if getattr(function, "__code__", None) and function.__globals__ is vars(module) else None
+
+
+_FORWARDS = {
+    nn.Linear: _as_installed(nn.Linear.forward, nn.modules.linear),
+    KroneckerLinear: KroneckerLinear.forward,
+}
+_CALLS = tuple(_as_installed(function, nn.modules.module) for function in (nn.Module.__call__, nn.Module._call_impl))
+
+
 def is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module is its map and nothing else: no adapter, quantized layer, hook or offloading."""
+    """Whether a call of the module is a product with its plain weight and nothing else.
+
+    Not with an adapter, a quantized layer or offloading in its place, a hook of its own or of all modules, a weight of
+    another type than torch's own, or where ``forward``, ``F.linear`` or calls as such are replaced or watched.
+    """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in (nn.Linear, KroneckerLinear) and "forward" not in vars(module) and not any(hooks)
+    if any(hooks) or nn.modules.module._has_any_global_hook():
+        return False
+    if type(module) not in _FORWARDS or "forward" in vars(module) or not all(map(_is_plain, module.parameters())):
+        return False
+    replaced = type(module).forward is not _FORWARDS[type(module)] or F.linear is not torch._C._nn.linear
+    called = (nn.Module.__call__, nn.Module._call_impl) == _CALLS
+    return called and not replaced and torch._C._len_torch_function_stack() == 0
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether operators mean for the tensor what they mean for torch's own."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def map_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype that a map takes its input in: that of its parameters, of x where they are codes of 8 bits or fewer."""
+    wide = (p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(wide, x.dtype)
 
 
 def undropped(dropout: float, training: bool) -> float:
@@ -61,14 +94,14 @@ def normed_linear(x: Tensor, module: nn.Module, epsilon: float | None, scale: fl
     position, and x, the widest tensor of the model, is neither copied nor saved a second time. ``epsilon`` None: no
     norm and no scale, ``module(x)``.
     """
-    parameter = next(module.parameters(), None)
-    own = parameter.dtype if parameter is not None and parameter.is_floating_point() else x.dtype
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else own
+    own, device = map_dtype(module, x), x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else own
     if epsilon is None:
         return module(x.to(own))
     # float16 ends at 65,504: there, the norm comes before the product and before the cast.
-    if not is_bare(module) or is_transformed((x, *module.parameters())) or dtype == torch.float16:
+    called = not (is_bare(module) and _is_plain(x)) or is_transformed((x, *module.parameters()))
+    if called or dtype == torch.float16:
         return module((F.rms_norm(x, x.shape[-1:], eps=epsilon) * scale).to(own))
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, getattr(module, "bias", None))  # (out, in), (out,)
     x, weight = x.to(dtype), weight.to(dtype)  # (…, in), (out, in)

@@ -1,13 +1,26 @@
 """What people hang on linear maps reaches every one of them: hooks, adapters, pruning, quantization, offloading."""
 
+import functools
+from unittest import mock
+
 import pytest
 import torch
-from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_model
+from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_config, tiny_model
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.modules import module as hooks
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 
-from kru_hf import KRUForCausalLM
+from kru_hf import (
+    KRULSTM,
+    KRUForCausalLM,
+    KRUForPianoRoll,
+    KRUForSequenceClassification,
+    KRUForTokenClassification,
+    kroneckerize,
+)
 from kru_hf.kronecker_linear import KroneckerLinear
+from kru_hf.readout import _as_installed, is_bare
 
 EVERY = pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
 EIGHT_BITS = 0.05  # of the largest logit
@@ -146,3 +159,209 @@ def test_weights_on_disk_give_the_same_logits(options, place, tmp_path):
     with torch.no_grad():
         assert_near(loaded(IDS).logits, model(IDS).logits, LOGITS)
     assert_near(loaded.unitary_loss(), model.unitary_loss(), LOGITS)
+
+
+def every_head(**options):
+    """Each head with an input for it: its linear maps are all that a call has to reach."""
+    ids, frames = {"input_ids": IDS}, {"input_values": (torch.rand(2, 5, 7) < 0.5).float()}
+    options = {"input_scale": 1.0, "num_labels": 3} | options
+    yield tiny_model(**options), ids | {"labels": IDS}
+    for head, labels in ((KRUForSequenceClassification, IDS[:, 0] % 3), (KRUForTokenClassification, IDS % 3)):
+        for more in ({}, {"bidirectional": True}, {"input_size": 7}):
+            inputs = frames if "input_size" in more else ids
+            yield head(tiny_config(**options, **more)), inputs | {"labels": labels}
+    yield KRUForPianoRoll(tiny_config(**options, input_size=7)), frames
+
+
+@pytest.mark.filterwarnings("ignore:.*[Bb]ackward hook")
+@EVERY
+def test_hooks_of_all_modules_reach_every_map(options):
+    kinds = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+    for model, inputs in every_head(**options):
+        expected, seen = model.train()(**inputs), {kind: set() for kind in kinds}
+        handles = [
+            getattr(hooks, f"register_module_{kind}")(lambda module, *_, to=seen[kind]: to.add(module))
+            for kind in kinds
+        ]
+        try:
+            out = model(**inputs)
+            out.loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert_near(out.logits, expected.logits, LOGITS)
+        for kind in kinds:
+            missing = {name for name, module in maps(model).items() if module not in seen[kind]}
+            assert not missing, f"{type(model).__name__}, {kind}"
+
+
+@pytest.mark.filterwarnings("ignore:.*[Bb]ackward hook")
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_a_hook_of_any_single_kind_reaches_the_head(kind):
+    model, seen = tiny_model(wiring="plain"), set()
+    handle = getattr(hooks, f"register_module_{kind}")(lambda module, *_: seen.add(module))
+    try:
+        model(IDS, labels=IDS).loss.backward()
+    finally:
+        handle.remove()
+    assert model.lm_head in seen
+
+
+def test_what_a_hook_of_all_modules_returns_counts():
+    model = tiny_model(wiring="plain")
+    handle = hooks.register_module_forward_hook(
+        lambda module, args, output: 2 * output if module is model.lm_head else None
+    )
+    try:
+        doubled = model(IDS).logits
+    finally:
+        handle.remove()
+    assert_near(doubled, 2 * model(IDS).logits, LOGITS)
+
+
+def test_layers_and_shrunk_rnns_call_their_maps():
+    layer, lstm = KRULSTM(4, 6, factor_size=2, num_layers=2, bidirectional=True), nn.LSTM(4, 6)
+    kroneckerize(lstm, factor_shapes=[(2, 2), (3, 3)])
+    seen = set()
+    handle = hooks.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        layer(torch.randn(3, 2, 4))
+        lstm(torch.randn(3, 2, 4))
+    finally:
+        handle.remove()
+    assert {*layer.input_maps, *layer.recurrences, *lstm.parametrizations["weight_hh_l0"]} <= seen
+
+
+def test_a_plain_map_is_bare():
+    """Else the states would be copied for each readout."""
+    assert is_bare(nn.Linear(3, 4)) and is_bare(KroneckerLinear(4, 4, 2))
+
+
+@EVERY
+@pytest.mark.parametrize("place", ["nn.Linear.forward", "F.linear", "function mode"])
+def test_a_replaced_product_is_used(options, place):
+    """Every map of half its weight: as the whole model with halved weights."""
+
+    class Halved(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            return out / 2 if function is torch._C._nn.linear else out
+
+    forward, linear = nn.Linear.forward, nn.functional.linear
+    replacements = {
+        "nn.Linear.forward": mock.patch.object(nn.Linear, "forward", lambda self, x: forward(self, x) / 2),
+        "F.linear": mock.patch.object(nn.functional, "linear", lambda *args: linear(*args) / 2),
+        "function mode": Halved(),
+    }
+    model = tiny_model(**options)
+    with torch.no_grad(), replacements[place]:
+        found = model(IDS).logits
+    with torch.no_grad():
+        for module in maps(model).values():
+            if isinstance(module, KroneckerLinear):
+                module.blocks.mul_(1 if place == "nn.Linear.forward" else 0.5)
+            else:
+                module.weight.mul_(0.5)
+                if module.bias is not None:
+                    module.bias.mul_(0.5)
+    assert_near(found, model(IDS).logits, LOGITS)
+
+
+def test_a_forward_that_was_replaced_before_the_import_is_known():
+    @functools.wraps(nn.Linear.forward)
+    def watched(self, x):
+        return x
+
+    assert _as_installed(watched, nn.modules.linear) is None
+    assert _as_installed(nn.Linear.forward, nn.modules.linear) is nn.Linear.forward
+
+
+class Coded(torch.Tensor):
+    """Whole numbers and a scale a row, which only F.linear understands, as quantizing libraries make of a weight."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        new = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        new.scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+        new.numbers = (weight / new.scale).round().to(torch.int8)
+        return new
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return function(*(a.numbers * a.scale if isinstance(a, Coded) else a for a in args))
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"Coded does not know {function}")
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@EVERY
+def test_weights_of_another_type_are_left_to_their_maps(options, part):
+    for model, inputs in every_head(**options):
+        for module in maps(model).values():
+            if getattr(module, "bias", None) is not None:
+                nn.init.normal_(module.bias)
+        expected = model.eval()(**inputs).logits
+        for module in maps(model).values():
+            if getattr(module, part, None) is not None and isinstance(module, nn.Linear):
+                setattr(module, part, nn.Parameter(Coded(getattr(module, part).detach()), requires_grad=False))
+        found = model(**inputs).logits
+        assert not torch.equal(found, expected)
+        assert_near(found, expected, EIGHT_BITS)
+
+
+def test_quantized_maps_of_every_head_are_called():
+    for model, inputs in every_head(intermediate_size=5):
+        expected = model.eval()(**inputs).logits
+        for name, module in maps(model).items():
+            model.set_submodule(name, Int8Linear(module))
+        assert_near(model(**inputs).logits, expected, EIGHT_BITS)
+        if isinstance(model, KRUForPianoRoll):
+            assert model.generate_piano_roll(num_frames=2, seed=0).shape == (1, 2, 7)
+
+
+def test_a_quantized_rnn_is_not_shrunk():
+    lstm = nn.LSTM(4, 6)
+    lstm.weight_hh_l0 = nn.Parameter(Coded(lstm.weight_hh_l0.detach()), requires_grad=False)
+    with pytest.raises(ValueError, match="weight_hh_l0 is a Coded, no plain parameter: kroneckerize before"):
+        kroneckerize(lstm, factor_shapes=[(2, 2), (3, 3)])
+
+
+class LowRankSum(nn.Module):
+    """LoRA on a parameter: W + B A for each plane of a factor."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(*weight.shape[:-2], 1, weight.shape[-1]))
+        self.b = nn.Parameter(torch.randn(*weight.shape[:-1], 1))
+
+    def forward(self, weight):
+        return weight + 0.1 * self.b @ self.a
+
+
+@EVERY
+def test_an_adapter_of_the_factors_is_trained(options):
+    model = tiny_model(**options).train().requires_grad_(False)
+    plain = model(IDS, labels=IDS)
+    adapters = []
+    for module in model.modules():
+        if "factors" in dict(module.named_children()):
+            for index, factor in enumerate(list(module.factors)):
+                adapters.append(LowRankSum(factor))
+                parametrize.register_parametrization(module.factors, str(index), adapters[-1])
+    out = model(IDS, labels=IDS)
+    assert (out.logits - plain.logits).abs().max() > LOGITS
+    out.loss.backward()
+    assert all(adapter.b.grad.abs().max() > 0 for adapter in adapters)
+    if not model.config.gated:
+        assert out.unitary_loss != plain.unitary_loss
+    for module in model.modules():  # the adapters are a change of the factors
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+    assert_near(model(IDS).logits, out.logits, LOGITS)
