@@ -54,8 +54,8 @@ class FactorList(nn.ParameterList):
 
     __call__ = nn.Module.__call__  # ParameterList refuses calls
 
-    def forward(self) -> list[Tensor]:
-        """The factors, slowest index of the state first."""
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The factors, slowest index of the state first. Adapters in this place are called with an x, any tensor."""
         return list(self)
 
 
@@ -135,7 +135,7 @@ class KRURecurrence(nn.Module):
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ_f ‖W_f^H W_f − I‖²: a scalar."""
-        return unitary_penalty(self.factors())
+        return unitary_penalty(self.factors(self.bias))
 
     @torch.no_grad()
     def bound_norm(self, limit: float) -> None:
@@ -160,7 +160,7 @@ class KRURecurrence(nn.Module):
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         return kru_scan(
             inputs.to(dtype),
-            [factor.to(dtype) for factor in self.factors()],
+            [factor.to(dtype) for factor in self.factors(inputs)],
             self.bias.to(dtype),
             None if initial_state is None else initial_state.to(dtype),
             mask,

@@ -92,7 +92,7 @@ class KRUGatedRecurrence(nn.Module):
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         states, final = kru_gated_scan(
             inputs.to(dtype),
-            [factor.to(dtype) for factor in self.factors()],
+            [factor.to(dtype) for factor in self.factors(inputs)],
             self.bias.to(dtype),
             None if initial_state is None else initial_state.to(dtype),
             mask,

@@ -1,12 +1,13 @@
 """KRU models for transformers: the body, and the causal language model."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -281,6 +282,21 @@ def target_share(scored: Tensor, num_items_in_batch: Tensor | int | None) -> Ten
     return 1.0 if num_items_in_batch is None else scored.sum() / step_targets(scored, num_items_in_batch)
 
 
+class StopStrings(StopStringCriteria):
+    """transformers' criterion for any alphabet: to see what a token stands for it puts "abcdef" before each."""
+
+    @staticmethod
+    def clean_tokenizer_vocab(
+        tokenizer: Any, static_prefix: str = "abcdef", stop_string_matching_mode: str | None = None
+    ) -> Any:
+        for prefix in (static_prefix, *tokenizer.get_vocab()):
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer(prefix, add_special_tokens=False)["input_ids"])
+            if prefix not in tokenizer.all_special_tokens and tokenizer.convert_tokens_to_string(tokens) == prefix:
+                static_prefix = prefix
+                break
+        return StopStringCriteria.clean_tokenizer_vocab(tokenizer, static_prefix, stop_string_matching_mode)
+
+
 class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
     """Language model: KRUModel and a linear readout V h + c over the vocabulary.
 
@@ -323,6 +339,16 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         # What generate() returns has the states then. An offloaded cache stays transformers': it moves its layers.
         if given is None and made is not None and generation_config.cache_implementation != "offloaded":
             model_kwargs["past_key_values"] = KRUCache(len(made.layers))
+
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> StoppingCriteriaList:
+        if generation_config.stop_strings is not None and tokenizer is not None:
+            given = StopStrings(tokenizer, generation_config.stop_strings)
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), given])
+            generation_config = copy.copy(generation_config)
+            generation_config.stop_strings = None
+        return cast(Any, super())._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # generate() looks for the name inputs_embeds
         self,

@@ -349,7 +349,7 @@ def test_an_adapter_of_the_factors_is_trained(options):
     model = tiny_model(**options).train().requires_grad_(False)
     plain = model(IDS, labels=IDS)
     adapters = []
-    for module in model.modules():
+    for module in list(model.modules()):
         if "factors" in dict(module.named_children()):
             for index, factor in enumerate(list(module.factors)):
                 adapters.append(LowRankSum(factor))
@@ -365,3 +365,29 @@ def test_an_adapter_of_the_factors_is_trained(options):
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name)
     assert_near(model(IDS).logits, out.logits, LOGITS)
+
+
+class FactorsAdapter(nn.Module):
+    """As peft puts it in the place of a module whose parameters it adapts: called with an input, and only so."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.scale = nn.Parameter(torch.tensor(0.9))
+
+    def forward(self, x, *args, **kwargs):
+        assert isinstance(x, torch.Tensor)
+        return [factor * self.scale for factor in self.base_layer(x, *args, **kwargs)]
+
+
+@EVERY
+def test_an_adapter_in_the_place_of_the_factors_is_called(options):
+    model = tiny_model(**options).train().requires_grad_(False)
+    plain = model(IDS).logits
+    for module in list(model.modules()):
+        if "factors" in dict(module.named_children()):
+            module.factors = FactorsAdapter(module.factors)
+    out = model(IDS, labels=IDS)
+    out.loss.backward()
+    assert (out.logits - plain).abs().max() > LOGITS
+    assert all(module.scale.grad != 0 for module in model.modules() if isinstance(module, FactorsAdapter))

@@ -1,14 +1,19 @@
 """The character tokenizer: one token a character, exactly, and back."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from kru_hf import build_char_tokenizer
+from training.tasks.char_lm import CharLM
 
 ALPHABET = "ab z\n\r\t<>|unkpadbos_/é漢😀\u0301"
 TOKENIZER = build_char_tokenizer(ALPHABET)
+CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+RELEASED = sorted(path.parent for path in CARDS.glob("*/tokenizer.json"))
 
 
 @given(st.text(ALPHABET, max_size=60))
@@ -60,3 +65,35 @@ def test_vocabulary_does_not_depend_on_order():
 def test_too_small_a_corpus(texts):
     with pytest.raises(ValueError, match="at least two different characters"):
         build_char_tokenizer(texts)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, *RELEASED], ids=lambda t: getattr(t, "name", "new"))
+def test_token_0_starts_and_ends_texts(tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    end = tokenizer.eos_token
+    assert {end, tokenizer.bos_token, tokenizer.pad_token} == {"␃"}
+    assert {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} == {0}
+    for options in ({}, {"split_special_tokens": False}, {"add_special_tokens": False}):
+        assert tokenizer(f"ab{end}", **options)["input_ids"] == [*tokenizer("ab")["input_ids"], 0]
+    assert tokenizer.decode(tokenizer(f"ab{end}")["input_ids"], skip_special_tokens=True) == "ab"
+
+
+@pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
+def test_released_models_name_the_end_token(folder):
+    for config in (AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)):
+        assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 0, 0)
+
+
+def test_new_models_name_the_end_token():
+    task = CharLM.__new__(CharLM)
+    task.tokenizer = TOKENIZER
+    expected = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "vocab_size": len(TOKENIZER)}
+    assert task.model_kwargs() == expected
+
+
+def test_the_end_token_is_none_of_the_alphabet():
+    text = "a␃\ue000b"
+    tokenizer = build_char_tokenizer(text)
+    assert tokenizer.eos_token == "\ue001" and 0 not in tokenizer(text)["input_ids"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer(text + tokenizer.eos_token)["input_ids"][-1] == 0

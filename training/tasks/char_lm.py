@@ -107,7 +107,8 @@ class CharLM(Task):
         return {**self.corpus.record(), **{name: value for name, value in hub.items() if value is not None}}
 
     def model_kwargs(self) -> dict[str, Any]:
-        return {"vocab_size": len(self.tokenizer), "pad_token_id": self.tokenizer.pad_token_id}
+        ids = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        return {"vocab_size": len(self.tokenizer), **ids}
 
     def num_batches(self, layout: Layout) -> int:
         length, rows, window = len(self.ids["train"]), layout.global_batch_size, self.options.sequence_length
