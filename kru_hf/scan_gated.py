@@ -4,6 +4,8 @@
     GRU, gates r z n:     n = tanh(u_n + b_n + r (W_n h_{t-1} + b'_n)),  h_t = (1 − z) n + z h_{t-1}
     JANET, gates f g:     a = W h_{t-1} + u_t + b,  h_t = σ(a_f) h_{t-1} + (1 − σ(a_f − 1)) tanh(a_g)
 
+A W h that is infinite counts as NaN, as in ``scan_reference``; an infinite u_t or b closes or opens a gate.
+
 JANET is the LSTM with a forget gate alone (van der Westhuizen & Lasenby, "The unreasonable effectiveness of the forget
 gate", 2018) with their β = 1.
 
@@ -61,6 +63,7 @@ def kru_gated_scan_reference(
         h = state[:, 0]  # (B, N)
         u = inputs[:, t]  # (B, G, N)
         product = [kron_apply_complex([factor[gate] for factor in factors], h) for gate in range(gates)]  # (B, N) each
+        product = [p + 0 * p for p in product]  # (B, N) each
         if cell == "lstm":
             a = torch.stack(product) + u.transpose(0, 1) + bias[:, None]  # (4, B, N)
             new = torch.stack(lstm_step(a, state[:, 1]), 1)  # (B, 2, N)

@@ -92,6 +92,7 @@ def _forward(
     for t in range(length):
         hold = None if mask is None else ~mask[:, t, None]  # (B, 1)
         product, _ = gated_stages(groups, h.expand(gates, batch, units))  # (G, B, N)
+        product = torch.add(product, product, alpha=0)  # (G, B, N): an infinity becomes NaN
         u, a = inputs[:, t].transpose(0, 1), kept[t]  # (G, B, N), (K, B, N)
         if lstm:
             torch.add(product, u, out=a).add_(bias[:, None])

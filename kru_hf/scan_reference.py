@@ -10,7 +10,14 @@
 | states | h_t | (B, T, 2, N) |
 
 Axis of size 2: real and imaginary plane.
+
+What is not a number is carried on, and an infinity turns into it: a z_t with a NaN or an infinity, or whose |z_t| is
+beyond the numbers of its dtype, gives an h_t of NaN in both planes, and so does a NaN in b. Which of the two W would
+make of an infinite h depends on the order of its products, so no engine could be held to it. Engines of float32 may
+take numbers below 1.2e-38, which are not normal, for zero.
 """
+
+import math
 
 from collections.abc import Sequence
 
@@ -23,16 +30,17 @@ ACTIVATIONS = ("modrelu", "identity")
 
 
 def modrelu(z: Tensor, bias: Tensor) -> Tensor:
-    """σ(z) = z · max(|z| + b, 0) / |z|, σ(0) = 0; gradient 0 at z = 0 and where |z| + b ≤ 0.
+    """σ(z) = z · max(|z| + b, 0) / |z|, σ(0) = 0; gradient 0 at z = 0 and where |z| + b ≤ 0. NaN: see above.
 
     z (…, 2, N), bias (N,); returns (…, 2, N). Non-expansive for b ≤ 0. Arjovsky et al. 2016, eq. 8.
     """
-    squared = z.square().sum(-2)  # (…, N)
-    modulus = squared.where(squared > 0, 1).sqrt()  # (…, N)
-    active = (squared > 0) & (modulus + bias > 0)  # (…, N)
-    # The inner wheres keep 1/|z| and its gradient finite near z = 0, where the outer one selects the zero. z multiplies
-    # the scale even where that is zero, so that a NaN stays a NaN.
-    scale = torch.where(active, 1 + bias / modulus.where(active, 1), 0)  # (…, N)
+    zero = (z == 0).all(-2)  # (…, N)
+    real, imag = z.unbind(-2)  # (…, N)
+    modulus = torch.hypot(real.where(~zero, 1), imag)  # (…, N): right where |z|² is beyond the dtype, on either side
+    # False for a NaN, also of the bias where z = 0.
+    idle = torch.where(zero, bias < math.inf, modulus + bias <= 0)  # (…, N)
+    # The inner wheres keep 1/|z| and its gradient finite near z = 0, where the outer one selects the zero.
+    scale = torch.where(idle, 0, 1 + bias / modulus.where(~idle, 1) + 0 * modulus)  # (…, N): NaN for an infinite |z|
     return z * scale.unsqueeze(-2)  # (…, 2, N)
 
 
@@ -56,7 +64,7 @@ def kru_scan_reference(
     states = []
     for t in range(inputs.shape[1]):
         z = kron_apply(factors, state) + inputs[:, t]  # (B, 2, N)
-        new = modrelu(z, bias) if activation == "modrelu" else z  # (B, 2, N)
+        new = modrelu(z, bias) if activation == "modrelu" else z + (0 * z).sum(1, keepdim=True)  # (B, 2, N)
         state = new if mask is None else torch.where(mask[:, t, None, None], new, state)  # (B, 2, N)
         states.append(state)
     return torch.stack(states, 1), state.clone()

@@ -57,11 +57,15 @@ def kron_backward(groups: Sequence[Tensor], x: Tensor, grad: Tensor) -> list[Ten
     return result
 
 
+def _idle(modulus: Tensor, bias: Tensor) -> Tensor:
+    """Where modReLU is zero, given |z| (…, N) and b (N,). False for what is not a number."""
+    return torch.where(modulus == 0, bias < math.inf, modulus + bias <= 0)  # (…, N)
+
+
 def modrelu_complex(z: Tensor, bias: Tensor) -> Tensor:
     """modReLU of complex z (…, N) with bias (N,): see ``scan_reference.modrelu``."""
     modulus = z.abs()  # (…, N)
-    active = (modulus > 0) & (modulus + bias > 0)  # (…, N)
-    return z * torch.where(active, 1 + bias / modulus, 0)  # (…, N)
+    return z * torch.where(_idle(modulus, bias), 0, 1 + bias / modulus + 0 * modulus)  # (…, N)
 
 
 def _forward(
@@ -78,7 +82,7 @@ def _forward(
     state = to_complex(initial_state, 1)  # (B, N)
     for t in range(length):
         z = kron_apply_complex(groups, state) + to_complex(inputs[:, t], 1)  # (B, N)
-        new = modrelu_complex(z, bias) if modrelu else z  # (B, N)
+        new = modrelu_complex(z, bias) if modrelu else z + 0 * z  # (B, N): an infinity becomes NaN
         state = new if mask is None else torch.where(mask[:, t, None], new, state)  # (B, N)
         states[:, t, 0], states[:, t, 1] = state.real, state.imag
     return states, to_planes(state, 1)
@@ -111,12 +115,11 @@ def _backward(
         previous = to_complex(before, 2)  # (B, C, N): h_{t-1} of the chunk
         if modrelu:
             z = kron_apply_complex(groups, previous) + to_complex(inputs[:, start:end], 2)  # (B, C, N)
-            if mask is not None:
-                z = torch.where(mask[:, start:end, None], z, 0)  # (B, C, N): whatever the input
             modulus = z.abs()  # (B, C, N)
-            active = (modulus > 0) & (modulus + bias > 0)  # (B, C, N)
-            # A NaN is not active: 0 · z carries it into the gradients.
-            unit = torch.where(active, z / modulus, 0 * z)  # (B, C, N)
+            active = ~_idle(modulus, bias)  # (B, C, N)
+            if mask is not None:
+                active &= mask[:, start:end, None]  # (B, C, N)
+            unit = torch.where(active, z / modulus + 0 * modulus, 0)  # (B, C, N): NaN for an infinite |z|
             ratio = torch.where(active, bias / modulus, 0)  # (B, C, N): b/|z|
         chunk = torch.empty_like(previous)  # (B, C, N): dz
         for t in range(end - 1, start - 1, -1):
@@ -126,7 +129,7 @@ def _backward(
                 here = unit[:, t - start]  # (B, N)
                 radial = here.real * grad.real + here.imag * grad.imag  # (B, N)
                 scale = ratio[:, t - start]  # (B, N)
-                grad_z = torch.where(active[:, t - start], grad + scale * (grad - here * radial), here)  # (B, N)
+                grad_z = torch.where(active[:, t - start], grad + scale * (grad - here * radial), 0)  # (B, N)
                 grad_bias += torch.where(active[:, t - start], radial, 0).sum(0)  # (N,)
             else:
                 grad_z = grad if mask is None else torch.where(mask[:, t, None], grad, 0)  # (B, N)

@@ -60,6 +60,12 @@ KFN void FN(gated_product)(const gated_plan *plan, const float *w, const float *
     }
 }
 
+/* An infinite product is NaN: which of the two it is depends on the order in which W is applied. */
+INL vf FN(finite)(const float *product) {
+    vf v = FN(load)(product);
+    return v + 0.0f * v;
+}
+
 /* The gates of m units from i on into in[]: i f g o of the LSTM; r z n of the GRU, and W_n h + b'_n into in[3]; f i g of
  * JANET, whose input gate is sigmoid(1 - a_f). */
 KFN void FN(gates)(const gated_plan *plan, const gated_args *args, const float *u, int64_t i, int n, int m,
@@ -70,7 +76,7 @@ KFN void FN(gates)(const gated_plan *plan, const gated_args *args, const float *
     int own = args->lstm ? 4 : 2, janet = G == 2;
     for (int g = 0; g < G; g++) FN(gather)(u + g * N + i, args->T * G * N, n, m, in[g << janet]);
     for (int g = 0; g < own; g++)
-        for (int k = 0; k < m; k++) in[g << janet][k] += FN(load)(a + g * plane + k * VL) + b[g * N + k];
+        for (int k = 0; k < m; k++) in[g << janet][k] += FN(finite)(a + g * plane + k * VL) + b[g * N + k];
     if (janet)
         for (int k = 0; k < VL; k++) in[1][k] = 1.0f - in[0][k];
     FN(sigmoid)(m, in[0]);
@@ -79,7 +85,7 @@ KFN void FN(gates)(const gated_plan *plan, const gated_args *args, const float *
         FN(sigmoid)(m, in[3]);
     else if (!janet)
         for (int k = 0; k < m; k++) {
-            in[3][k] = FN(load)(a + 2 * plane + k * VL) + b[3 * N + k];
+            in[3][k] = FN(finite)(a + 2 * plane + k * VL) + b[3 * N + k];
             in[2][k] += b[2 * N + k] + in[0][k] * in[3][k];
         }
     FN(tanh)(m, in[2]);

@@ -16,7 +16,7 @@ INL void FN(store)(float *p, vf v) { *(FN(vu) *)p = (FN(vu))v; }
 #if defined(ISA_AVX512)
 INL vf FN(load_n)(const float *p, int n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 INL void FN(store_n)(float *p, vf v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
-INL vf FN(rsqrt)(vf x) { /* 14 bits and one Newton step: within 2 ulp; x = 0 gives NaN, which the caller selects away */
+INL vf FN(rsqrt)(vf x) { /* 14 bits and one Newton step: within 2 ulp, for normal numbers */
     vf y = (vf)_mm512_rsqrt14_ps((__m512)x);
     return y * (1.5f - 0.5f * x * y * y);
 }
@@ -50,6 +50,18 @@ INL void FN(put)(float *p, vf v, int n) {
         FN(store)(p, v);
     else
         FN(store_n)(p, v, n);
+}
+/* Whether all bits of the first n lanes are set, given that each lane has all or none. */
+INL int FN(all)(vi c, int n) {
+#if defined(ISA_AVX512)
+    return (~_mm512_movepi32_mask((__m512i)c) & ((1u << n) - 1)) == 0;
+#elif defined(ISA_AVX2)
+    return (~_mm256_movemask_ps((__m256)c) & ((1 << n) - 1)) == 0;
+#else
+    int32_t all = -1;
+    for (int i = 0; i < n; i++) all &= c[i];
+    return all;
+#endif
 }
 INL vf FN(pick)(vi c, vf a, vf b) { return (vf)((c & (vi)a) | (~c & (vi)b)); }
 

@@ -2,17 +2,41 @@
  * A group of up to plan->group samples advances in lockstep: in the workspace its samples are one more slow index,
  * two planes of group*N floats, `plane` apart. */
 
+/* 1/|z| of n lanes of z = x + iy. Where |z|^2 leaves the range of normal numbers, z is multiplied by `scale`, a power of
+ * two, 1/|z| is that of the product, and sigma(z) = z (one + b/|z|) with one = 1 / scale.
+ * An infinite |z| gives NaN, as a NaN does; z = 0 gives one = -infinity, so that it is idle with every finite b. */
+INL vf FN(modulus)(vf *x, vf *y, vf *one, vf *scale, int n) {
+    vf m = *x * *x + *y * *y;
+    *one = *scale = (vf){0} + 1.0f;
+    if (FN(all)((vi)(m >= 0x1p-100f) & (vi)(m <= 0x1p100f), n)) return FN(rsqrt)(m);
+    vf down = (vf){0} + 0x1p-96f, up = (vf){0} + 0x1p96f, infinite = (vf){0} + __builtin_inff();
+    vi large = (vi)(m > 0x1p100f), small = (vi)(m < 0x1p-100f);
+    *one = FN(pick)(large, up, FN(pick)(small, down, *one));
+    *scale = FN(pick)(large, down, FN(pick)(small, up, *scale));
+    *x *= *scale;
+    *y *= *scale;
+    m = *x * *x + *y * *y;
+    m = FN(pick)(large & (vi)(m >= 0x1p64f), infinite, m);
+    vi zero = (vi)(m == 0.0f);
+    *one = FN(pick)(zero, -infinite, *one);
+    m = FN(pick)(zero, (vf){0} + 1.0f, m);
+    return FN(rsqrt)(m) + 0.0f * m;
+}
+
 /* modReLU and the mask of one sample's step; h is (2,N) of stride `plane`, z the same, all written in place. */
 INL void FN(activate_core)(int64_t i, const int n, int modrelu, const float *bias, const float *zr, const float *zi,
                            const float *ur, const float *ui, float *hr, float *hi, float *or, float *oi) {
     vf a = FN(get)(zr + i, n) + FN(get)(ur + i, n), b = FN(get)(zi + i, n) + FN(get)(ui + i, n);
     if (modrelu) {
-        vf m = a * a + b * b;
-        vf s = 1.0f + FN(get)(bias + i, n) * FN(rsqrt)(m);
-        vi off = (vi)(s <= 0.0f) | (vi)(m == 0.0f); /* false for NaN, which stays NaN */
-        vf none = {0};
+        vf one, scale, inv = FN(modulus)(&a, &b, &one, &scale, n), none = {0};
+        vf s = one + FN(get)(bias + i, n) * inv;
+        vi off = (vi)(s <= 0.0f); /* false for NaN, which stays NaN */
         a = FN(pick)(off, none, a * s);
         b = FN(pick)(off, none, b * s);
+    } else { /* an infinity becomes NaN: what W would make of it depends on the order of its products */
+        vf nothing = 0.0f * a + 0.0f * b;
+        a += nothing;
+        b += nothing;
     }
     FN(put)(hr + i, a, n);
     FN(put)(hi + i, b, n);
@@ -34,14 +58,14 @@ INL void FN(activate_back_core)(int64_t i, const int n, int modrelu, const float
     vf a = FN(get)(gr + i, n), b = FN(get)(gi + i, n);
     if (modrelu) {
         vf x = FN(get)(zr + i, n) + FN(get)(ur + i, n), y = FN(get)(zi + i, n) + FN(get)(ui + i, n);
-        vf m = x * x + y * y, bi = FN(get)(bias + i, n), inv = FN(rsqrt)(m), k = bi * inv, s = 1.0f + k;
-        vi off = (vi)(s <= 0.0f) | (vi)(m == 0.0f);
-        vf none = {0};
+        vf one, scale, inv = FN(modulus)(&x, &y, &one, &scale, n), k = FN(get)(bias + i, n) * inv, none = {0};
+        vi off = (vi)(one + k <= 0.0f);
+        k *= scale; /* b/|z| */
         x *= inv; /* unit phase */
         y *= inv;
         vf along = a * x + b * y; /* the gradient of |z|, and of the bias */
-        a = FN(pick)(off, none, a * s - k * along * x);
-        b = FN(pick)(off, none, b * s - k * along * y);
+        a = FN(pick)(off, none, a + k * (a - along * x));
+        b = FN(pick)(off, none, b + k * (b - along * y));
         FN(put)(db + i, FN(get)(db + i, n) + FN(pick)(off, none, along), n);
         FN(put)(gr + i, a, n);
         FN(put)(gi + i, b, n);
