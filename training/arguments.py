@@ -17,7 +17,8 @@ from transformers import HfArgumentParser
 
 from kru_hf.configuration_kru import GATED_TYPES
 
-from .errors import UserError
+from .errors import UserError, printable
+from .files import one_line
 from .idle_options import given_names, refuse_idle
 from .machine import shown_command
 from .superseded import superseded
@@ -266,21 +267,44 @@ def nearest(name: str, known: list[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The flat mapping of a recipe file."""
+def read_recipe(path: Path) -> dict[str, str]:
+    """The flat mapping of a recipe file: names to values as they are written, as on the command line.
+
+    So `no` and `010` mean what they mean there; YAML 1.1 would make false and 8 of them. Keys without a value are left
+    out.
+
+    Raises:
+        UserError: no such file, not YAML, not a mapping of names to values, a key given twice.
+    """
     if not path.is_file():
         names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"recipe {str(path)!r} does not exist; recipes here: {', '.join(names)}")
     if path.stat().st_size > MAX_RECIPE:
         raise UserError(f"recipe {str(path)!r} has {path.stat().st_size:,} bytes; it may have {MAX_RECIPE:,}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         check_flat(text)
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes, numbers and dates that are none
-        raise UserError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, or what check_flat refuses
+        raise UserError(f"recipe {str(path)!r} is not valid YAML: {one_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"recipe {str(path)!r} cannot be read: {error.strerror or error}") from error
+    if not isinstance(node, yaml.MappingNode):
         raise UserError(f"recipe {str(path)!r} must be a mapping of option names to values")
+    values: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"recipe {str(path)!r}, line {line}: a key must be the name of an option")
+        if key.value in lines:
+            raise UserError(
+                f"recipe {str(path)!r}: {key.value!r} is given twice, in lines {lines[key.value]} and {line}"
+            )
+        lines[key.value] = line
+        value = written(value, f"recipe {str(path)!r}, line {line}: {key.value}")
+        if value is not None:
+            values[key.value] = value
     return values
 
 
@@ -295,16 +319,27 @@ def check_flat(text: str) -> None:
             raise ValueError("it is nested deeper than a list of lists")
 
 
-def recipe_arguments(values: dict[str, Any], known: list[str], source: str) -> list[str]:
+def written(node: yaml.Node, where: str) -> str | None:
+    """A value of a recipe as it is written, lists (of lists) in brackets; None for an empty one."""
+    if not node.tag.startswith("tag:yaml.org,2002:"):
+        raise UserError(f"{where} has the tag {node.tag}, and must be a plain value")
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.style is None and node.value in ("", "~", "null", "Null", "NULL") else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return f"[{', '.join(written(item, where) or 'null' for item in node.value)}]"
+    raise UserError(f"{where} must be a value or a list of pairs")
+
+
+def recipe_arguments(values: dict[str, str], fields: list[dataclasses.Field[Any]], source: str) -> list[str]:
     """A recipe as command-line words, so that both are converted and checked in the same way."""
+    kinds = {f.name: str(f.type) for f in fields}
     words: list[str] = []
     for name, value in values.items():
-        if name not in known:
-            raise UserError(f"{source}: unknown key {str(name)!r}{nearest(str(name), known)}")
-        if value is None:
-            continue
-        text = json.dumps(value) if isinstance(value, list) else str(value)
-        words.append(f"--{name}={text}")
+        if name not in kinds:
+            raise UserError(f"{source}: unknown key {name!r}{nearest(name, list(kinds))}")
+        if "bool" in kinds[name]:  # what YAML itself allows beside yes, no, true and false
+            value = {"on": "true", "off": "false"}.get(value.lower(), value)
+        words.append(f"--{name}={value}")
     return words
 
 
@@ -331,7 +366,7 @@ def parse_arguments(argv: list[str] | None = None, program: str = "training.trai
         recipe = read_recipe(source)
 
     classes = [RunOptions, ModelOptions, DataOptions, task.Options]
-    known = [f.name for c in classes for f in dataclasses.fields(c)]
+    fields = [f for c in classes for f in dataclasses.fields(c)]
     # A recipe's own kind of network, or length, is dropped when the command line asks for another.
     given = parse_words(classes, words, program)
     recipe = {name: value for name, value in recipe.items() if not superseded(name, recipe, given[1], words)}
@@ -339,7 +374,7 @@ def parse_arguments(argv: list[str] | None = None, program: str = "training.trai
         recipe.pop("max_steps", None)
     if given[0].optimizer not in ("adamw", recipe.get("optimizer")):  # it has no weight decay
         recipe.pop("weight_decay", None)
-    arguments = Arguments(*parse_words(classes, [*recipe_arguments(recipe, known, str(source)), *words], program))
+    arguments = Arguments(*parse_words(classes, [*recipe_arguments(recipe, fields, str(source)), *words], program))
     refuse_idle(words, arguments.flat())
     arguments.command = shown_command(argv, program)
     return arguments
@@ -360,4 +395,7 @@ def parse_words(classes: list[Any], words: list[str], program: str) -> list[Any]
     for name in known:
         if isinstance(values[name], int) and "seed" not in name:
             require(values[name] <= MAX_COUNT, name, values[name], f"at most {MAX_COUNT}")
+    for name, value in values.items():
+        if name != "dataset" and isinstance(value, str) and printable(value) != value:
+            raise UserError(f"{name}={value!r} is not valid: it must be UTF-8, as the libraries need that write there")
     return [c(**{f.name: values[f.name] for f in dataclasses.fields(c)}) for c in classes]

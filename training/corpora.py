@@ -1,20 +1,20 @@
-"""Text corpora: the embedded one, local files and Hub data sets, as three strings."""
+"""Text corpora: the embedded one, local files and tables, and Hub data sets, as three strings."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, Value
 
-from .errors import UserError
+from .errors import UserError, printable
+from .splits import SPLITS, Parts
+from .tables import TABLE_KINDS, TABLES, open_data, read_table, read_text
 from .tasks.base import DataOptions
 
-SPLITS = ("train", "validation", "test")
 EMBEDDED = "python_docs"
 HELD_OUT = 0.05  # share of the characters in each of validation and test, where the data has no splits of its own
 
@@ -25,6 +25,7 @@ class Corpus:
 
     name: str
     splits: Mapping[str, str]
+    notes: Sequence[str] = ()
 
     @property
     def sha256(self) -> str:
@@ -40,67 +41,46 @@ class Corpus:
         return {"name": self.name, "sha256": self.sha256, **sizes}
 
 
-def split_text(text: str) -> dict[str, str]:
-    """The first 90 % of the characters, the next 5 % and the last 5 %, each in one piece."""
-    held_out = int(len(text) * HELD_OUT)
-    first, second = len(text) - 2 * held_out, len(text) - held_out
-    return {"train": text[:first], "validation": text[first:second], "test": text[second:]}
-
-
 def python_docs() -> str:
     """CPython's language reference as shipped with the interpreter: all topics in the order of their names."""
     topics = importlib.import_module("pydoc_data.topics").topics
     return "".join(topics[name] for name in sorted(topics))
 
 
-def read_text(path: Path) -> str:
-    """The exact text of a UTF-8 file, without a byte-order mark, which is no letter of it.
-
-    Line ends stay as they are (readers of `datasets` would translate them).
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"dataset: {str(path)!r} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {error.start}; "
-            "convert it first, for example with iconv -t utf-8"
-        ) from error
-    except OSError as error:
-        raise UserError(f"dataset: {str(path)!r} cannot be read: {error.strerror or error}") from error
+def rows_of(part: Any, options: DataOptions, name: str, notes: list[str]) -> list[str]:
+    """The texts of a part: rows of tables, whole files of text."""
+    if isinstance(part, Dataset):
+        return column(part, options.text_column, name, notes)
+    rows = []
+    for path in part:
+        if path.suffix.lower() in TABLES:
+            rows += column(read_table(path), options.text_column, printable(path.name), notes)
+        else:
+            options.refuse_hub_options()
+            rows.append(read_text(path))
+    return rows
 
 
-def one_document(text: str) -> Dataset:
-    """A data set of one row that holds the whole text."""
-    return Dataset.from_dict({"text": [text]})
+def column(table: Dataset, wanted: str, name: str, notes: list[str]) -> list[str]:
+    """The texts of a table's column; rows without one are left out, and said."""
+    if wanted not in table.column_names:
+        raise UserError(f"text_column={wanted!r} is not in {name}; it has {', '.join(table.column_names)}")
+    kinds = {
+        key: kind.dtype if isinstance(kind, Value) else type(kind).__name__ for key, kind in table.features.items()
+    }
+    texts = [key for key, kind in kinds.items() if kind in ("string", "large_string")]
+    if wanted not in texts:
+        there = ", ".join(texts) or "none"
+        raise UserError(f"text_column={wanted!r} of {name} holds {kinds[wanted]}, not text; columns of text: {there}")
+    every = table[wanted]
+    rows = [row for row in every if row is not None]
+    if len(rows) < len(every):
+        notes.append(f"{len(every) - len(rows):,} of {len(every):,} rows of {name} hold no text and are left out")
+    return rows
 
 
-def load_folder(folder: Path) -> DatasetDict:
-    """`train.txt`, `validation.txt` and `test.txt` of a folder."""
-    missing = [f"{split}.txt" for split in SPLITS if not (folder / f"{split}.txt").is_file()]
-    if missing:
-        raise UserError(f"dataset: folder {str(folder)!r} has no {', '.join(missing)}")
-    return DatasetDict({split: one_document(read_text(folder / f"{split}.txt")) for split in SPLITS})
-
-
-def load_hub(options: DataOptions) -> DatasetDict:
-    """A data set of the Hub."""
-    try:
-        data = load_dataset(options.dataset, options.dataset_config, revision=options.dataset_revision)
-    except Exception as error:  # network, missing data set, …: the Hub client has no base class for them
-        raise UserError(
-            f"dataset={options.dataset!r} is neither a local file or folder nor a data set that the Hub gives "
-            f"({type(error).__name__}: {error}); pass --dataset FILE, FOLDER, HUB_ID or {EMBEDDED}"
-        ) from error
-    if "train" not in data:
-        raise UserError(f"dataset={options.dataset!r} has no split 'train'; it has {', '.join(data)}")
-    return data
-
-
-def joined(data: Dataset, column: str, name: str) -> str:
-    """The rows of a split as one text; rows that do not end a line are joined by newlines."""
-    if column not in data.column_names:
-        raise UserError(f"text_column={column!r} is not in {name}; it has {', '.join(data.column_names)}")
-    rows = [row or "" for row in data[column]]
+def joined(rows: Sequence[str]) -> str:
+    """Rows as one text; those that do not end a line are joined by newlines."""
     separator = "" if len(rows) == 1 or all(row.endswith("\n") for row in rows if row) else "\n"
     return separator.join(rows)
 
@@ -109,35 +89,30 @@ def load_corpus(options: DataOptions) -> Corpus:
     """The corpus that the options name.
 
     Raises:
-        UserError: nothing there, not UTF-8, a missing split or column, an empty part.
+        UserError: nothing there, not UTF-8, a missing column or one that holds no text, an empty part.
     """
-    source = options.dataset or EMBEDDED
-    path = Path(source)
-    name = source
-    if source == EMBEDDED:
-        data = DatasetDict({"train": one_document(python_docs())})
-    elif path.is_file():
-        data, name = DatasetDict({"train": one_document(read_text(path))}), path.name
-    elif path.is_dir():
-        data, name = load_folder(path), path.resolve().name
-    elif path.is_absolute() or path.suffix == ".txt" or source.startswith("."):
-        raise UserError(f"dataset={source!r} does not exist; pass --dataset FILE, FOLDER, HUB_ID or {EMBEDDED}")
-    else:
-        data = load_hub(options)
-    local = source == EMBEDDED or path.exists()
-    if local:
+    if options.dataset in (None, EMBEDDED):
         options.refuse_hub_options()
-    texts = {key: joined(data[key], "text" if local else options.text_column, name) for key in SPLITS if key in data}
-    if set(texts) != set(SPLITS):
+        parts, texts = Parts(EMBEDDED, {"train": None}), {"train": python_docs()}
+    else:
+        parts = open_data(options, EMBEDDED, ((".txt",), *TABLE_KINDS), texts=True)
+        texts = {
+            split: joined(rows_of(part, options, f"{parts.name} {split}", parts.notes))
+            for split, part in parts.found.items()
+        }
+    name, train = printable(parts.name), texts["train"]
+    if parts.missing:
+        times = len(parts.missing)
         least = round(2 / HELD_OUT)
-        if len(texts["train"]) < least:
+        if len(train) < least:
+            twice = "twice" if times == 2 else "once"
             raise UserError(
-                f"dataset={name!r} has {len(texts['train'])} characters; to hold out {HELD_OUT:.0%} twice takes {least}"
+                f"dataset={name!r} has {len(train)} characters; to hold out {HELD_OUT:.0%} {twice} takes {least}"
             )
-        texts = split_text(texts["train"])
+        texts |= {split: train[place] for split, place in parts.cuts(len(train), int(len(train) * HELD_OUT)).items()}
     for split in SPLITS:
         if len(texts[split]) < 2:
             raise UserError(
                 f"dataset={name!r}: the {split} part has {len(texts[split])} characters; each part needs at least 2"
             )
-    return Corpus(name, texts)
+    return Corpus(name, texts, parts.notes)

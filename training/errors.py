@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
     """Bad input or a run that cannot go on; the message names the field, the value and what is allowed.
@@ -22,3 +24,8 @@ class Interrupted(UserError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, shared=True)
         self.exit_code = 128 + signal_number
+
+
+def printable(name: str) -> str:
+    """The name of a file as UTF-8 can hold it: bytes of another encoding are shown as `\\xe9`."""
+    return re.sub(r"[\ud800-\udfff]", lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", name)

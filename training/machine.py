@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from .errors import printable
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 UNSHOWN = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run went on, not what it was
 
@@ -87,7 +89,7 @@ def shown_command(argv: list[str], program: str = "training.train") -> str:
 
 
 def shown_path(text: str) -> str:
-    """`text`, or the last part of it where it is a path that leaves the current folder."""
+    """`text` in UTF-8, or the last part of it where it is a path that leaves the current folder."""
     if Path(text).is_absolute() or text.startswith((".." + os.sep, "~")):
-        return Path(text).name
-    return text
+        text = Path(text).name
+    return printable(text)

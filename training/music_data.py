@@ -7,22 +7,22 @@ import inspect
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import load_dataset
 from tqdm import tqdm
 
 from kru_hf.piano_roll import PROBLEMS, MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
 
-from .errors import UserError
+from .errors import UserError, printable
+from .splits import SPLITS, Parts
+from .tables import TABLE_KINDS, open_data, read_tables
 from .tasks.base import DataOptions
 
-SPLITS = ("train", "validation", "test")
 CHORALES = "bach_chorales"
 HELD_OUT = 0.1  # share of the pieces in each of validation and test, where the data has no splits of its own
 MIDI_ENDINGS = (".mid", ".midi", ".rmi", ".kar")
@@ -32,7 +32,6 @@ IN_FILES = {
     "merged_tracks": "files whose tracks are laid over each other",
     "tempo_changes": "files with changes of tempo, which the grid leaves out",
 }
-TABLE_ENDINGS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Pieces:
     splits: Mapping[str, list[np.ndarray]]
     frames_per_quarter: int
     report: dict[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def sha256(self) -> str:
@@ -80,73 +80,47 @@ def bands(rolls: Sequence[np.ndarray]) -> dict[str, float]:
     return found
 
 
-def split_pieces(rolls: list[np.ndarray], seed: int = 0) -> dict[str, list[np.ndarray]]:
-    """80 %, 10 % and 10 % of the pieces, by a fixed shuffle; each part has at least one."""
-    order = np.random.default_rng(seed).permutation(len(rolls))
-    held_out = max(1, round(len(rolls) * HELD_OUT))
-    parts = np.split(order, [len(rolls) - 2 * held_out, len(rolls) - held_out])
-    return {split: [rolls[i] for i in part] for split, part in zip(SPLITS, parts, strict=True)}
-
-
 def load_pieces(data: DataOptions, frames_per_quarter: int) -> Pieces:
     """The pieces that the options name.
 
     Raises:
         UserError: nothing there, damaged, no column `notes`, no usable piece, too few pieces.
     """
-    source = data.dataset or CHORALES
-    path, report = Path(source), Counter[str]()
-    splits: dict[str, list[np.ndarray]]
-    if source == CHORALES or path.is_dir():
+    report = Counter[str]()
+    if data.dataset in (None, CHORALES):
         data.refuse_hub_options()
-    if source == CHORALES:
-        name, splits = source, {"train": music21_chorales(frames_per_quarter)}
-    elif path.is_dir():
-        name, splits = path.resolve().name, read_folder(path, frames_per_quarter, report)
-    elif path.is_absolute() or source.startswith(".") or path.is_file():
-        raise UserError(f"dataset={source!r} is not a folder; pass a folder, a Hub id or {CHORALES}")
+        parts, splits = Parts(CHORALES, {"train": None}), {"train": music21_chorales(frames_per_quarter)}
     else:
-        name, splits = source, read_hub(data, report)
+        data.refuse_text_column("its column notes")
+        parts = open_data(data, CHORALES, (MIDI_ENDINGS, *TABLE_KINDS), whole=MIDI_ENDINGS)
+        splits = {
+            split: read_part(part, f"{parts.name} {split}", frames_per_quarter, report)
+            for split, part in parts.found.items()
+        }
+    name = printable(parts.name)
     short = {split: [roll for roll in rolls if len(roll) < 2] for split, rolls in splits.items()}
     report["short_pieces"] = sum(map(len, short.values()))
     splits = {split: [roll for roll in rolls if len(roll) > 1] for split, rolls in splits.items()}
-    if set(splits) == {"train"}:
-        if len(splits["train"]) < 3:
-            raise UserError(f"dataset={name!r} has {len(splits['train'])} usable pieces; splits need at least 3")
-        splits = split_pieces(splits["train"])
+    if parts.missing:
+        rolls = splits["train"]
+        if len(rolls) <= len(parts.missing):
+            raise UserError(
+                f"dataset={name!r} has {len(rolls)} usable pieces; splits need at least {len(parts.missing) + 1}"
+            )
+        order = np.random.default_rng(0).permutation(len(rolls))
+        cuts = parts.cuts(len(rolls), max(1, round(len(rolls) * HELD_OUT)))
+        splits |= {split: [rolls[i] for i in order[place]] for split, place in cuts.items()}
     for split in SPLITS:
         if not any(roll.any() for roll in splits[split]):
             raise UserError(f"dataset={name!r}: the {split} part holds no piece of two frames with notes")
-    return Pieces(name, splits, frames_per_quarter, {key: count for key, count in report.items() if count})
+    return Pieces(name, splits, frames_per_quarter, {k: count for k, count in report.items() if count}, parts.notes)
 
 
-def read_folder(folder: Path, frames_per_quarter: int, report: Counter[str]) -> dict[str, list[np.ndarray]]:
-    """Tables named after the splits, or MIDI files: in folders named after the splits, or all in one."""
-    tables = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in TABLE_ENDINGS and p.stem in SPLITS}
-    if tables:
-        check_splits(tables, f"folder {str(folder)!r}", "table")
-        return {split: read_table(table, report) for split, table in tables.items()}
-    split_folders = [split for split in SPLITS if (folder / split).is_dir()]
-    if split_folders:
-        check_splits(split_folders, f"folder {str(folder)!r}", "folder")
-        return {split: read_midi_files(folder / split, frames_per_quarter, report) for split in split_folders}
-    return {"train": read_midi_files(folder, frames_per_quarter, report)}
-
-
-def check_splits(found: Iterable[str], where: str, kind: str) -> None:
-    """An error unless the data bring all three splits, or pieces to train on alone: what they call test stays that."""
-    missing = [split for split in SPLITS if split not in found]
-    if missing and set(found) != {"train"}:
-        raise UserError(f"dataset: {where} has no {kind} of {', '.join(missing)}")
-
-
-def read_table(path: Path, report: Counter[str]) -> list[np.ndarray]:
-    """The pieces of a parquet or JSON file with a column `notes`: frames of MIDI pitches."""
-    try:
-        rows = load_dataset(TABLE_ENDINGS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # readers have no common base class: damaged, empty, no permission
-        raise UserError(f"dataset: {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
-    return read_rows(rows, str(path), report)
+def read_part(part: Any, name: str, frames_per_quarter: int, report: Counter[str]) -> list[np.ndarray]:
+    """The pieces of a part: MIDI files, or tables with a column `notes`."""
+    if isinstance(part, list) and part[0].suffix.lower() in MIDI_ENDINGS:
+        return read_midi_files(part, frames_per_quarter, report)
+    return [roll for rows, where in read_tables(part, name) for roll in read_rows(rows, where, report)]
 
 
 def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
@@ -169,26 +143,8 @@ def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
     return rolls
 
 
-def read_hub(data: DataOptions, report: Counter[str]) -> dict[str, list[np.ndarray]]:
-    """A data set of the Hub with a column `notes`."""
-    data.refuse_text_column("its column notes")
-    try:
-        found = load_dataset(data.dataset, data.dataset_config, revision=data.dataset_revision)
-    except Exception as error:  # the Hub client has no common base class
-        raise UserError(
-            f"dataset={data.dataset!r} is neither a folder nor a data set that the Hub gives "
-            f"({type(error).__name__}: {error}); pass --dataset FOLDER, HUB_ID or {CHORALES}"
-        ) from error
-    splits = [split for split in SPLITS if split in found]
-    check_splits(splits, f"{data.dataset!r}, with {', '.join(found)},", "split")
-    return {split: read_rows(found[split], f"{data.dataset} {split}", report) for split in splits}
-
-
-def read_midi_files(folder: Path, frames_per_quarter: int, report: Counter[str]) -> list[np.ndarray]:
-    """The MIDI files below a folder, in the order of their paths; unusable ones are counted and named."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MIDI_ENDINGS)
-    if not paths:
-        raise UserError(f"dataset: folder {str(folder)!r} holds neither train.parquet (or .json) nor MIDI files")
+def read_midi_files(paths: list[Path], frames_per_quarter: int, report: Counter[str]) -> list[np.ndarray]:
+    """The pieces of MIDI files; unusable ones are counted and named."""
     rolls, bad = [], []
     for path in tqdm(paths, desc="reading MIDI", unit="file", disable=len(paths) < 20):
         try:
@@ -203,7 +159,7 @@ def read_midi_files(folder: Path, frames_per_quarter: int, report: Counter[str])
     for message in bad[:5]:
         tqdm.write(f"left out: {message}")
     if not rolls:
-        raise UserError(f"dataset: none of the {len(paths)} MIDI files in {str(folder)!r} is usable: {bad[0]}")
+        raise UserError(f"dataset: none of the {len(paths)} MIDI files is usable: {bad[0]}")
     return rolls
 
 

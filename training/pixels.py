@@ -1,21 +1,24 @@
-"""Pictures as sequences of pixels: scikit-learn's digits, folders of tables, and Hub data sets."""
+"""Pictures as sequences of pixels: scikit-learn's digits, tables of this machine, and Hub data sets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets import Dataset
 
-from .errors import UserError
-from .sequences import SPLITS, fingerprint
+from .errors import UserError, printable
+from .picture_columns import Block, joined_pictures, read_labels, read_pictures
+from .sequences import fingerprint
+from .splits import SPLITS, Parts
+from .tables import TABLE_KINDS, open_data, read_tables
 from .tasks.base import DataOptions
 
 DIGITS = "digits"
-VALIDATION = 12  # one row in that many is held out of the training rows, the last ones: 5,000 of MNIST's 60,000
+HELD_OUT = 12  # one row of so many in each part that is cut from the training rows
+MNIST = (60_000, 784)  # rows and pixels of MNIST's training part: its last twelfth is for validation, in every paper
 DIGITS_HELD_OUT = 0.15  # share of scikit-learn's digits in each of validation and test
 PIXEL_COLUMNS = ("pixels", "image", "img")
 PERMUTATION_SEED = 92916  # as in Lezcano-Casado & Martínez-Rubio 2019 (expRNN) and the work that compares with it
@@ -23,12 +26,16 @@ PERMUTATION_SEED = 92916  # as in Lezcano-Casado & Martínez-Rubio 2019 (expRNN)
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pixels (S, P) uint8 and labels (S,) by split; `white` is the largest value that a pixel can have."""
+    """Pixels (S, P) and labels (S,) by split; `white` is the largest value that a pixel can have.
+
+    Pixels are uint8 up to a `white` of 255, uint16 up to 65,535, and float32 where the data have fractions.
+    """
 
     name: str
     pixels: Mapping[str, np.ndarray]
     labels: Mapping[str, np.ndarray]
     white: int
+    notes: Sequence[str] = ()
 
     def record(self) -> dict[str, Any]:
         """Name, SHA-256 of pixels and labels, and sizes."""
@@ -49,33 +56,64 @@ def load_pictures(data: DataOptions) -> Pictures:
     """The pictures that the options name.
 
     Raises:
-        UserError: nothing there, a split or column missing, pictures of several sizes, labels that are not 0, 1, 2 …
+        UserError: nothing there, a split or column missing, pictures of several sizes or of a kind that is not read,
+            labels that are not 0, 1, 2 …
     """
-    source = data.dataset or DIGITS
-    if source == DIGITS or Path(source).is_dir():
+    if data.dataset in (None, DIGITS):
         data.refuse_hub_options()
-    if source == DIGITS:
         return sklearn_digits()
-    path = Path(source)
-    name = path.resolve().name if path.is_dir() else source
-    tables = read_folder(path) if path.is_dir() else read_hub(data)
-    arrays = {split: read_rows(tables[split], f"{name} {split}") for split in tables if split in SPLITS}
-    for split in ("train", "test"):
-        if split not in arrays:
-            raise UserError(f"dataset={name!r} has no split {split!r}; it has {', '.join(tables)}")
-    if "validation" not in arrays:
-        pixels, labels = arrays["train"]
-        first = len(labels) - len(labels) // VALIDATION
-        arrays |= {"train": (pixels[:first], labels[:first]), "validation": (pixels[first:], labels[first:])}
-    widths = {split: pixels.shape[1] for split, (pixels, _) in arrays.items()}
-    if len(set(widths.values())) > 1:
-        raise UserError(f"dataset={name!r}: pictures must all have one size, got {widths} pixels")
-    for split, (_, labels) in arrays.items():
-        if len(labels) == 0:
+    data.refuse_text_column(f"its columns label and {' or '.join(PIXEL_COLUMNS)}")
+    parts = open_data(data, DIGITS, TABLE_KINDS)
+    name = printable(parts.name)
+    labels: dict[str, np.ndarray] = {}
+    blocks: list[Block] = []
+    owners: list[str] = []
+    for split, part in parts.found.items():
+        tables = [read_rows(table, where) for table, where in read_tables(part, f"{name} {split}")]
+        tables = [(block, numbers) for block, numbers in tables if len(numbers)]
+        if not tables:
             raise UserError(f"dataset={name!r}: the {split} part is empty")
-        if labels.min() < 0 or labels.max() > arrays["train"][1].max():
-            raise UserError(f"dataset={name!r} {split}: labels must be 0 … {arrays['train'][1].max()}, as in training")
-    return Pictures(name, {k: v[0] for k, v in arrays.items()}, {k: v[1] for k, v in arrays.items()}, 255)
+        blocks += [block for block, _ in tables]
+        owners += [split] * len(tables)
+        labels[split] = np.concatenate([numbers for _, numbers in tables])  # (S,)
+    arrays, white = joined_pictures(blocks, name)
+    pixels = {
+        split: np.concatenate([array for array, owner in zip(arrays, owners, strict=True) if owner == split])
+        for split in parts.found
+    }
+    rows, numbers = pixels["train"], labels["train"]
+    for split, places in held_out(parts, numbers, rows.shape[1]).items():
+        pixels[split], labels[split] = rows[places], numbers[places]
+    for split in SPLITS:
+        if labels[split].min() < 0 or labels[split].max() > labels["train"].max():
+            raise UserError(f"dataset={name!r} {split}: labels must be 0 … {labels['train'].max()}, as in training")
+    return Pictures(name, pixels, labels, white, parts.notes)
+
+
+def held_out(parts: Parts, labels: np.ndarray, size: int) -> dict[str, Any]:
+    """Of the training rows, with labels (S,) and pictures of `size` pixels, the places of train and each missing part.
+
+    A twelfth of the rows of every class (at least one, if it has more) goes to each missing part, drawn by a fixed
+    shuffle. MNIST's validation part is the documented one, its last 5,000 training rows: so it is for data of exactly
+    MNIST's form that lack this part alone, if all classes are in those rows.
+    """
+    if not parts.missing:
+        return {}
+    last = len(labels) // HELD_OUT
+    if (len(labels), size) == MNIST and parts.missing == ["validation"] and {*labels[-last:]} == {*labels}:
+        return parts.cuts(len(labels), last)
+    parts.note_cut()
+    order = np.random.default_rng(0).permutation(len(labels))
+    places: dict[str, list[int]] = {split: [] for split in ("train", *parts.missing)}
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        share = max(1, round(len(rows) / HELD_OUT)) if len(rows) > len(parts.missing) else 0
+        for index, split in enumerate(parts.missing):
+            places[split] += rows[index * share :][:share].tolist()
+        places["train"] += rows[len(parts.missing) * share :].tolist()
+    if not all(places.values()):
+        raise UserError(f"dataset={parts.name!r}: no class has the {len(places)} rows that it takes to split it")
+    return {split: np.sort(rows) for split, rows in places.items()}
 
 
 def sklearn_digits() -> Pictures:
@@ -95,51 +133,12 @@ def sklearn_digits() -> Pictures:
     )
 
 
-def read_folder(folder: Path) -> DatasetDict:
-    """`train.parquet`, `test.parquet` and, if there is one, `validation.parquet` of a folder."""
-    files = {split: str(folder / f"{split}.parquet") for split in SPLITS if (folder / f"{split}.parquet").is_file()}
-    missing = [f"{split}.parquet" for split in ("train", "test") if split not in files]
-    if missing:
-        raise UserError(f"dataset: folder {str(folder)!r} has no {', '.join(missing)}")
-    try:
-        return load_dataset("parquet", data_files=files)
-    except Exception as error:  # readers have no common base class: damaged, empty, no permission
-        raise UserError(f"dataset: {str(folder)!r} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def read_hub(data: DataOptions) -> DatasetDict:
-    """A data set of the Hub with pictures and labels."""
-    data.refuse_text_column(f"its columns label and {' or '.join(PIXEL_COLUMNS)}")
-    source = str(data.dataset)
-    if Path(source).is_absolute() or source.startswith("."):
-        raise UserError(f"dataset={source!r} is not a folder; pass a folder, a Hub id or {DIGITS}")
-    try:
-        return load_dataset(source, data.dataset_config, revision=data.dataset_revision)
-    except Exception as error:  # the Hub client has no common base class
-        raise UserError(
-            f"dataset={source!r} is neither a folder nor a data set that the Hub gives "
-            f"({type(error).__name__}: {error}); pass --dataset FOLDER, HUB_ID or {DIGITS}"
-        ) from error
-
-
-def read_rows(rows: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (S, P) uint8, row by row of each picture, and labels (S,) of a table."""
+def read_rows(rows: Dataset, name: str) -> tuple[Block, np.ndarray]:
+    """Pictures and labels (S,) of a table."""
     column = next((c for c in PIXEL_COLUMNS if c in rows.column_names), None)
     if column is None or "label" not in rows.column_names:
         raise UserError(
             f"dataset: {name!r} must have the columns label and {' or '.join(PIXEL_COLUMNS)}; "
             f"it has {', '.join(rows.column_names)}"
         )
-    if isinstance(rows.features[column], Image):
-        flat = [np.asarray(picture.convert("L"), dtype=np.uint8).ravel() for picture in rows[column]]
-    else:
-        flat = rows.with_format("numpy", columns=[column])[:][column]
-    if len({len(picture) for picture in flat}) != 1:
-        raise UserError(f"dataset: {name!r}, column {column}: pictures must all have one size")
-    pixels = np.stack(list(flat))  # (S, P)
-    if pixels.min() < 0 or pixels.max() > 255 or not np.issubdtype(pixels.dtype, np.integer):
-        raise UserError(f"dataset: {name!r}, column {column}: pixels must be whole numbers from 0 to 255")
-    labels = np.asarray(rows["label"])  # (S,)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"dataset: {name!r}, column label: labels must be whole numbers, got {rows['label'][0]!r}")
-    return pixels.astype(np.uint8), labels.astype(np.int64)
+    return read_pictures(rows, column, name), read_labels(rows, name)

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from .errors import UserError
 from .tasks.base import Batch, DataOptions, Layout, Task, TaskOutput
 
-SPLITS = ("train", "validation", "test")
 IGNORED = -100  # label that is not scored
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
-from ..sequences import SPLITS, GeneratedOptions, SequenceTask, check_generated, fingerprint
+from ..sequences import GeneratedOptions, SequenceTask, check_generated, fingerprint
+from ..splits import SPLITS
 from .base import Batch
 
 FRAME = 2  # number and mark

@@ -108,25 +108,30 @@ class DataOptions:
 
     dataset: str | None = field(
         default=None,
-        metadata={"help": "A built-in name, a local file, a folder of train/validation/test files, or a Hub id."},
+        metadata={"help": "A built-in name, a file, a folder of train/validation/test files or folders, or a Hub id."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision (tag, branch or commit) of it."})
-    text_column: str = field(default="text", metadata={"help": "Column of a Hub data set that holds the text."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column that holds the text, of a table or a data set of the Hub."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset == "":
             raise UserError("dataset='' is not valid: it must be a built-in name, a file, a folder or a Hub id")
 
-    def refuse_hub_options(self) -> None:
+    def refuse_hub_options(self, texts: bool = False) -> None:
         """For data that are not the Hub's.
+
+        Args:
+            texts: whether they may be tables of texts, for which `text_column` has a meaning.
 
         Raises:
             UserError: an option that only a data set of the Hub has; it would be recorded, and have no effect.
         """
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name != "dataset" and value != option.default:
+            if option.name not in ("dataset", *(["text_column"] if texts else [])) and value != option.default:
                 raise UserError(
                     f"{option.name}={value!r} is for a data set of the Hub, but dataset={self.dataset!r} is not one"
                 )

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from kru_hf import build_char_tokenizer
 
-from ..corpora import SPLITS, Corpus, load_corpus
+from ..corpora import Corpus, load_corpus
 from ..errors import UserError
+from ..splits import SPLITS
 from .base import Batch, Layout, Task, TaskOutput
 
 EVAL_WINDOW = 256  # characters of a row in one evaluation call where the state is carried; no effect on the figure
@@ -94,7 +95,7 @@ class CharLM(Task):
             )
 
     def notes(self, splits: tuple[str, ...]) -> list[str]:
-        return [
+        return [*self.corpus.notes] + [
             f"{count:,} of {len(self.ids[split]):,} characters of the {split} split are not in the vocabulary; "
             "they are read and scored as the unknown character"
             for split, count in self.unknown_characters.items()

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
 from ..errors import UserError
-from ..sequences import SPLITS, GeneratedOptions, SequenceTask, check_generated, classification_sums, fingerprint
+from ..sequences import GeneratedOptions, SequenceTask, check_generated, classification_sums, fingerprint
+from ..splits import SPLITS
 from .base import Batch
 
 SYMBOLS = 8

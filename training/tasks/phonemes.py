@@ -13,8 +13,9 @@ import torch
 from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
 from ..errors import UserError
 from ..espeak import load_espeak
-from ..sequences import IGNORED, SPLITS, SequenceTask, check_at_least, fingerprint
+from ..sequences import IGNORED, SequenceTask, check_at_least, fingerprint
 from ..speech import FEATURES, Utterance, features, frame_labels, load_timit, phone_classes
+from ..splits import SPLITS
 from .base import Batch, Layout, TaskOutput
 
 ESPEAK = "espeak"

@@ -78,6 +78,9 @@ class PianoRollTask(Task):
         hub = {name: getattr(self.data, name) for name in names if getattr(self.data, name) is not None}
         return {**self.pieces.record(), **hub}
 
+    def notes(self, splits: tuple[str, ...]) -> list[str]:
+        return [*self.pieces.notes]
+
     def model_kwargs(self) -> dict[str, Any]:
         return {"vocab_size": 1, "input_size": NUM_PITCHES}
 

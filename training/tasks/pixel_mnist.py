@@ -53,6 +53,11 @@ class PixelMNIST(SequenceTask):
             return {**self.record, **hub}
         return {**self.record, **hub, "permutation_sha256": fingerprint(self.permutation.astype(np.int64))}
 
+    def notes(self, splits: tuple[str, ...]) -> list[str]:
+        white = self.pictures.white
+        told = [] if white == 255 or self.pictures.name == DIGITS else [f"the largest value of a pixel is {white}"]
+        return [*self.pictures.notes, *told]
+
     def samples(self, split: str) -> int:
         return len(self.pictures.labels[split])
 
@@ -66,9 +71,11 @@ class PixelMNIST(SequenceTask):
         }
 
     def batch(self, split: str, indices: np.ndarray) -> Batch:
-        pixels = torch.from_numpy(self.pictures.pixels[split][indices][:, self.permutation])  # (B, P)
+        pixels = torch.from_numpy(
+            self.pictures.pixels[split][indices][:, self.permutation].astype(np.float32)
+        )  # (B, P)
         labels = torch.from_numpy(self.pictures.labels[split][indices])  # (B,)
-        values = (pixels.float() / self.pictures.white)[..., None]  # (B, P, 1)
+        values = (pixels / self.pictures.white)[..., None]  # (B, P, 1)
         return Batch({"input_values": values, "labels": labels}, num_elements=pixels.numel())
 
 

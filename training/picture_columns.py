@@ -1,0 +1,204 @@
+"""Columns of pictures and labels as arrays: pictures of every mode, and lists of numbers; one scale for a data set."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Image
+from PIL import Image as Pillow
+
+from .errors import UserError
+from .files import one_line
+
+WHITES = (1, 16, 255, 65_535)  # the largest value of a pixel is the first of these that is not exceeded
+SIXTEEN = 65_535 // 255  # a level of 8 bits as one of 16
+OPAQUE = 255
+
+
+@dataclass
+class Block:
+    """The pictures of a table: pixels (S, P), how opaque they are (S, P) if that is known, and the white of their mode.
+
+    `white` is None where the numbers alone tell it.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    white: int | None = None
+
+
+def read_pictures(rows: Dataset, column: str, name: str) -> Block:
+    """The pictures of a column, row by row of each picture.
+
+    Raises:
+        UserError: an empty cell, pictures of several sizes, damaged, of a mode or in a form that is not read.
+    """
+    where = f"{name!r}, column {column}"
+    cells = rows.with_format("arrow")[:].column(column).combine_chunks()
+    if isinstance(cells, pa.ExtensionArray):
+        cells = cells.storage
+    refuse_empty(cells, 1, where)
+    if pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type):
+        return read_images([{"bytes": cell} for cell in cells.to_pylist()], where)
+    if pa.types.is_struct(cells.type) and {"bytes", "path"} & {field.name for field in cells.type}:
+        return read_images(cells.to_pylist(), where)
+    if isinstance(rows.features[column], Image) or not is_list(cells.type):
+        raise UserError(
+            f"dataset: {where}: a picture must be a list of numbers or the bytes of a file, not {cells.type}"
+        )
+    return read_lists(cells, where)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether an arrow type is one of its kinds of list."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def refuse_empty(cells: pa.Array, size: int, where: str) -> None:
+    """`UserError` naming the row of the first empty cell, where a row has `size` cells."""
+    if cells.null_count:
+        first = int(np.flatnonzero(cells.is_null().to_numpy(zero_copy_only=False))[0])
+        raise UserError(f"dataset: {where}: row {first // size} is empty")
+
+
+def read_lists(cells: pa.Array, where: str) -> Block:
+    """Pictures from lists of numbers, or lists of rows of them."""
+    shape: list[int] = []
+    count, size = len(cells), 1
+    while is_list(cells.type):
+        lengths = pc.list_value_length(cells).to_numpy(zero_copy_only=False)
+        if len({*lengths.tolist()}) > 1:
+            row = int(np.flatnonzero(lengths != lengths[0])[0]) // size
+            raise UserError(f"dataset: {where}: pictures must all have one size, and row {row} differs")
+        shape.append(int(lengths[0]) if len(lengths) else 0)
+        size *= shape[-1]
+        cells = cells.flatten()
+        refuse_empty(cells, max(1, size), where)
+    channels = len(shape) == 3 and 1 not in (shape[0], shape[-1])
+    if channels or len(shape) > 3 or (size == 0 and count):
+        raise UserError(f"dataset: {where}: a picture must be (height, width) or (pixels,) numbers, not {(*shape,)}")
+    if not (pa.types.is_integer(cells.type) or pa.types.is_floating(cells.type) or pa.types.is_boolean(cells.type)):
+        raise UserError(f"dataset: {where}: pixels must be numbers, not {cells.type}")
+    values = cells.to_numpy(zero_copy_only=False).reshape(count, size)  # (S, P)
+    return Block(values.astype(np.uint8) if values.dtype == bool else values)
+
+
+def read_images(cells: Sequence[dict[str, Any]], where: str) -> Block:
+    """Pictures from the bytes of files, or from their paths."""
+    found = []
+    for row, cell in enumerate(cells):
+        source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell.get("path")
+        if source is None:
+            raise UserError(f"dataset: {where}: row {row} is empty")
+        try:
+            with Pillow.open(source) as picture:
+                found.append((picture.size, *levels(picture)))
+        except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
+            raise UserError(f"dataset: {where}: row {row} cannot be read as a picture ({one_line(error)})") from error
+        if found[-1][0] != found[0][0]:
+            raise UserError(f"dataset: {where}: pictures must all have one size, and row {row} differs")
+    if not found:
+        return Block(np.zeros((0, 0), np.uint8))
+    _, greys, alphas, whites = zip(*found, strict=True)
+    pixels = np.stack(scaled([grey.ravel() for grey in greys], whites, where))  # (S, P)
+    white = None if None in whites else max(whites)
+    if all(alpha is None for alpha in alphas):
+        return Block(pixels, white=white)
+    opaque = np.full(pixels.shape[1], OPAQUE, np.uint8)
+    return Block(pixels, np.stack([opaque if alpha is None else alpha.ravel() for alpha in alphas]), white)
+
+
+def levels(picture: Pillow.Image) -> tuple[np.ndarray, np.ndarray | None, int | None]:
+    """Grey levels (H, W) of a picture, how opaque it is (H, W) or None, and the white of its mode or None."""
+    mode = picture.mode
+    if mode.startswith("I;16"):
+        return np.asarray(picture).astype(np.uint16), None, 65_535
+    if mode in ("I", "F"):
+        return np.asarray(picture), None, None
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
+        whole = picture.convert("RGBA")
+        return np.asarray(whole.convert("RGB").convert("L")), np.asarray(whole.getchannel("A")), 255
+    if mode in ("LAB", "HSV"):
+        picture = picture.convert("RGB")
+    return np.asarray(picture.convert("L")), None, 255
+
+
+def scaled(arrays: Sequence[np.ndarray], whites: Sequence[int | None], where: str) -> list[np.ndarray]:
+    """Arrays of several modes on one scale: 8 bits become 16 where both occur."""
+    if len({*whites} - {255, 65_535}) and len({*whites}) > 1:
+        raise UserError(
+            f"dataset: {where}: pictures of 32 bits a pixel, or numbers, and others are mixed; convert them"
+        )
+    top = max((white for white in whites if white is not None), default=None)
+    return [
+        array if white == top else array.astype(np.uint16) * SIXTEEN
+        for array, white in zip(arrays, whites, strict=True)
+    ]
+
+
+def joined_pictures(blocks: Sequence[Block], name: str) -> tuple[list[np.ndarray], int]:
+    """The pixels (S, P) of tables on the scale of the whole data set, and its white.
+
+    Where only the opacity varies, the ink is in it; where it is the same everywhere, it says nothing.
+
+    Raises:
+        UserError: pictures of several sizes, pixels that are negative, not finite or beyond 16 bits, or opacity and
+            colours that both vary.
+    """
+    widths = sorted({block.pixels.shape[1] for block in blocks})
+    if len(widths) > 1:
+        raise UserError(f"dataset={name!r}: pictures must all have one size, got {widths} pixels")
+    whites = [block.white for block in blocks]
+    pixels = scaled([block.pixels for block in blocks], whites, repr(name))
+    if any(block.alpha is not None for block in blocks):
+        opaque = [np.full(block.pixels.shape, OPAQUE, np.uint8) for block in blocks]
+        alphas = [full if block.alpha is None else block.alpha for block, full in zip(blocks, opaque, strict=True)]
+        if varies(alphas):
+            if varies([grey[alpha > 0] for grey, alpha in zip(pixels, alphas, strict=True)]):
+                raise UserError(
+                    f"dataset={name!r}: colours and opacity of the pictures both vary; put them on a background first"
+                )
+            return alphas, OPAQUE
+    if None not in whites:
+        return pixels, max(white for white in whites if white is not None)
+    return on_one_scale(pixels, name)
+
+
+def varies(arrays: Sequence[np.ndarray]) -> bool:
+    """Whether more than one value occurs in arrays."""
+    filled = [array for array in arrays if array.size]
+    return bool(filled) and min(map(np.min, filled)) < max(map(np.max, filled))
+
+
+def on_one_scale(pixels: Sequence[np.ndarray], name: str) -> tuple[list[np.ndarray], int]:
+    """Numbers in the smallest type that holds all of them, and what white is among them."""
+    for values in pixels:
+        bad = ~np.isfinite(values) | (values < 0) | (values > WHITES[-1])
+        if bad.any():
+            row, place = np.argwhere(bad)[0]
+            raise UserError(
+                f"dataset={name!r}, row {row}: a pixel is {values[row, place]}, and must be a number from 0 to 1, 16, "
+                "255 or 65535"
+            )
+    top = max(values.max(initial=0) for values in pixels)
+    white = next(white for white in WHITES if top <= white)
+    whole = all((values == np.floor(values)).all() for values in pixels)
+    kind = (np.uint8 if white <= 255 else np.uint16) if whole else np.float32
+    return [values.astype(kind) for values in pixels], white
+
+
+def read_labels(rows: Dataset, name: str) -> np.ndarray:
+    """The labels (S,) of a table."""
+    labels = rows.with_format("arrow")[:].column("label").combine_chunks()
+    if pa.types.is_integer(labels.type) and not labels.null_count:
+        return labels.to_numpy(zero_copy_only=False).astype(np.int64)
+    found = labels.to_pylist()
+    row = next((row for row, label in enumerate(found) if label is None or not pa.types.is_integer(labels.type)), 0)
+    shown = repr(found[row]) if found else str(labels.type)
+    raise UserError(f"dataset: {name!r}, column label: labels must be whole numbers, got {shown} in row {row}")
