@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from datasets import Dataset
 from finished_run import TEXT
-from hub_client import client, module, served_hub
+from hub_client import ROOT, client, module, python, served_hub
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 
@@ -90,15 +90,29 @@ def test_music_by_hub_id_there_and_back(hub: HubServer, tmp_path: Path) -> None:
     assert output.read_bytes().startswith(b"MThd")
 
 
-def test_hub_data_without_a_validation_split_are_not_split_anew(hub: HubServer, tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        Dataset.from_dict({"notes": [[[60], [64]]] * 4}).to_parquet(tmp_path / f"{split}.parquet")
-    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")}
-    hub.add_repo("other/notes", files, kind="dataset")
-    words = ["--task", "piano_roll", "--dataset", "other/notes", "--output_dir", str(tmp_path / "run"), *SMALL]
-    done = module("training.train", words, hub, tmp_path)
-    assert done.returncode == 1
-    assert "error: dataset: 'other/notes', with train, test, has no split of validation" in done.stderr
+def test_parts_of_a_hub_data_set_are_what_they_are_called(hub: HubServer, tmp_path: Path) -> None:
+    """Whatever the spelling; only the missing part is cut from train, and what has no part's name is not used."""
+    train, held = ({"text": [line] * rows} for line, rows in (("a line of training", 300), ("ZZZ held out ZZZ", 200)))
+    for names in (("test",), ("dev",), ("test", "heldout")):
+        files = {}
+        for name, rows in (("train", train), *((name, held) for name in names)):
+            Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+            files[f"{name}.parquet"] = (tmp_path / "rows.parquet").read_bytes()
+        hub.add_repo(f"other/{names[-1]}", files, kind="dataset")
+    code = (
+        "from training.corpora import load_corpus\nfrom training.tasks import DataOptions\n"
+        "for name in ('test', 'dev', 'heldout'):\n"
+        "    corpus = load_corpus(DataOptions(dataset=f'other/{name}'))\n"
+        "    print([len(part) for part in corpus.splits.values()], {k: 'Z' in v for k, v in corpus.splits.items()})\n"
+        "    print(corpus.notes)\n"
+    )
+    printed = python(code, hub, tmp_path, PYTHONPATH=str(ROOT))
+    used, cut, notes = 17 * 200 - 1, int((19 * 300 - 1) * 0.05), "the data have no {} part: it is cut from train"
+    lines = printed.splitlines()
+    assert lines[0] == f"[{19 * 300 - 1 - cut}, {used}, {cut}] {{'train': False, 'test': True, 'validation': False}}"
+    assert lines[1] == str([notes.format("validation")])
+    assert f"{used}, {cut}] {{'train': False, 'validation': True, 'test': False}}" in lines[2]
+    assert lines[5] == str(["not used: heldout.parquet", notes.format("validation")])
 
 
 def test_push_that_fails_at_the_end_names_the_command_that_finishes(

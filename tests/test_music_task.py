@@ -17,7 +17,8 @@ from training import compose, evaluate, music_data, train
 from training.arguments import ModelOptions
 from training.errors import UserError
 from training.models import build_model, load_model
-from training.music_data import load_pieces, piece_figures, split_pieces
+from training.music_data import load_pieces, piece_figures
+from training.splits import SPLITS
 from training.tasks import Layout, get_task
 from training.tasks.base import DataOptions
 from training.tasks.piano_roll import TASK, PianoRollOptions
@@ -249,19 +250,11 @@ def test_a_folder_of_midi_files_is_split_by_piece_and_bad_files_are_counted(tmp_
     (tmp_path / "damaged.mid").write_bytes(b"MThd\x00")
     (tmp_path / "empty.MID").write_bytes(b"")
     found = load_pieces(DataOptions(dataset=str(tmp_path)), 1)
-    assert [len(found.splits[split]) for split in music_data.SPLITS] == [16, 2, 2]
+    assert [len(found.splits[split]) for split in SPLITS] == [16, 2, 2]
     assert found.report["unusable_files"] == 2
     assert "damaged.mid" in capsys.readouterr().out
     assert "2 files left out" in music_data.describe_report(found.report)
     assert found.sha256 == load_pieces(DataOptions(dataset=str(tmp_path)), 1).sha256
-
-
-def test_split_is_fixed_and_disjoint():
-    rolls = [np.full((2, 88), i) for i in range(30)]
-    parts = split_pieces(rolls)
-    ids = [int(roll[0, 0]) for split in music_data.SPLITS for roll in parts[split]]
-    assert sorted(ids) == list(range(30))
-    assert [len(parts[split]) for split in music_data.SPLITS] == [24, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -280,18 +273,23 @@ def test_bad_tables_say_what_is_wrong(tmp_path, column, values, message):
         load_pieces(DataOptions(dataset=str(tmp_path)), 1)
 
 
-def test_splits_that_the_data_bring_are_never_mixed_with_each_other(tmp_path):
-    """Training and test pieces without validation ones: nothing is drawn from both of them."""
-    for split in ("train", "test"):
-        for index in range(3):
-            path = tmp_path / split / f"{index}.mid"
+@pytest.mark.parametrize("name", ["test", "validation", "dev", "Valid"])
+def test_folders_of_midi_files_are_the_parts_that_they_are_called(tmp_path, name):
+    """Only the missing part is cut from train; a file beside the folders is not used, and said."""
+    for place, low, count in (("train", 40, 10), (name, 70, 3)):
+        for index in range(count):
+            path = tmp_path / place / f"{index}.mid"
             path.parent.mkdir(exist_ok=True)
-            write_midi(quantise([(0, 1, 60 + index), (1, 1, 64)], 1), path)
-    with pytest.raises(UserError, match="has no folder of validation"):
-        load_pieces(DataOptions(dataset=str(tmp_path)), 1)
-    (tmp_path / "test").rename(tmp_path / "validation")
-    with pytest.raises(UserError, match="has no folder of test"):
-        load_pieces(DataOptions(dataset=str(tmp_path)), 1)
+            write_midi(quantise([(0, 1, low + index), (1, 1, low)], 1), path)
+    write_midi(quantise([(0, 1, 100), (1, 1, 100)], 1), tmp_path / "loose.mid")
+    found = load_pieces(DataOptions(dataset=str(tmp_path)), 1)
+    own = "test" if name == "test" else "validation"
+    other = "validation" if name == "test" else "test"
+    assert {split: len(rolls) for split, rolls in found.splits.items()} == {"train": 9, own: 3, other: 1}
+    high = {split: sum(bool(roll[:, 70 - 21 :].any()) for roll in rolls) for split, rolls in found.splits.items()}
+    assert high == {"train": 0, own: 3, other: 0}
+    assert "not used: loose.mid" in found.notes
+    assert f"the data have no {other} part: it is cut from train" in found.notes
 
 
 def test_a_sample_does_not_need_the_test_pieces(trained, folder):
@@ -302,9 +300,9 @@ def test_a_sample_does_not_need_the_test_pieces(trained, folder):
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="does not exist"):
         load_pieces(DataOptions(dataset=str(tmp_path / "none")), 1)
-    with pytest.raises(UserError, match="neither train.parquet"):
+    with pytest.raises(UserError, match="has no train.arrow, .* or files .mid, "):
         load_pieces(DataOptions(dataset=str(tmp_path)), 1)
 
 

@@ -1,5 +1,7 @@
 """Framewise phonemes: features, audio files, labels, TIMIT's layout and espeak-ng's speech."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from paper_data import make, tone, write_sphere, write_wav
 from kru_hf import KRUConfig, KRUForTokenClassification
 from training import espeak
 from training.errors import UserError
-from training.sequences import IGNORED, SPLITS
+from training.sequences import IGNORED
 from training.speech import (
     CORE_SPEAKERS,
     PHONES_39,
@@ -25,6 +27,7 @@ from training.speech import (
     read_phn,
     sphere_header,
 )
+from training.splits import SPLITS
 from training.tasks import Layout
 
 
@@ -127,14 +130,31 @@ def test_folding_of_61_phones_to_39():
 
 
 def test_timit_folder(timit_folder, tmp_path):
-    core, complete = (load_timit(timit_folder, split) for split in ("core", "complete"))
+    core, complete = (load_timit(timit_folder, split).found for split in ("core", "complete"))
     assert {split: len(core[split]) for split in SPLITS} == {"train": 4, "validation": 2, "test": 2}
-    assert len(complete["test"]) == 4 and len(load_timit(timit_folder.parent, "core")["train"]) == 4
+    assert len(complete["test"]) == 4 and len(load_timit(timit_folder.parent, "core").found["train"]) == 4
     speakers = [{u.name.split("/")[0] for u in core[split]} for split in SPLITS]
     assert not speakers[0] & speakers[1] and speakers[2] == {"mdab0"}
     assert all("SA" not in u.name for split in SPLITS for u in complete[split])
     with pytest.raises(UserError, match="has not TIMIT's layout"):
         load_timit(tmp_path, "core")
+
+
+def test_a_folder_of_its_own_is_the_part_that_it_is_called(timit_folder, tmp_path):
+    """Speakers are held out of train for a part that is missing alone; folders without a part's name are not used."""
+    root = tmp_path / "TIMIT"
+    shutil.copytree(timit_folder, root)
+    (root / "TRAIN" / "DR2").rename(root / "DEV")
+    shutil.copytree(root / "DEV", root / "OTHER")
+    found = load_timit(root, "complete")
+    assert {split: {u.name.split("/")[0] for u in found.found[split]} for split in SPLITS} == {
+        "train": {"faaa0", "mbbb0"}, "validation": {"mccc0"}, "test": {"mdab0", "mzzz0"},
+    }  # fmt: skip
+    assert found.notes == ["validation is 'DEV'", "not used: OTHER"]
+    shutil.rmtree(root / "TEST")
+    found = load_timit(root, "core")
+    assert [len(found.found[split]) for split in SPLITS] == [2, 2, 2]
+    assert found.notes[-1] == "the data have no test part: it is cut from train"
 
 
 @pytest.mark.parametrize("cell", ["kru", "kru_lstm"])

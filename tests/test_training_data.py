@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kru_hf import KRUConfig
 from kru_hf.configuration_kru import GATED_TYPES
 from training.arguments import ModelOptions, parse_arguments, parse_factor_shapes
-from training.corpora import load_corpus, python_docs, split_text
+from training.corpora import load_corpus, python_docs
 from training.errors import UserError
 from training.models import build_model
 from training.optimization import learning_rate, parameter_groups
@@ -50,12 +50,6 @@ def test_embedded_corpus_is_the_interpreters_own_in_name_order():
     assert len(corpus.splits["validation"]) == len(corpus.splits["test"])
 
 
-@SETTINGS
-@given(st.text(min_size=1, max_size=200))
-def test_split_loses_nothing(text):
-    assert "".join(split_text(text).values()) == text
-
-
 def test_file_keeps_every_character_and_special_tokens_never_match(text_file):
     task = task_on(text_file)
     raw = text_file.read_bytes()
@@ -73,9 +67,6 @@ def test_folder_of_splits(tmp_path):
         (tmp_path / f"{split}.txt").write_text(f"{split}\n\ntext of it\n")
     corpus = load_corpus(DataOptions(dataset=str(tmp_path)))
     assert corpus.splits["validation"] == "validation\n\ntext of it\n"
-    (tmp_path / "test.txt").unlink()
-    with pytest.raises(UserError, match=r"has no test\.txt"):
-        load_corpus(DataOptions(dataset=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +172,57 @@ def test_recipe_and_command_line(tmp_path):
     recipe.write_text("sequnce_length: 3\n")
     with pytest.raises(UserError, match="unknown key 'sequnce_length' .did you mean 'sequence_length'"):
         parse_arguments([str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("mixed_precision: 'no'", "mixed_precision", "no"),
+        ("mixed_precision: null", "mixed_precision", None),
+        ("mixed_precision:", "mixed_precision", None),
+        ("use_cpu: no", "use_cpu", False),
+        ("use_cpu: NO", "use_cpu", False),
+        ("use_cpu: Yes", "use_cpu", True),
+        ("use_cpu: on", "use_cpu", True),
+        ("readout_norm: OFF", "readout_norm", False),
+        ("data_license: no", "data_license", "no"),
+        ("data_license: on", "data_license", "on"),
+        ("data_license: 2020-01-01", "data_license", "2020-01-01"),
+        ("data_license: 1:30", "data_license", "1:30"),
+        ("data_license: 1_0", "data_license", "1_0"),
+        ("data_license: 'null'", "data_license", "null"),
+        ("max_steps: 010", "max_steps", 10),
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),
+        ("learning_rate: .5", "learning_rate", 0.5),
+        ("output_dir: 0x10", "output_dir", "0x10"),
+        ("factor_shapes: 2x3,4x5", "factor_shapes", "2x3,4x5"),
+    ],
+)
+def test_a_recipe_says_what_the_command_line_would(tmp_path, line, name, value):
+    (tmp_path / "r.yaml").write_text(f"\ufeff{line}\n", encoding="utf-8")
+    assert parse_arguments([str(tmp_path / "r.yaml")]).flat()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: 5\nseed: 1\nmax_steps: 5\n", "'max_steps' is given twice, in lines 1 and 3"),
+        ("seed: 1\n'seed': 2\n", "'seed' is given twice, in lines 1 and 2"),
+        ("factor_shapes: [[2, 03]]", "factor_shapes=.*03.* is not valid"),
+        ("max_steps: 0x10\n", "max_steps.*invalid int value: '0x10'"),
+        ("max_steps: {a: 1}\n", "line 1: max_steps must be a value or a list of pairs"),
+        ("max_steps: !!python/name:os.system\n", "line 1: max_steps has the tag"),
+        ("seed: 1\n? [a]\n: 2\n", "line 2: a key must be the name of an option"),
+        ("seed: 1\n---\nseed: 2\n", "is not valid YAML: expected a single document"),
+        ("- seed\n", "must be a mapping of option names to values"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        parse_arguments([str(tmp_path / "r.yaml")])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

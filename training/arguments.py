@@ -321,7 +321,16 @@ def check_flat(text: str) -> None:
 
 def written(node: yaml.Node, where: str) -> str | None:
     """A value of a recipe as it is written, lists (of lists) in brackets; None for an empty one."""
-    if not node.tag.startswith("tag:yaml.org,2002:"):
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in (
+        "str",
+        "int",
+        "float",
+        "bool",
+        "null",
+        "timestamp",
+        "seq",
+        "map",
+    ):
         raise UserError(f"{where} has the tag {node.tag}, and must be a plain value")
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value in ("", "~", "null", "Null", "NULL") else node.value

@@ -17,6 +17,7 @@ import numpy as np
 from transformers.audio_utils import mel_filter_bank, spectrogram
 
 from .errors import UserError
+from .splits import SPLITS, Parts, assign, describe, spelling
 
 RATE = 16_000  # Hz
 WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms, 10 ms
@@ -224,13 +225,15 @@ def phone_classes(number: int) -> tuple[list[str], dict[str, int | None]]:
 # ---- TIMIT's folders ------------------------------------------------------------------------------------------------
 
 
-def timit_folders(root: Path) -> dict[str, Path]:
-    """The folders `train` and `test` below `root`, `root/timit` or `root/data`, in capitals or not."""
+def timit_parts(root: Path) -> Parts:
+    """The folders of the parts below `root`, `root/timit` or `root/data`, in capitals or not: `train` and `test`."""
     for _ in range(3):
-        below = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-        if "train" in below and "test" in below:
-            return {"train": below["train"], "test": below["test"]}
-        inner = below.get("timit") or below.get("data")
+        below = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
+        spoken = [name for name, path in below.items() if any(p.suffix.lower() == ".phn" for p in path.rglob("*"))]
+        if any(spelling(name) for name in spoken):
+            chosen, unused = assign(spoken, f"folder {root.name!r}")
+            return Parts(root.name, {part: below[name] for part, name in chosen.items()}, describe(chosen, unused))
+        inner = next((path for name, path in below.items() if name.lower() in ("timit", "data")), None)
         if inner is None:
             break
         root = inner
@@ -254,27 +257,28 @@ def timit_utterances(folder: Path) -> list[tuple[str, Path, Path]]:
     return found
 
 
-def load_timit(root: Path, test_split: str) -> dict[str, list[Utterance]]:
-    """TIMIT's utterances by split; whole speakers of the training part are held out for validation."""
-    folders = timit_folders(root)
-    train, test = (timit_utterances(folders[name]) for name in ("train", "test"))
-    if test_split == "core":
-        test = [entry for entry in test if entry[0] in CORE_SPEAKERS]
-    speakers = sorted({entry[0] for entry in train})
-    held_out = min(VALIDATION_SPEAKERS, max(1, len(speakers) // 10))
-    if len(speakers) < 2 or not test:
+def load_timit(root: Path, test_split: str) -> Parts:
+    """TIMIT's utterances by split; whole speakers of train are held out for each part that is missing."""
+    parts = timit_parts(root)
+    entries = {part: timit_utterances(folder) for part, folder in parts.found.items()}
+    if "test" in entries and test_split == "core":
+        entries["test"] = [entry for entry in entries["test"] if entry[0] in CORE_SPEAKERS]
+    speakers = sorted({entry[0] for entry in entries["train"]})
+    test = len(entries.get("test", speakers))
+    if len(speakers) <= len(parts.missing) or not test:
         raise UserError(
-            f"dataset: {root.name!r} has {len(speakers)} training speakers and {len(test)} {test_split} test "
-            "utterances; at least 2 and 1 are needed"
+            f"dataset: {root.name!r} has {len(speakers)} training speakers and {test} {test_split} test "
+            f"utterances; at least {len(parts.missing) + 1} and 1 are needed"
         )
     order = np.random.RandomState(0).permutation(len(speakers))  # a generator whose stream is frozen
-    chosen = {speakers[i] for i in order[:held_out]}
-    entries = {
-        "train": [entry for entry in train if entry[0] not in chosen],
-        "validation": [entry for entry in train if entry[0] in chosen],
-        "test": test,
+    if parts.missing:
+        own = {part: listed for part, listed in entries.items() if part != "train"}
+        places = parts.cuts(len(speakers), min(VALIDATION_SPEAKERS, max(1, len(speakers) // 10)))
+        whose = {speakers[i]: part for part, place in places.items() for i in order[::-1][place]}
+        cut = {part: [entry for entry in entries["train"] if whose[entry[0]] == part] for part in places}
+        entries = {**own, **cut}
+    utterances = {
+        split: [Utterance(f"{who}/{phn.name}", read_audio(audio), read_phn(phn)) for who, audio, phn in entries[split]]
+        for split in SPLITS
     }
-    return {
-        split: [Utterance(f"{who}/{phn.name}", read_audio(audio), read_phn(phn)) for who, audio, phn in listed]
-        for split, listed in entries.items()
-    }
+    return Parts(parts.name, utterances, parts.notes)

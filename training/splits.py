@@ -99,7 +99,7 @@ def assign(names: Collection[str], where: str) -> tuple[dict[str, str], list[str
 
 def describe(chosen: dict[str, str], unused: Collection[str]) -> list[str]:
     """Notes on parts of another name, and on what is not used."""
-    notes = [f"{part} is {printable(name)!r}" for part, name in chosen.items() if name != part]
+    notes = [f"{part} is {printable(name)!r}" for part, name in chosen.items() if name.lower() != part]
     return notes + ([f"not used: {listed(unused)}"] if unused else [])
 
 

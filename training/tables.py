@@ -153,10 +153,9 @@ def read_text(path: Path) -> str:
     """
     content, name = read_bytes(path), printable(str(path))
     encoding, where = wide_encoding(content[:CUT]), ""
+    if content.startswith((b"PAR1", b"ARROW1")) or (encoding is None and b"\0" in content):
+        raise UserError(f"dataset: {name!r} is no text: it holds other bytes; tables must end in {', '.join(TABLES)}")
     if encoding is None:
-        if b"\0" in content:
-            endings = ", ".join(TABLES)
-            raise UserError(f"dataset: {name!r} is no text: it holds zero bytes; tables must end in {endings}")
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:

@@ -60,6 +60,7 @@ class Phonemes(SequenceTask):
         source = self.data.dataset or ESPEAK
         self.data.refuse_hub_options()
         extra: dict[str, Any] = {}
+        self.told: list[str] = []
         classes: dict[str, int | None]
         if source == ESPEAK:
             for name in ("phone_set", "test_split"):
@@ -71,7 +72,8 @@ class Phonemes(SequenceTask):
             extra["espeak_ng"] = version
         elif Path(source).is_dir():
             extra = {"phone_set": self.options.phone_set or 61, "test_split": self.options.test_split or "core"}
-            splits = load_timit(Path(source), extra["test_split"])
+            parts = load_timit(Path(source), extra["test_split"])
+            splits, self.told = parts.found, parts.notes
             self.classes, classes = phone_classes(extra["phone_set"])
         else:
             raise UserError(f"dataset={source!r} is not a folder; pass a folder with TIMIT's layout, or {ESPEAK}")
@@ -95,6 +97,9 @@ class Phonemes(SequenceTask):
 
     def dataset_record(self) -> dict[str, Any]:
         return self.record
+
+    def notes(self, splits: tuple[str, ...]) -> list[str]:
+        return self.told
 
     def samples(self, split: str) -> int:
         return len(self.frames[split])
