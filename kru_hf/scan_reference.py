@@ -18,7 +18,6 @@ take numbers below 1.2e-38, which are not normal, for zero.
 """
 
 import math
-
 from collections.abc import Sequence
 
 import torch

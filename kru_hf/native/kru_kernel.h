@@ -51,16 +51,18 @@ INL void FN(put)(float *p, vf v, int n) {
     else
         FN(store_n)(p, v, n);
 }
-/* Whether all bits of the first n lanes are set, given that each lane has all or none. */
-INL int FN(all)(vi c, int n) {
+/* Whether the first n lanes are all within lo...hi. */
+INL int FN(within)(vf x, float lo, float hi, int n) {
 #if defined(ISA_AVX512)
-    return (~_mm512_movepi32_mask((__m512i)c) & ((1u << n) - 1)) == 0;
+    __mmask16 above = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lo), _CMP_GE_OQ);
+    return !((1u << n) - 1 & ~_mm512_mask_cmp_ps_mask(above, (__m512)x, _mm512_set1_ps(hi), _CMP_LE_OQ));
 #elif defined(ISA_AVX2)
-    return (~_mm256_movemask_ps((__m256)c) & ((1 << n) - 1)) == 0;
+    vi inside = (vi)(x >= lo) & (vi)(x <= hi);
+    return !((1 << n) - 1 & ~_mm256_movemask_ps((__m256)inside));
 #else
-    int32_t all = -1;
-    for (int i = 0; i < n; i++) all &= c[i];
-    return all;
+    int inside = 1;
+    for (int i = 0; i < n; i++) inside &= x[i] >= lo && x[i] <= hi;
+    return inside;
 #endif
 }
 INL vf FN(pick)(vi c, vf a, vf b) { return (vf)((c & (vi)a) | (~c & (vi)b)); }

@@ -8,7 +8,7 @@
 INL vf FN(modulus)(vf *x, vf *y, vf *one, vf *scale, int n) {
     vf m = *x * *x + *y * *y;
     *one = *scale = (vf){0} + 1.0f;
-    if (FN(all)((vi)(m >= 0x1p-100f) & (vi)(m <= 0x1p100f), n)) return FN(rsqrt)(m);
+    if (FN(within)(m, 0x1p-100f, 0x1p100f, n)) return FN(rsqrt)(m);
     vf down = (vf){0} + 0x1p-96f, up = (vf){0} + 0x1p96f, infinite = (vf){0} + __builtin_inff();
     vi large = (vi)(m > 0x1p100f), small = (vi)(m < 0x1p-100f);
     *one = FN(pick)(large, up, FN(pick)(small, down, *one));
