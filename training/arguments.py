@@ -197,6 +197,8 @@ class RunOptions:
     data_license: str | None = option(None, "Licence of the data set, for the card; built-in sets bring their own.")
 
     def __post_init__(self) -> None:
+        for name in ("output_dir", "resume_from_checkpoint"):
+            require(getattr(self, name) != "", name, "", "a path, or left out")
         require(self.task in task_names(), "task", self.task, f"one of {', '.join(task_names())}")
         for name in (
             "per_device_train_batch_size",

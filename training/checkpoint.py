@@ -6,17 +6,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UserError
+from .files import read_tensors
 
 TEMPORARY, OLD = ".tmp-", ".old-"
 WEIGHTS, OPTIMIZER, CARRIED, RANDOM, STATE = (
@@ -118,8 +119,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*")}
+    found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*") if p.is_dir()}
     return sorted((p for p, match in found.items() if match), key=lambda p: int(p.name.split("-")[1]))
+
+
+def checkpoint_around(folder: Path) -> Path | None:
+    """The checkpoint that a folder is or lies in; also where it has but the name of one, which `prune` goes by."""
+    named = re.fullmatch(rf"checkpoint-\d+|({re.escape(TEMPORARY)}|{re.escape(OLD)}).*", folder.name)
+    return folder if named else next((path for path in (folder, *folder.parents) if (path / STATE).is_file()), None)
 
 
 def not_finite(model: torch.nn.Module) -> list[str]:
@@ -173,9 +180,13 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def prune(folder: Path, limit: int) -> None:
-    """Keep the `limit` newest checkpoints; 0 keeps all."""
-    for path in checkpoints(folder)[:-limit] if limit else []:
+def prune(folder: Path, limit: int, newest: Path) -> None:
+    """Keep `newest` and the checkpoints before it, `limit` in all; 0 keeps all.
+
+    Later ones are of a run that was taken up again further back, and would push the new ones out.
+    """
+    found = checkpoints(folder)
+    for path in found[: found.index(newest) + 1][:-limit] if limit else []:
         remove_checkpoint(path)
 
 
@@ -209,63 +220,45 @@ def save_checkpoint(
     write_folder(target, fill)
 
 
-@dataclass
-class Checkpoint:
-    """A checkpoint that has been read, except for the weights."""
+def read_weights(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
+    """`folder`'s model.safetensors, which fit `model` and are finite.
 
-    path: Path
-    state: TrainerState
-    optimizer: dict[str, Any]
-    carried: dict[str, Tensor]
-    random: dict[str, Tensor]
+    Raises:
+        UserError: the file is missing, damaged, or of another model.
+    """
+    path = folder / WEIGHTS
+    weights, own = read_tensors(path), model.state_dict()
+    tied = {own[name].data_ptr() for name in weights if name in own}
+    missing = [name for name in own if name not in weights and own[name].data_ptr() not in tied]
+    unknown = [name for name in weights if name not in own]
+    if missing or unknown:
+        lists = f"missing {', '.join(missing) or 'none'}; unknown {', '.join(unknown) or 'none'}"
+        raise UserError(f"{str(path)!r} is damaged or of another model: {lists}")
+    for name, value in weights.items():
+        check_tensor(path, name, value, tuple(own[name].shape), (own[name].dtype,))
+    return weights
 
-    def load_weights(self, model: torch.nn.Module) -> None:
-        """Put the weights into `model`."""
-        load_weights(model, self.path)
+
+def check_tensor(path: Path, name: str, value: Any, shape: tuple[int, ...], dtypes: Collection[torch.dtype]) -> None:
+    """`UserError` naming the file unless `value` is a finite tensor of this shape and one of these types."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype not in dtypes:
+        found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise UserError(f"{str(path)!r} is damaged or of another model: {name} is {found}, not {shape} of {allowed}")
+    if not bool(value.isfinite().all()):
+        raise UserError(f"{str(path)!r} is damaged: not all numbers in {name} are finite")
+
+
+def shown(value: object) -> str:
+    """A value of a file in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Put `folder`'s model.safetensors into `model`, exactly."""
+    """Put `folder`'s model.safetensors into `model`, exactly. Raises `UserError` as `read_weights` does."""
     # Not safetensors' load_model: it refuses the weights of an nn.LSTM on a GPU, which cuDNN keeps in one storage.
-    try:
-        weights, own = load_file(folder / WEIGHTS), model.state_dict()
-        tied = {own[name].data_ptr() for name in weights if name in own}
-        missing = [name for name in own if name not in weights and own[name].data_ptr() not in tied]
-        unknown = [name for name in weights if name not in own]
-        if missing or unknown:
-            raise RuntimeError(f"missing {', '.join(missing) or 'none'}; unknown {', '.join(unknown) or 'none'}")
-        model.load_state_dict(weights, strict=False)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(f"the weights in {str(folder)!r} are damaged or do not fit: {error}") from error
-
-
-def load_checkpoint(path: Path, signature: dict[str, Any]) -> Checkpoint:
-    """Read a checkpoint of a run with this configuration.
-
-    Raises:
-        UserError: it is not a checkpoint, is damaged, or belongs to another configuration (naming what differs).
-    """
-    if not (path / STATE).is_file():
-        raise UserError(f"resume_from_checkpoint={str(path)!r} is not a checkpoint folder: it has no {STATE}")
-    try:
-        values = json.loads((path / STATE).read_text(encoding="utf-8"))
-        saved = values.pop("signature")
-        state = TrainerState(**values)
-        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-        carried, random = load_file(path / CARRIED), load_file(path / RANDOM)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"the checkpoint {str(path)!r} is damaged: {error}") from error
-    now = json.loads(json.dumps(signature))
-    different = sorted(key for key in {*saved, *now} if saved.get(key) != now.get(key))
-    if different:
-        shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now.get(key)!r}" for key in different)
-        if "global_batch_size" in different:
-            shown += " (per_device_train_batch_size × processes × gradient_accumulation_steps: keep the product)"
-        raise UserError(
-            f"the checkpoint {str(path)!r} is of another configuration: {shown}. Repeat the options that the run began "
-            f"with, or start from its weights: --model {str(path.parent)!r} and another --output_dir"
-        )
-    return Checkpoint(path, state, optimizer, carried, random)
+    model.load_state_dict(read_weights(model, folder), strict=False)
 
 
 def find_checkpoint(option: str, folder: Path) -> Path | None:

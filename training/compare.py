@@ -14,6 +14,7 @@ from typing import Any
 from .cards import render_card
 from .checkpoint import write_files, write_json
 from .errors import UserError
+from .lock import locked
 from .paper_figures import FIGURES
 from .results import Run, find_runs, is_run
 
@@ -80,9 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no_paper", action="store_true", help="Leave out what was published.")
     options = parser.parse_args(argv)
     try:
-        write_json(options.model / "comparison.json", comparison(options.model, options.beside, not options.no_paper))
-        card = render_card(options.model)
-        write_files(options.model, lambda folder: (folder / "README.md").write_text(card, encoding="utf-8"))
+        found = comparison(options.model, options.beside, not options.no_paper)
+        with locked(options.model, "model"):
+            write_json(options.model / "comparison.json", found)
+            card = render_card(options.model)
+            write_files(options.model, lambda folder: (folder / "README.md").write_text(card, encoding="utf-8"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from kru_hf import KRURecurrence
 
 from . import checkpoint as ckpt
+from . import resume
 from .arguments import Arguments
 from .errors import Interrupted, UserError
 from .evaluation import evaluate
@@ -164,10 +165,8 @@ class Driver(ABC):
         value = metrics[self.task.metric]
         if not math.isfinite(value):
             raise UserError(self.divergence(self.state.step, torch.tensor([0, 0, value, math.nan])), shared=True)
-        if self.improved(value):
+        if self.weigh(self.state, value):
             self.save_best()
-        elif self.options.lr_scheduler_type == "plateau":
-            self.state.plateau_scale *= self.options.plateau_factor
 
     def keep(self) -> None:
         """After a step: last a checkpoint, and the orderly end that a signal asked for."""
@@ -228,13 +227,15 @@ class Driver(ABC):
         rate = self.optimizer.param_groups[0]["lr"]
         self.progress.log(self.state, {"train_loss": nats / targets, "learning_rate": rate})
 
-    def improved(self, value: float) -> bool:
-        """Whether the validation figure `value` is the best yet; the state remembers it."""
-        best = self.state.best_metric
+    def weigh(self, state: ckpt.TrainerState, value: float) -> bool:
+        """Whether the validation figure `value` at `state.step` is the best yet; `state` remembers what follows."""
+        best = state.best_metric
         if best is None or (value > best if self.task.greater_is_better else value < best):
-            self.state.best_metric, self.state.best_step, self.state.stalled = value, self.state.step, 0
+            state.best_metric, state.best_step, state.stalled = value, state.step, 0
             return True
-        self.state.stalled += 1
+        state.stalled += 1
+        if self.options.lr_scheduler_type == "plateau":
+            state.plateau_scale *= self.options.plateau_factor
         return False
 
     # ---- saving and going on ----
@@ -265,8 +266,9 @@ class Driver(ABC):
         """Write a checkpoint of this step; every rank takes part, rank 0 writes."""
         carried, random = self.gather_states(), self.gather_random()
         if self.accelerator.is_main_process:
+            target = self.folder / f"checkpoint-{self.state.step}"
             ckpt.save_checkpoint(
-                self.folder / f"checkpoint-{self.state.step}",
+                target,
                 model=self.bare_model,
                 optimizer={
                     "optimizer": self.optimizer.state_dict(),
@@ -277,7 +279,7 @@ class Driver(ABC):
                 state=self.state,
                 signature=self.signature(),
             )
-            ckpt.prune(self.folder, self.options.save_total_limit)
+            ckpt.prune(self.folder, self.options.save_total_limit, target)
         self.accelerator.wait_for_everyone()
 
     def gather_states(self) -> dict[str, torch.Tensor]:
@@ -306,24 +308,28 @@ class Driver(ABC):
             gc.collect()
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint: weights, optimizer, state of the streams, random generators, history."""
-        loaded = ckpt.load_checkpoint(path, self.signature())
-        loaded.load_weights(self.bare_model)
-        self.optimizer.load_state_dict(loaded.optimizer["optimizer"])
-        if loaded.optimizer["scaler"] and self.scaler:
-            self.scaler.load_state_dict(loaded.optimizer["scaler"])
+        """Go on from a checkpoint: weights, optimizer, state of the streams, random generators, history.
+
+        Raises:
+            UserError: it is damaged, of another configuration, or the best weights of its run are.
+        """
+        loaded = resume.load(self, path)
+        if self.accelerator.is_main_process and loaded.state.best_step:
+            resume.check_best(self, path, loaded.state.best_step)
+        self.bare_model.load_state_dict(loaded.weights, strict=False)
+        self.optimizer.load_state_dict(loaded.optimizer)
+        if loaded.scaler and self.scaler:
+            self.scaler.load_state_dict(loaded.scaler)
         self.state = loaded.state
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         if loaded.random["cpu"].shape[0] == ranks:  # otherwise dropout starts anew: there is nothing to go on from
-            torch.set_rng_state(loaded.random["cpu"][rank])
+            torch.set_rng_state(loaded.random["cpu"][rank].clone())  # see resume.read_random
             if "cuda" in loaded.random and self.accelerator.device.type == "cuda":
-                torch.cuda.set_rng_state(loaded.random["cuda"][rank], self.accelerator.device)
-        if loaded.carried:
-            layers = [loaded.carried[str(i)] for i in range(len(loaded.carried))]
-            for part in range(self.accumulation):
-                rows = self.layout.rows(rank * self.accumulation + part)
-                own = [layer[rows.start : rows.stop].to(self.accelerator.device) for layer in layers]
-                self.carried[part] = self.task.state_from_tensors(own)
+                torch.cuda.set_rng_state(loaded.random["cuda"][rank].clone(), self.accelerator.device)
+        for part in range(self.accumulation if loaded.carried else 0):
+            rows = self.layout.rows(rank * self.accumulation + part)
+            own = [layer[rows.start : rows.stop].to(self.accelerator.device) for layer in loaded.carried]
+            self.carried[part] = self.task.state_from_tensors(own)
 
 
 def bounded_cells(model: Any, limit: float | None) -> list[KRURecurrence]:

@@ -29,6 +29,7 @@ from .baselines import TORCH_CELLS
 from .errors import Interrupted, UserError
 from .evaluate import EvaluateOptions, load_task, read_record, refuse_without_dataset
 from .evaluation import evaluate
+from .lock import locked
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, shown_command
 from .models import load_model
@@ -37,7 +38,7 @@ from .reporting import Progress
 from .results import factors
 from .stopping import StopRequest
 from .tasks import DataOptions, Task
-from .train import check_folder, finish, start_folder
+from .train import check_folder, check_place, finish, start_folder
 
 RESULT = "kroneckerize.json"
 
@@ -198,20 +199,22 @@ class Shrinker:
                 f"output_dir={self.options.output_dir!r} holds the fine-tune {name!r}, and rows are made from the "
                 "beginning: pass --overwrite_output_dir true to delete it, or another --output_dir"
             )
+        check_place(folder)
         check_folder(arguments)
 
     def fine_tune(self, model: Any, name: str) -> dict[str, Any]:
         """Train on with the run's loop; the folder then holds the weights that were best on validation."""
         arguments = self.arguments(name)
         loop = TrainingLoop(arguments, self.task, model, self.accelerator, self.stop)
-        start_folder(arguments, loop)
-        progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
-        try:
-            with self.stop.deferred():
-                loop.run(progress)
-        finally:
-            progress.close()
-        return finish(arguments, self.task, loop)
+        with locked(arguments.output_dir):
+            start_folder(arguments, loop)
+            progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
+            try:
+                with self.stop.deferred():
+                    loop.run(progress)
+            finally:
+                progress.close()
+            return finish(arguments, self.task, loop)
 
 
 def render(rows: list[dict[str, Any]]) -> str:
@@ -233,7 +236,8 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
     refuse_without_dataset(argv, data)
     folder = Path(options.output_dir)
     rows: list[dict[str, Any]] = []
-    with StopRequest() as stop:
+    check_place(folder)
+    with StopRequest() as stop, locked(folder):
         command = shown_command(argv, "training.kroneckerize_lm")
         shrinker = Shrinker(options, data, command, stop)
         plan = shrinker.plan()

@@ -157,7 +157,7 @@ class Tracker(Logger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Figures that callbacks log before a step, under the number of that step."""
-        self.run.accelerator.log(metrics, step=self.run.state.step + 1)
+        self.run.progress.track(metrics, self.run.state.step + 1)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """They are in training.json."""

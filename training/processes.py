@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import nn
 
+from .commands import without
 from .errors import UserError
+from .stopping import launched
 
+PARENT = os.getppid()
 Result = TypeVar("Result")
 CONFIGS = "training/accelerate"
 SHARDED = {
@@ -43,6 +50,13 @@ def check_launcher() -> None:
                 f"{kind} is not supported: every process holds the whole model (DDP), which is small beside its "
                 f"states; {CONFIGS}/README.md has the figures. Launch with --config_file {CONFIGS}/one_machine.yaml"
             )
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    script = os.environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_NUM_TASKS" not in os.environ  # sbatch starts one
+    if "SLURM_PROCID" in os.environ and "WORLD_SIZE" not in os.environ and tasks != "1" and not script:
+        raise UserError(
+            f"srun started {tasks} processes that know nothing of each other; start one launcher a machine: srun "
+            "--ntasks-per-node 1 torchrun --nproc_per_node …, or a single process: srun --ntasks 1"
+        )
     # accelerate sets an address for several processes alone; whoever starts a rank sets WORLD_SIZE.
     several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     if several and not any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")):
@@ -104,12 +118,55 @@ def from_main(accelerator: Accelerator, model: nn.Module) -> None:
                 value.copy_(broadcast(value.detach().contiguous()))
 
 
-def say(error: UserError) -> None:
-    """Print an error: on rank 0, or on the only rank that has it."""
+def say(error: UserError, advice: str = "") -> None:
+    """Print an error and, on the next line, what can be done: on rank 0, or on the only rank that has the error.
+
+    Under a launcher it is said again after the launcher's own report, to be the last that a person sees.
+    """
     if rank() == 0:
-        print(f"error: {error}", file=sys.stderr)
+        message = f"error: {error}" + (f"\n{advice}" if advice else "")
     elif torch.distributed.is_initialized() and not error.shared:
-        print(f"error: rank {rank()}: {error}", file=sys.stderr)
+        message = f"error: rank {rank()}: {error}"
+    else:
+        return
+    with unheard():
+        print(message, file=sys.stderr, flush=True)
+    if launched() and os.getppid() == PARENT:
+        say_after(PARENT, message)
+
+
+AFTERWORD = """
+import os, select, sys
+if select.select([int(sys.argv[1])], [], [], 120)[0]:
+    os.write(2, os.fsencode(sys.argv[2]) + b"\\n")
+"""
+
+
+def say_after(launcher: int, message: str) -> None:
+    """Have a process of its own wait for the launcher's end and say `message` then; Linux alone can wait for it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ends = os.pidfd_open(launcher)  # type: ignore[attr-defined,unused-ignore]
+        words = [sys.executable, "-ISc", AFTERWORD, str(ends), message]
+        nothing = subprocess.DEVNULL
+        subprocess.Popen(words, pass_fds=[ends], stdin=nothing, stdout=nothing, start_new_session=True)
+        os.close(ends)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What is said to a terminal that was closed, or to a pipe whose reader has ended, is dropped from then on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def lost_others(error: BaseException) -> bool:
@@ -125,14 +182,7 @@ def what_was_lost(error: BaseException) -> str:
 
 def how_to_go_on(argv: list[str], program: str) -> str:
     """The command that goes on with this run of `program`."""
-    names = [word.split("=")[0].replace("-", "_") for word in argv]
-    words = list(argv)
-    if "__overwrite_output_dir" in names:
-        at = names.index("__overwrite_output_dir")
-        follows_value = "=" not in words[at] and at + 1 < len(words) and not words[at + 1].startswith("-")
-        del words[at : at + 1 + follows_value]
-    if not any(word.startswith("--resume_from_checkpoint") for word in words):
-        words += ["--resume_from_checkpoint", "last"]
+    words = [*without(argv, ("overwrite_output_dir", "resume_from_checkpoint")), "--resume_from_checkpoint", "last"]
     return f"{launcher()} -m {program} {shlex.join(words)}"
 
 
@@ -146,8 +196,7 @@ def launcher() -> str:
             "accelerate launch …" if accelerate else "torchrun …"
         )
     number = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    return (
-        f"accelerate launch --multi_gpu --num_processes {number}"
-        if accelerate
-        else f"torchrun --nproc_per_node {number}"
-    )
+    if not accelerate:
+        return f"torchrun --nproc_per_node {number}"
+    config = "one_machine" if torch.accelerator.is_available() else "two_cpu_processes"
+    return f"accelerate launch --config_file {CONFIGS}/{config}.yaml --num_processes {number}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,42 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from . import checkpoint as ckpt
+from . import processes
 from .cards import render_card
+from .errors import UserError
+from .files import one_line
 from .tasks import Task
+
+
+@contextmanager
+def trackers(accelerator: Accelerator, name: str, config: dict[str, Any]) -> Iterator[None]:
+    """The trackers of `--report_to` while a run trains; one that fails later gets no more figures, and the run goes on.
+
+    Raises:
+        UserError: the tracker cannot be started.
+    """
+
+    def start() -> None:
+        try:
+            accelerator.init_trackers("kru", config=config)
+        except Exception as error:  # each tracker has its own kinds
+            accelerator.trackers = []
+            raise UserError(
+                f"report_to={name!r} cannot be started: {one_line(error)}; if the disk is full make room, or pass "
+                "--report_to none; the run goes on with --resume_from_checkpoint last"
+            ) from error
+
+    def hook(args: Any) -> None:
+        if getattr(args.thread, "exception", None) is not args.exc_value:  # TensorBoard's keeps it, to raise it again
+            former(args)
+
+    former, threading.excepthook = threading.excepthook, hook
+    try:
+        if name != "none":
+            processes.together(accelerator, lambda: start() if accelerator.is_main_process else None)
+        yield
+    finally:
+        threading.excepthook = former
 
 
 class Progress:
@@ -26,7 +63,10 @@ class Progress:
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 5.0,
             unit="step",
+            delay=1e-9,  # it would be shown while it is built, and could not be if nobody listens any more
         )
+        with processes.unheard():
+            self.bar.refresh()
         self.shown: dict[str, str] = {}
         self.validation = ""
 
@@ -39,8 +79,9 @@ class Progress:
         shown[f"{self.task.unit}/s"] = f"{speed:,.0f}"
         if self.validation:
             shown["validation"] = self.validation
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(state.step - self.bar.n)
+        with processes.unheard():
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(state.step - self.bar.n)
 
     def log(self, state: ckpt.TrainerState, figures: dict[str, float]) -> None:
         """Add figures to the history and send them to the trackers."""
@@ -48,14 +89,41 @@ class Progress:
             state.history[-1].update(figures)
         else:
             state.history.append({"step": state.step, **figures})
-        self.accelerator.log(figures, step=state.step)
+        self.track(figures, state.step)
         name = f"validation_{self.task.metric}"
         if name in figures:
             self.validation = f"{figures[name]:.3f}"
 
+    def track(self, figures: dict[str, float], step: int) -> None:
+        """Send figures to the trackers."""
+        try:
+            self.accelerator.log(figures, step=step)
+        except Exception as error:
+            self.give_up_trackers(error)
+
+    def end_trackers(self) -> None:
+        """Have the trackers write what they still hold."""
+        try:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        except Exception as error:
+            self.give_up_trackers(error)
+        self.accelerator.trackers = []
+
+    def give_up_trackers(self, error: Exception) -> None:
+        """Go on without trackers, and say so."""
+        self.accelerator.trackers = []
+        with processes.unheard():
+            self.bar.write(
+                f"note: the tracker has failed and gets no more figures ({one_line(error)}); log_history.json will "
+                "hold them all",
+                file=sys.stderr,
+            )
+
     def close(self) -> None:
         """Leave the bar as it is."""
-        self.bar.close()
+        with processes.unheard():
+            self.bar.close()
 
 
 def learning_curve(history: list[dict[str, Any]], metric: str, path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from . import processes
 from .arguments import Arguments, ModelOptions, parse_arguments
 from .driver import Driver
 from .errors import Interrupted, UserError
-from .evaluate import read_record
+from .evaluate import RECORD, read_record
 from .evaluation import evaluate
+from .lock import locked
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, machines_record
 from .models import build_model, check_device, check_fit, load_model
 from .publish import check_before_training, publish_command, publish_folder
 from .publish import report as publish_report
-from .reporting import Progress, results, write_results
+from .reporting import Progress, results, trackers, write_results
 from .stopping import StopRequest
 from .tasks import Task, get_task
 
@@ -38,8 +40,10 @@ def inherit(options: ModelOptions) -> None:
     """What the record of the model's own run says and its config does not: the kind of network, the bound on W."""
     try:
         earlier = read_record(str(options.model)).get("options", {})
-    except UserError:  # made by another program
-        return
+    except UserError:
+        if (Path(str(options.model)) / RECORD).exists():
+            raise  # it is damaged
+        return  # made by another program
     options.architecture = earlier.get("architecture", options.architecture)
     if options.max_recurrent_norm is None:
         options.max_recurrent_norm = earlier.get("max_recurrent_norm")
@@ -78,12 +82,32 @@ def build_accelerator(arguments: Arguments) -> Accelerator:
     return accelerator
 
 
+def check_place(folder: Path) -> None:
+    """`UserError` unless a run can have the output folder for itself."""
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        checkpoint = ckpt.checkpoint_around(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle, a zero byte
+        raise UserError(f"output_dir={str(folder)!r} cannot be a folder: {error}") from error
+    if not nearest.is_dir():
+        raise UserError(f"output_dir={str(folder)!r} cannot be a folder: {str(nearest)!r} is a file")
+    if checkpoint is not None:
+        raise UserError(
+            f"output_dir={str(folder)!r} belongs to a checkpoint, which goes when there are newer ones; pass "
+            f"--output_dir {str(checkpoint.parent)!r} for the checkpoint's run, or another folder"
+        )
+
+
+def open_folder(arguments: Arguments, held: ExitStack) -> Path | None:
+    """Lock the output folder for as long as `held` is open; what `check_folder` returns."""
+    check_place(arguments.output_dir)
+    held.enter_context(locked(arguments.output_dir))
+    return check_folder(arguments)
+
+
 def check_folder(arguments: Arguments) -> Path | None:
     """The checkpoint to go on from, if any; an error if the output folder holds a run that would be overwritten."""
     run, folder = arguments.run, arguments.output_dir
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"output_dir={str(folder)!r} cannot be a folder: {str(nearest)!r} is a file")
     foreign = ckpt.foreign_files(folder)
     if foreign:
         raise UserError(
@@ -156,8 +180,20 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
         inherit(arguments.model)  # first of all: the usual output_dir is named after the architecture
     accelerator = build_accelerator(arguments)
     is_main = accelerator.is_main_process
-    found = processes.together(accelerator, lambda: check_folder(arguments) if is_main else None)
-    (found,) = broadcast_object_list([found])
+    with ExitStack() as held:
+        found = processes.together(accelerator, lambda: open_folder(arguments, held) if is_main else None)
+        (found,) = broadcast_object_list([found])
+        figures = train(arguments, stop, driver, accelerator, found)
+        if is_main and arguments.run.push_to_hub:
+            publish(arguments)  # the other processes have ended: none waits for the upload
+    return figures
+
+
+def train(
+    arguments: Arguments, stop: StopRequest, driver: type[Driver], accelerator: Accelerator, found: Path | None
+) -> dict[str, Any]:
+    """A run in a folder that is locked, from the checkpoint `found` or from the beginning."""
+    is_main = accelerator.is_main_process
     task, model = processes.together(accelerator, lambda: prepare_task(arguments))
     processes.together(accelerator, lambda: check_device(model.config, accelerator.device))
     processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
@@ -165,25 +201,24 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
     if found is not None:
         processes.together(accelerator, lambda: loop.resume(found))
     accelerator.wait_for_everyone()
+    paths = ("output_dir", "dataset", "model", "resume_from_checkpoint")
+    config = {k: v for k, v in arguments.flat().items() if isinstance(v, (int, float, str)) and k not in paths}
     with stop.deferred():  # from the moment at which there is a folder to go on from
-        if accelerator.is_main_process:
+        if is_main:
             start_folder(arguments, loop)
-            describe(arguments, task, model, loop, found)
+            with processes.unheard():
+                describe(arguments, task, model, loop, found)
         accelerator.wait_for_everyone()
-        if arguments.run.report_to != "none":
-            paths = ("output_dir", "dataset", "model", "resume_from_checkpoint")
-            config = {k: v for k, v in arguments.flat().items() if isinstance(v, (int, float, str)) and k not in paths}
-            accelerator.init_trackers("kru", config=config)
-        progress = Progress(task, accelerator, loop.total_steps, loop.state.step)
-        try:
-            loop.run(progress)
-        finally:
-            progress.close()
+        with trackers(accelerator, arguments.run.report_to, config):
+            progress = Progress(task, accelerator, loop.total_steps, loop.state.step)
+            try:
+                loop.run(progress)
+            finally:
+                progress.close()
+                progress.end_trackers()
     figures = finish(arguments, task, loop)
     loop.close()
     accelerator.end_training()
-    if is_main and arguments.run.push_to_hub:
-        publish(arguments)  # the other processes have ended: none waits for the upload
     return figures
 
 
@@ -196,17 +231,17 @@ def finish(arguments: Arguments, task: Task, loop: Driver) -> dict[str, Any]:
     model.eval()
     splits = ("validation", "test") if arguments.run.evaluate_test else ("validation",)
     if accelerator.is_main_process:
-        print(f"scoring the best weights on {' and '.join(splits)}", flush=True)
+        with processes.unheard():
+            print(f"scoring the best weights on {' and '.join(splits)}", flush=True)
     metrics = {split: evaluate(task, model, split, accelerator) for split in splits}
     figures = results(task, model, loop.state, metrics)
     if accelerator.is_main_process:
         write_results(folder, task, model, loop.state, figures)
-        for split, values in metrics.items():
-            print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        said = [f"{split}: {', '.join(f'{n} {v:.4f}' for n, v in values.items())}" for split, values in metrics.items()]
         sample = task.sample(model, arguments.run.sample_length, arguments.run.seed)
-        if sample:
-            print(f"sample:\n{sample}")
-        print(f"folder: {folder}")
+        said += [f"sample:\n{sample}"] if sample else []
+        with processes.unheard():
+            print("\n".join([*said, f"folder: {folder}"]), flush=True)
     accelerator.wait_for_everyone()
     return figures
 
@@ -254,31 +289,29 @@ def describe(arguments: Arguments, task: Task, model: Any, loop: Driver, found: 
 
 
 def main(argv: list[str] | None = None, driver: type[Driver] = TrainingLoop, program: str = "training.train") -> int:
-    """Command line of `program`; returns the exit code: 0, 1 for errors, 130/143 after Ctrl-C/SIGTERM."""
+    """Command line of `program`; returns the exit code: 0, 1 for errors, 128 + the signal that stopped it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()  # bars for single files would break the training's own
     deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        with StopRequest() as stop:
+    again = f"go on with: {processes.how_to_go_on(argv, program)}"
+    with StopRequest() as stop:  # while the reason is said too: launchers send a second signal
+        try:
             run(parse_arguments(argv, program), stop, driver)
-    except UserError as error:
-        processes.say(error)
-        if isinstance(error, Interrupted) and processes.rank() == 0:
-            print(f"go on with: {processes.how_to_go_on(argv, program)}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as stopped:
-        if processes.rank() == 0:
-            again = processes.how_to_go_on(argv, program)
-            print(f"error: stopped; what was saved is whole\ngo on with: {again}", file=sys.stderr)
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-    except RuntimeError as error:
-        if not processes.lost_others(error):
-            raise
-        again = processes.how_to_go_on(argv, program)
-        processes.say(UserError(f"{processes.what_was_lost(error)}\ngo on with: {again}"))
-        return 1
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
+        except UserError as error:
+            processes.say(error, again if isinstance(error, Interrupted) else "")
+            return error.exit_code
+        except KeyboardInterrupt as stopped:
+            processes.say(UserError("stopped; what was saved is whole", shared=True), again)
+            return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        except RuntimeError as error:
+            if not processes.lost_others(error):
+                raise
+            processes.say(UserError(processes.what_was_lost(error)), again)
+            return 1
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+            with processes.unheard():
+                sys.stdout.flush()
     return 0
 
 
