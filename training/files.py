@@ -8,6 +8,7 @@ import pickle
 import reprlib
 import warnings
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -100,7 +101,7 @@ def read_torch(path: Path) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of random bytes torch says that they are an unknown version
-                return torch.load(file, map_location="cpu", weights_only=True)
+                return torch.load(BytesIO(file.read_bytes()), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # torch's own text advises to load it with its code
             raise ValueError("it is not a file of tensors that torch.save wrote") from error
 
