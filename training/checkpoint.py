@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
@@ -242,17 +243,11 @@ def read_weights(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
 def check_tensor(path: Path, name: str, value: Any, shape: tuple[int, ...], dtypes: Collection[torch.dtype]) -> None:
     """`UserError` naming the file unless `value` is a finite tensor of this shape and one of these types."""
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype not in dtypes:
-        found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+        found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else reprlib.repr(value)
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise UserError(f"{str(path)!r} is damaged or of another model: {name} is {found}, not {shape} of {allowed}")
     if not bool(value.isfinite().all()):
         raise UserError(f"{str(path)!r} is damaged: not all numbers in {name} are finite")
-
-
-def shown(value: object) -> str:
-    """A value of a file in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:

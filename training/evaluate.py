@@ -20,6 +20,7 @@ from . import processes
 from .arguments import option, parse_words
 from .errors import UserError
 from .evaluation import evaluate
+from .files import check_fields, read_json
 from .idle_options import given_names
 from .models import check_device, check_fit, load_model
 from .tasks import DataOptions, Task, get_task
@@ -46,9 +47,9 @@ def read_record(model: str) -> dict[str, Any]:
     try:
         local = Path(model)
         path = local / RECORD if local.exists() else Path(hf_hub_download(model, RECORD))
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(record[part], dict) for part in ("options", "dataset")):
-            raise TypeError("options and dataset must be mappings")
+        record = read_json(path)
+        check_fields(RECORD, record, {"options": dict, "dataset": dict}, required=True)
+        check_fields(RECORD, record, {"machine": dict, "earlier_machines": list[dict]})
         return record
     except Exception as error:  # the Hub client has no common base class
         raise UserError(f"model={model!r} has no readable {RECORD}, which says how it was trained ({error})") from error

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import nn
 
-from .commands import without
 from .errors import UserError
 from .stopping import launched
 
@@ -182,8 +181,13 @@ def what_was_lost(error: BaseException) -> str:
 
 def how_to_go_on(argv: list[str], program: str) -> str:
     """The command that goes on with this run of `program`."""
-    words = [*without(argv, ("overwrite_output_dir", "resume_from_checkpoint")), "--resume_from_checkpoint", "last"]
-    return f"{launcher()} -m {program} {shlex.join(words)}"
+    kept, dropping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            dropping = word.split("=")[0].replace("-", "_") in ("__overwrite_output_dir", "__resume_from_checkpoint")
+        if not dropping:
+            kept.append(word)
+    return f"{launcher()} -m {program} {shlex.join([*kept, '--resume_from_checkpoint', 'last'])}"
 
 
 def launcher() -> str:

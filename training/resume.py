@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from kru_hf import KRURecurrence
 
 from . import checkpoint as ckpt
-from .checkpoint import CARRIED, OPTIMIZER, RANDOM, STATE, TrainerState, check_tensor, shown
+from .checkpoint import CARRIED, OPTIMIZER, RANDOM, STATE, TrainerState, check_tensor
 from .errors import UserError
 from .files import read_json, read_tensors, read_torch
 from .optimization import MOMENTS
@@ -96,7 +97,7 @@ def check_best(run: Driver, path: Path, step: int) -> None:
 def hold(right: bool, path: Path, name: str, value: object, allowed: str) -> None:
     """`UserError` naming file, field and value unless it is right."""
     if not right:
-        raise UserError(f"{str(path)!r} is damaged: {name} is {shown(value)}, not {allowed}")
+        raise UserError(f"{str(path)!r} is damaged: {name} is {reprlib.repr(value)}, not {allowed}")
 
 
 def check_signature(run: Driver, path: Path, saved: Any) -> None:
