@@ -348,10 +348,37 @@ def test_chorales_are_parsed_once_for_every_grid_and_anew_when_what_decides_them
     assert 30 <= figures["lowest"] < figures["highest"] <= 84
 
 
+def test_chorales_are_what_the_released_model_was_trained_on():
+    """Those in which one voice holds a key that another strikes."""
+    corpus = pytest.importorskip("music21.corpus")
+    names = ("bwv10.7.mxl", "bwv121.6.mxl", "bwv227.7.mxl", "bwv28.6.mxl")
+    paths = [path for path in sorted(map(Path, corpus.getComposer("bach")), key=str) if path.name in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rolls = [quantise(music_data.parse_chorale(path), 2).roll for path in paths]
+    assert [len(roll) for roll in rolls] == [176, 130, 104, 96]
+    assert [int(roll.sum()) for roll in rolls] == [672, 504, 402, 372]
+
+
 @pytest.mark.parametrize("name", ["sequence_length", "frames_per_quarter", "transpose"])
 def test_bad_options_name_themselves(name):
     with pytest.raises(UserError, match=f"{name}=-1"):
         PianoRollOptions(**{name: -1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_frames": 99_985}, "num_frames=99985 is not valid: it must be at most 99984 after this prime"),
+        ({"num_frames": 585, "tempo": 10.0}, "after 16 of the prime: a sound of 3,606 seconds is too long"),
+    ],
+)
+def test_pieces_that_would_be_too_long_are_not_begun(change, message):
+    prime = quantise([(0, 16, 60)], 1)
+    options = compose.ComposeOptions(model="x", output="a.mid", **change)
+    with pytest.raises(UserError) as caught:
+        compose.compose(None, prime, options, 1)
+    assert message in str(caught.value)
 
 
 def test_task_is_registered():

@@ -29,6 +29,7 @@ RECIPES = Path(__file__).parent / "recipes"
 # Options of the model that 0 turns off, as if they were not given: so a recipe's own can be taken back.
 OFF_AT_ZERO = ("io_rank", "kronecker_terms", "intermediate_size", "chrono_max_length")
 MAX_COUNT = 2**31 - 1  # of every other whole number: what arrays and tensors of such sizes can still be counted with
+MAX_THREADS = 1024  # OpenMP ends the process where it cannot start them
 MAX_RECIPE = 1 << 20  # bytes
 MAX_SEED = 2**63 - 1  # torch takes unsigned numbers of 64 bits, and each process adds its own number to the seed
 
@@ -222,7 +223,9 @@ class RunOptions:
         if self.optimizer == "rmsprop":
             require(self.weight_decay == 0, "weight_decay", self.weight_decay, "0 with optimizer rmsprop")
         require(0 < self.learning_rate < 1e36, "learning_rate", self.learning_rate, "positive, and fit for fp32")
-        require(0 < self.num_train_epochs < math.inf, "num_train_epochs", self.num_train_epochs, "positive and finite")
+        epochs = self.num_train_epochs
+        require(0 < epochs <= MAX_COUNT, "num_train_epochs", epochs, f"positive and at most {MAX_COUNT}")
+        require(self.num_threads <= MAX_THREADS, "num_threads", self.num_threads, f"at most {MAX_THREADS}")
         for name in ("weight_decay", "max_grad_norm", "factor_learning_rate_scale"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more and finite")
         for name in ("min_learning_rate_ratio", "plateau_factor"):

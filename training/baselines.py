@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
 from kru_hf.cache_kru import KRUCache, check_cache, initial_state
+from kru_hf.configuration_kru import LIMITS
 from kru_hf.gate_bias import check_chrono, gate_bias
 from kru_hf.kroneckerize import kroneckerize
 from kru_hf.modeling_kru import KRUCausalLMOutput, KRUModelOutput
@@ -62,6 +63,9 @@ class BaselineConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, most in LIMITS.items():
+            if (getattr(self, name, None) or 0) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}")
         if self.hidden_size is None:
             self.hidden_size = self.state_size
         if self.cell == "low_rank" and self.recurrent_rank is None:

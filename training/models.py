@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedMod
         values = within_budget(head, config_type, options, values)
     config = make_config(config_type, values)
     check_engine(config)
-    model = model_class(head, config)(config)
+    model = in_memory(head, config, options)
     if options.parameter_budget is not None and processes.rank() == 0:
         names = ("state_size", "factor_shapes", "io_rank", "hidden_size", "recurrent_rank")
         sizes = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name, None) is not None]
@@ -120,15 +121,38 @@ def check_device(config: PreTrainedConfig, device: torch.device) -> None:
         raise UserError(f"scan_backend={engine!r} cannot run on the device {device.type!r}; 'auto' takes what can")
 
 
+def count_parameters(head: str, config: PreTrainedConfig) -> int:
+    """Parameters of the model of a config, which is not built for it."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return model_class(head, config)(config).num_parameters()
+
+
+def in_memory(head: str, config: PreTrainedConfig, options: ModelOptions) -> PreTrainedModel:
+    """The model of a config; `UserError` if its weights do not fit into this machine's memory."""
+    num_parameters = count_parameters(head, config)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    try:
+        if 4 * num_parameters > memory:
+            raise MemoryError
+        return model_class(head, config)(config)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        given = {**options.config_values(), "parameter_budget": options.parameter_budget}
+        sizes = ", ".join(f"{name}={value}" for name, value in given.items() if isinstance(value, int) and value > 1)
+        raise UserError(
+            f"{sizes}: the model has {num_parameters:,} parameters, and their {4 * num_parameters / 2**30:,.1f} GiB do "
+            "not fit into this machine's memory"
+        ) from error
+
+
 def within_budget(head: str, config_type: Any, options: ModelOptions, values: dict[str, Any]) -> dict[str, Any]:
     """Config values of the largest model within `options.parameter_budget`; what was turned off stays so."""
     known = {f.name for f in dataclasses.fields(config_type)}
     values = {**values, **{name: None for name in options.turned_off() if name in known}}
 
     def count(trial: dict[str, Any]) -> int:
-        config = make_config(config_type, trial)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return model_class(head, config)(config).num_parameters()
+        return count_parameters(head, make_config(config_type, trial))
 
     return fit_to_budget(int(options.parameter_budget or 0), options.architecture, values, count).values
 

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from .errors import UserError
 from .tasks.base import Batch, DataOptions, Layout, Task, TaskOutput
 
+# What can still be drawn and ordered in memory.
+MOST = {"sequence_length": 10**6, "train_samples": 10**8, "validation_samples": 10**8, "test_samples": 10**8}
 IGNORED = -100  # label that is not scored
 
 
@@ -49,6 +51,9 @@ class GeneratedOptions:
             data_seed=0,
             eval_batch_size=1,
         )
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{name}={getattr(self, name)} is not valid: it must be at most {most}")
 
     def samples(self, split: str) -> int:
         """Sequences of a split."""

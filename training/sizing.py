@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kru_hf import plan_factor_shapes
+from kru_hf.kronecker import MOST_UNITS
 
 from .errors import UserError
 
@@ -75,7 +76,8 @@ def fit_to_budget(budget: int, architecture: str, values: dict[str, Any], count:
     if kronecker and field == "state_size":
         wanted = values.get("factor_size") or DEFAULT_SIZE
         limit = 4 * step
-        while count({**complete(limit), "factor_size": 2}) <= budget:  # the fewest factor parameters that N can have
+        # The fewest factor parameters that N can have.
+        while 4 * limit <= MOST_UNITS and count({**complete(limit), "factor_size": 2}) <= budget:
             limit *= 2
         ranges = [range(7, 12)] if values.get("factor_size") is None else []
         ranges += [range(math.ceil(wanted / x), int(wanted * x) + 1) for x in SPREADS]
