@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from tiny_run import options
@@ -190,6 +191,12 @@ def test_a_text_column_of_another_type_is_named(tmp_path, values, kind):
     write_rows(tmp_path / "rows.parquet", {"text": values, "title": ["a"] * 99})
     with pytest.raises(UserError, match=f"text_column='text' of rows.parquet holds ({kind}), not text; .*: title"):
         corpus(tmp_path / "rows.parquet")
+
+
+def test_categories_of_pandas_are_the_texts_that_they_stand_for(tmp_path):
+    table = pa.table({"text": pa.array(LINES).dictionary_encode()})
+    pa.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "".join(corpus(tmp_path / "rows.parquet").splits.values()) == "\n".join(LINES)
 
 
 def test_rows_without_a_text_are_left_out_and_said(tmp_path):

@@ -93,7 +93,7 @@ def test_music_by_hub_id_there_and_back(hub: HubServer, tmp_path: Path) -> None:
 def test_parts_of_a_hub_data_set_are_what_they_are_called(hub: HubServer, tmp_path: Path) -> None:
     """Whatever the spelling; only the missing part is cut from train, and what has no part's name is not used."""
     train, held = ({"text": [line] * rows} for line, rows in (("a line of training", 300), ("ZZZ held out ZZZ", 200)))
-    for names in (("test",), ("dev",), ("test", "heldout")):
+    for names in (("test",), ("dev",), ("heldout",), ("test", "other")):
         files = {}
         for name, rows in (("train", train), *((name, held) for name in names)):
             Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
@@ -101,7 +101,7 @@ def test_parts_of_a_hub_data_set_are_what_they_are_called(hub: HubServer, tmp_pa
         hub.add_repo(f"other/{names[-1]}", files, kind="dataset")
     code = (
         "from training.corpora import load_corpus\nfrom training.tasks import DataOptions\n"
-        "for name in ('test', 'dev', 'heldout'):\n"
+        "for name in ('test', 'dev', 'heldout', 'other'):\n"
         "    corpus = load_corpus(DataOptions(dataset=f'other/{name}'))\n"
         "    print([len(part) for part in corpus.splits.values()], {k: 'Z' in v for k, v in corpus.splits.items()})\n"
         "    print(corpus.notes)\n"
@@ -112,7 +112,8 @@ def test_parts_of_a_hub_data_set_are_what_they_are_called(hub: HubServer, tmp_pa
     assert lines[0] == f"[{19 * 300 - 1 - cut}, {used}, {cut}] {{'train': False, 'test': True, 'validation': False}}"
     assert lines[1] == str([notes.format("validation")])
     assert f"{used}, {cut}] {{'train': False, 'validation': True, 'test': False}}" in lines[2]
-    assert lines[5] == str(["not used: heldout.parquet", notes.format("validation")])
+    assert lines[4] == lines[2] and lines[5] == str(["validation is 'heldout'", notes.format("test")])
+    assert lines[6:] == [lines[0], str(["not used: other.parquet", notes.format("validation")])]
 
 
 def test_push_that_fails_at_the_end_names_the_command_that_finishes(

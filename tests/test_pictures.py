@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, Value
+from datasets import Array2D, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 from training import pixels
@@ -76,6 +76,10 @@ FORMS = {
     "rows of pixels": ([LEVELS.tolist()] * 12, None),
     "rows with a channel": ([LEVELS[..., None].tolist()] * 12, None),
     "a channel of rows": ([LEVELS[None].tolist()] * 12, None),
+    "an array column": (
+        [LEVELS.tolist()] * 12,
+        Features({"image": Array2D((4, 4), "uint8"), "label": Value("int8")}),
+    ),
     "floats": ([FLAT.astype(float).tolist()] * 12, None),
 }
 

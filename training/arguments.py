@@ -26,6 +26,8 @@ from .tasks import DataOptions, get_task, task_names
 
 ARCHITECTURES = ("kru", "rnn", "lstm", "gru", "orthogonal", "low_rank", "unitary")
 RECIPES = Path(__file__).parent / "recipes"
+# Of a value in a recipe: what YAML gives it by itself. Its text alone counts, so they make no difference.
+TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")]
 # Options of the model that 0 turns off, as if they were not given: so a recipe's own can be taken back.
 OFF_AT_ZERO = ("io_rank", "kronecker_terms", "intermediate_size", "chrono_max_length")
 MAX_COUNT = 2**31 - 1  # of every other whole number: what arrays and tensors of such sizes can still be counted with
@@ -326,16 +328,7 @@ def check_flat(text: str) -> None:
 
 def written(node: yaml.Node, where: str) -> str | None:
     """A value of a recipe as it is written, lists (of lists) in brackets; None for an empty one."""
-    if node.tag.removeprefix("tag:yaml.org,2002:") not in (
-        "str",
-        "int",
-        "float",
-        "bool",
-        "null",
-        "timestamp",
-        "seq",
-        "map",
-    ):
+    if node.tag not in TAGS:
         raise UserError(f"{where} has the tag {node.tag}, and must be a plain value")
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value in ("", "~", "null", "Null", "NULL") else node.value

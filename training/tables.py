@@ -19,7 +19,7 @@ from huggingface_hub import HfFileSystem
 
 from .errors import UserError, printable
 from .files import one_line, read
-from .splits import Parts, assign, describe, folder_parts
+from .splits import SHARD, Parts, assign, describe, folder_parts, spelling
 from .tasks.base import DataOptions
 
 # By kind: of a folder that is a part, the files of one kind are read.
@@ -78,6 +78,10 @@ def hub_parts(data: DataOptions, builtin: str) -> Parts:
     source = str(data.dataset)
     try:
         builder = load_dataset_builder(source, data.dataset_config, revision=data.dataset_revision)
+        used, unused = files_of(builder)
+        more = {name: paths for name, paths in unused.items() if spelling(name) and name not in used}
+        if more:  # parts of names that `datasets` does not know
+            builder = load_dataset_builder(source, data_files={**used, **more}, revision=data.dataset_revision)
         builder.download_and_prepare()
         found: Any = builder.as_dataset()
     except Exception as error:  # network, missing data set, …: the Hub client has no base class for them
@@ -85,25 +89,33 @@ def hub_parts(data: DataOptions, builtin: str) -> Parts:
             f"dataset={source!r} is neither a local file or folder nor a data set that the Hub gives "
             f"({type(error).__name__}: {one_line(error)}); pass --dataset FILE, FOLDER, HUB_ID or {builtin}"
         ) from error
-    chosen, unused = assign(list(found), repr(source))
-    return Parts(
-        source, {part: found[name] for part, name in chosen.items()}, describe(chosen, [*unused, *left_out(builder)])
-    )
+    chosen, others = assign(list(found), repr(source))
+    others += [path for name, paths in unused.items() if name not in more for path in paths]
+    return Parts(source, {part: found[name] for part, name in chosen.items()}, describe(chosen, others))
 
 
-def left_out(builder: Any) -> list[str]:
-    """Files of a Hub data set that belong to no split of it: `datasets` leaves out names that it does not know."""
-    files = [str(file) for listed in (getattr(builder.config, "data_files", None) or {}).values() for file in listed]
-    if len(builder.builder_configs) > 1 or not all(file.startswith("hf://") for file in files):
-        return []
+def files_of(builder: Any) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The files of a Hub data set by split, and those that belong to no split of it by the name of what they are."""
+    splits = getattr(builder.config, "data_files", None) or {}
+    used = {str(split): [inside(str(file)) for file in files] for split, files in splits.items()}
+    every = {path for paths in used.values() for path in paths}
+    if len(builder.builder_configs) > 1 or not all("://" in str(file) for files in splits.values() for file in files):
+        return used, {}
     try:
-        every = HfFileSystem().find(str(builder.base_path))
+        there = sorted(inside(str(file)) for file in HfFileSystem().find(str(builder.base_path)))
     except Exception:  # without a network the data come from the cache, and nothing more can be known of them
-        return []
-    endings = {PurePosixPath(file).suffix for file in files}
-    used = {file.rpartition("@")[2].partition("/")[2] for file in files}
-    names = [file.rpartition("@")[2].partition("/")[2] for file in every]
-    return [name for name in names if PurePosixPath(name).suffix in endings and name not in used]
+        return used, {}
+    endings = {PurePosixPath(path).suffix for path in every}
+    unused: dict[str, list[str]] = {}
+    for path in there:
+        if PurePosixPath(path).suffix in endings and path not in every:
+            unused.setdefault(SHARD.sub("", PurePosixPath(path).stem), []).append(path)
+    return used, unused
+
+
+def inside(address: str) -> str:
+    """The path of a file inside its repository, of `hf://datasets/ME/NAME@REVISION/PATH`."""
+    return address.rpartition("@")[2].partition("/")[2]
 
 
 def read_tables(part: Any, name: str) -> Iterator[tuple[Dataset, str]]:
@@ -204,7 +216,16 @@ def read_table(path: Path) -> Dataset:
         content, separator = text.encode(), {".csv": ",", ".tsv": "\t"}.get(ending)
         columns = read(path, lambda _: csv_columns(text, separator) if separator else json_columns(text))
         table = pa.table({name: typed(path, name, values) for name, values in columns.items()})
-    return Dataset(table, fingerprint=sha256(content).hexdigest()[:16])
+    return read(path, lambda _: Dataset(plain(table), fingerprint=sha256(content).hexdigest()[:16]))
+
+
+def plain(table: pa.Table) -> pa.Table:
+    """The table with the values of dictionaries (as of pandas' categories) in their place."""
+    for place, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            values = table.column(place).cast(column.type.value_type)
+            table = table.set_column(place, column.name, values)
+    return table
 
 
 def arrow_table(content: bytes, ending: str) -> pa.Table:
