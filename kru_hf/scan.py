@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .kronecker import check_choice
+from .scan_checks import check_scan
 from .scan_cpu import is_available as cpu_is_available
-from .scan_cpu import kru_scan_cpu
+from .scan_cpu import run_scan
 from .scan_cpu import supports as cpu_supports
 from .scan_cpu import unavailable_reason as cpu_unavailable_reason
 from .scan_gated import gated_backend_report
@@ -26,7 +27,7 @@ BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 _ENGINES = {
     "reference": kru_scan_reference,
     "torch": kru_scan_torch,
-    "cpu": kru_scan_cpu,
+    "cpu": run_scan,  # not checked again: generation calls it for every token
     "triton": kru_scan_triton,
 }
 _told: set[str] = set()
@@ -67,53 +68,6 @@ def scan_backend_report() -> str:
     return "\n".join(lines)
 
 
-def _check(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
-    backend: str,
-) -> None:
-    """Raise ValueError or TypeError naming the argument, its value and what is allowed."""
-    check_choice("backend", backend, BACKENDS)
-    check_choice("activation", activation, ACTIVATIONS)
-    if inputs.dim() != 4 or inputs.shape[2] != 2 or 0 in inputs.shape:
-        raise ValueError(f"inputs must have the shape (B, T, 2, N) with no empty axis, got {tuple(inputs.shape)}")
-    if inputs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"inputs must be float32 or float64 (the state is never kept in less), got {inputs.dtype}")
-    batch, length, _, units = inputs.shape
-    if not factors:
-        raise ValueError("factors must hold at least one (2, P, Q) tensor, got none")
-    rows = columns = 1
-    for index, factor in enumerate(factors):
-        if factor.dim() != 3 or factor.shape[0] != 2:
-            raise ValueError(f"factors[{index}] must have the shape (2, P, Q), got {tuple(factor.shape)}")
-        rows, columns = rows * factor.shape[1], columns * factor.shape[2]
-    if (rows, columns) != (units, units):
-        shapes = " ".join(f"{f.shape[1]}x{f.shape[2]}" for f in factors)
-        raise ValueError(f"factors {shapes} multiply to {rows}x{columns}, but the inputs have N = {units} units")
-    expected = {"bias": (bias, (units,)), "initial_state": (initial_state, (batch, 2, units))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
-    if mask is not None and (tuple(mask.shape) != (batch, length) or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask must be a bool tensor of the shape {(batch, length)}, got {mask.dtype} {tuple(mask.shape)}"
-        )
-    for name, tensor in [
-        ("bias", bias),
-        ("initial_state", initial_state),
-        *((f"factors[{i}]", f) for i, f in enumerate(factors)),
-    ]:
-        if tensor is not None and (tensor.dtype != inputs.dtype or tensor.device != inputs.device):
-            raise TypeError(
-                f"{name} must be {inputs.dtype} on {inputs.device} like the inputs, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-
-
 def kru_scan(
     inputs: Tensor,
     factors: Sequence[Tensor],
@@ -144,9 +98,13 @@ def kru_scan(
         ValueError: a shape or an option that does not fit. TypeError: a dtype or device that does not.
         RuntimeError: the named backend cannot run here. NotImplementedError: it cannot be differentiated that way.
     """
-    _check(inputs, factors, bias, initial_state, mask, activation, backend)
+    check_choice("backend", backend, BACKENDS)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_scan("kru", inputs, factors, bias, initial_state, mask)
     if is_transformed((inputs, bias, initial_state, mask, *factors)):
         backend = transformed_backend(backend)
+    elif inputs.is_meta and backend != "reference":
+        backend = "torch"  # nothing to compute: the shapes of any engine
     elif backend == "auto":
         backend, reason = choose_backend(inputs, factors)
         if not torch.compiler.is_compiling() and reason not in _told:

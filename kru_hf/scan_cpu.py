@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transforms import differentiable_once, refuse_derivative
+from .scan_checks import check_scan
+from .transforms import differentiable_once, is_concrete, refuse_derivative
 
 __all__ = ["is_available", "kru_scan_cpu", "supports", "unavailable_reason"]
 
@@ -132,7 +133,32 @@ def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
         return f"inputs are {inputs.dtype}, the native engine computes in float32"
     if len(factors) > MAX_FACTORS:
         return f"{len(factors)} factors, the native engine takes at most {MAX_FACTORS}"
-    return None
+    return no_operator(inputs, factors)
+
+
+def no_operator(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
+    """Why tensors without numbers cannot be run: pushed code has no operator that says what shapes come out."""
+    if __name__.startswith("kru_hf.") or torch.compiler.is_compiling() or is_concrete([inputs, *factors]):
+        return None
+    return "the native engine needs tensors with numbers in memory, outside of traces and torch's modes"
+
+
+def _check(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    d_states: Tensor | None = None,
+    d_final: Tensor | None = None,
+    states: Tensor | None = None,
+) -> None:
+    """Raise unless C can be given these tensors, the last three of them for the backward."""
+    full, end = tuple(inputs.shape), (inputs.shape[0], *inputs.shape[2:])
+    others = [("d_states", d_states, full), ("d_final", d_final, end), ("states", states, full)]
+    check_scan("kru", inputs, factors, bias, initial_state, mask, others)
+    if (obstacle := _reason or supports(inputs, factors)) is not None:
+        raise RuntimeError(f"the native CPU engine cannot run: {obstacle}")
 
 
 class _Plan:
@@ -323,6 +349,7 @@ if __name__.startswith("kru_hf."):
         mask: Tensor | None,
         modrelu: bool,
     ) -> tuple[Tensor, Tensor]:
+        _check(inputs, factors, bias, initial_state, mask)
         return _forward(inputs, factors, bias, initial_state, mask, modrelu)
 
     @_scan_op.register_fake
@@ -342,6 +369,7 @@ if __name__.startswith("kru_hf."):
         states: Tensor,
         modrelu: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _check(inputs, factors, bias, initial_state, mask, d_states, d_final, states)
         return _backward(d_states, d_final, inputs, factors, bias, initial_state, mask, states, modrelu)
 
     @_scan_backward_op.register_fake
@@ -425,13 +453,26 @@ def kru_scan_cpu(
         states (B, T, 2, N) and final_state (B, 2, N), a copy. The same to the last bit for any number of threads.
 
     Raises:
-        RuntimeError: the library is not there. MemoryError: no memory for the workspace.
+        ValueError, TypeError: an argument that does not fit. RuntimeError: the engine cannot run here, or not these.
+        MemoryError: no memory for the workspace.
     """
-    if _reason is not None:
-        raise RuntimeError(f"the native CPU engine is not available: {_reason}")
+    _check(inputs, factors, bias, initial_state, mask)
+    return run_scan(inputs, factors, bias, initial_state, mask, activation=activation)
+
+
+def run_scan(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    *,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`kru_scan_cpu` of arguments that are checked already."""
     modrelu = activation == "modrelu"
     leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
-    plain = type(inputs) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    plain = not torch.compiler.is_compiling() and is_concrete(leaves if mask is None else [*leaves, mask])
     if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
         return _forward(inputs, factors, bias, initial_state, mask, modrelu)  # generation: no dispatcher in the way
     return _differentiable(inputs, list(factors), bias, initial_state, mask, modrelu)

@@ -15,15 +15,15 @@ Engines: "reference" (a loop that autograd differentiates), "torch" (analytic ba
 """
 
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .kronecker import kron_apply_complex
+from .kronecker import check_choice, kron_apply_complex
+from .scan_checks import GATED_CELLS, check_scan
 from .scan_gated_cpu import is_available as cpu_is_available
-from .scan_gated_cpu import kru_gated_scan_cpu
+from .scan_gated_cpu import run_gated_scan
 from .scan_gated_cpu import supports as cpu_supports
 from .scan_gated_cpu import unavailable_reason as cpu_unavailable_reason
 from .scan_gated_torch import kru_gated_scan_torch
@@ -31,8 +31,6 @@ from .transforms import is_transformed, transformed_backend
 
 logger = logging.getLogger(__name__)
 
-# cell: (gates G, rows of the bias, planes S of the state). The GRU's fourth bias is the candidate's recurrent one.
-GATED_CELLS = {"lstm": (4, 4, 2), "gru": (3, 4, 1), "janet": (2, 2, 1)}
 GATED_BACKENDS = ("auto", "reference", "torch", "cpu")
 
 
@@ -53,6 +51,8 @@ def kru_gated_scan_reference(
     cell: str,
 ) -> tuple[Tensor, Tensor]:
     """The definition, differentiated by autograd. See :func:`kru_gated_scan` for the contract."""
+    check_choice("cell", cell, list(GATED_CELLS))
+    check_scan(cell, inputs, factors, bias, initial_state, mask)
     gates, _, planes = GATED_CELLS[cell]
     batch, length, _, units = inputs.shape
     state = inputs.new_zeros(batch, planes, units) if initial_state is None else initial_state  # (B, S, N)
@@ -81,7 +81,7 @@ def kru_gated_scan_reference(
     return torch.stack(states, 1), state.clone()
 
 
-_ENGINES = {"reference": kru_gated_scan_reference, "torch": kru_gated_scan_torch, "cpu": kru_gated_scan_cpu}
+_ENGINES = {"reference": kru_gated_scan_reference, "torch": kru_gated_scan_torch, "cpu": run_gated_scan}
 _told: set[str] = set()
 
 
@@ -98,42 +98,6 @@ def gated_backend_report() -> str:
     if cpu_is_available():
         return "gated cells: cpu for float32 on the CPU, torch elsewhere"
     return f"gated cells: torch (cpu: not available ({cpu_unavailable_reason()}))"
-
-
-def _check(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    cell: str,
-) -> None:
-    """Raise ValueError or TypeError naming the argument, its value and what is allowed."""
-    if cell not in GATED_CELLS:
-        raise ValueError(f"cell must be one of {', '.join(GATED_CELLS)}, got {cell!r}")
-    gates, rows, planes = GATED_CELLS[cell]
-    if inputs.dim() != 4 or inputs.shape[2] != gates or 0 in inputs.shape:
-        raise ValueError(f"inputs must have the shape (B, T, {gates}, N) with no empty axis, got {tuple(inputs.shape)}")
-    if inputs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"inputs must be float32 or float64 (the state is never kept in less), got {inputs.dtype}")
-    batch, length, _, units = inputs.shape
-    if not factors or any(factor.dim() != 3 or factor.shape[0] != gates for factor in factors):
-        raise ValueError(f"factors must be ({gates}, P, Q) tensors, got {[tuple(factor.shape) for factor in factors]}")
-    sizes = math.prod([factor.shape[1] for factor in factors]), math.prod([factor.shape[2] for factor in factors])
-    if sizes != (units, units):
-        raise ValueError(f"factors multiply to {sizes[0]}x{sizes[1]}, but the inputs have N = {units} units")
-    expected = [("bias", bias, (rows, units)), ("initial_state", initial_state, (batch, planes, units))]
-    for name, tensor, shape in expected:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
-    if mask is not None and (tuple(mask.shape) != (batch, length) or mask.dtype != torch.bool):
-        found = f"{mask.dtype} {tuple(mask.shape)}"
-        raise ValueError(f"mask must be a bool tensor of the shape {(batch, length)}, got {found}")
-    named = [("bias", bias), ("initial_state", initial_state), *((f"factors[{i}]", f) for i, f in enumerate(factors))]
-    for name, tensor in named:
-        if tensor is not None and (tensor.dtype != inputs.dtype or tensor.device != inputs.device):
-            found = f"{tensor.dtype} on {tensor.device}"
-            raise TypeError(f"{name} must be {inputs.dtype} on {inputs.device} like the inputs, got {found}")
 
 
 def kru_gated_scan(
@@ -167,11 +131,13 @@ def kru_gated_scan(
         ValueError: a shape or an option that does not fit. TypeError: a dtype or device that does not.
         RuntimeError: the named backend cannot run here. NotImplementedError: it cannot be differentiated that way.
     """
-    if backend not in GATED_BACKENDS:
-        raise ValueError(f"backend of a gated cell must be one of {', '.join(GATED_BACKENDS)}, got {backend!r}")
-    _check(inputs, factors, bias, initial_state, mask, cell)
+    check_choice("backend of a gated cell", backend, GATED_BACKENDS)
+    check_choice("cell", cell, list(GATED_CELLS))
+    check_scan(cell, inputs, factors, bias, initial_state, mask)
     if is_transformed((inputs, bias, initial_state, mask, *factors)):
         backend = transformed_backend(backend)
+    if inputs.is_meta and backend != "reference":
+        backend = "torch"  # nothing to compute: the shapes of any engine
     if backend in ("auto", "cpu"):
         wanted, (backend, reason) = backend, choose_gated_backend(inputs, factors)
         if wanted == "cpu" != backend:

@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .scan_cpu import MAX_CHUNKS, MAX_FACTORS, _Arguments, _dense, _fresh, _library, _run, _split
+from .kronecker import check_choice
+from .scan_checks import GATED_CELLS, Named, check_scan, gated_cell
+from .scan_cpu import MAX_CHUNKS, MAX_FACTORS, _Arguments, _dense, _fresh, _library, _run, _split, no_operator
 from .scan_cpu import unavailable_reason as library_reason
-from .transforms import differentiable_once, refuse_derivative
+from .transforms import differentiable_once, is_concrete, refuse_derivative
 
 __all__ = ["is_available", "kru_gated_scan_cpu", "supports", "unavailable_reason"]
 
 ABI = 3  # KRU_GATED_ABI in native/kru_gated.h
-SIZES = {"lstm": (4, 4), "gru": (3, 4), "janet": (2, 2)}  # cell: gates G, rows of the bias
 _lanes: int | None = None  # samples that advance together; None: the processor's widest vector
 
 
@@ -83,7 +84,22 @@ def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
         return f"inputs are {inputs.dtype}, the native engine computes in float32"
     if len(factors) > MAX_FACTORS:
         return f"{len(factors)} factors, the native engine takes at most {MAX_FACTORS}"
-    return None
+    return no_operator(inputs, factors)
+
+
+def _check(
+    cell: str,
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    others: Sequence[Named] = (),
+) -> None:
+    """Raise unless C can be given these tensors."""
+    check_scan(cell, inputs, factors, bias, initial_state, mask, others)
+    if (obstacle := _reason or supports(inputs, factors)) is not None:
+        raise RuntimeError(f"the native CPU engine cannot run: {obstacle}")
 
 
 class _Plan:
@@ -185,6 +201,7 @@ if __name__.startswith("kru_hf."):
     def _scan_op(
         inputs: Tensor, factors: Sequence[Tensor], bias: Tensor, initial_state: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        _check(gated_cell(inputs), inputs, factors, bias, initial_state, mask)
         return _forward(inputs, factors, bias, initial_state, mask, True)
 
     @_scan_op.register_fake
@@ -208,6 +225,13 @@ if __name__.startswith("kru_hf."):
         states: Tensor,
         cells: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cell = gated_cell(inputs)
+        batch, length, gates, units = inputs.shape
+        full, end = (batch, length, units), (batch, GATED_CELLS[cell][2], units)
+        kept = (batch * length * units if gates == 4 else 0,)
+        others: list[Named] = [("d_states", d_states, full), ("d_final", d_final, end)]
+        others += [("states", states, full), ("cells", cells, kept)]
+        _check(cell, inputs, factors, bias, initial_state, mask, others)
         return _backward(d_states, d_final, inputs, factors, bias, initial_state, mask, states, cells)
 
     @_scan_backward_op.register_fake
@@ -288,20 +312,26 @@ def kru_gated_scan_cpu(
         states (B, T, N) and final_state (B, S, N), a copy. The same to the last bit for any number of threads.
 
     Raises:
-        RuntimeError: the library is not there. MemoryError: no memory for the workspace.
-        ValueError: no such cell, or inputs or a bias of another one.
+        ValueError, TypeError: an argument that does not fit. RuntimeError: the engine cannot run here, or not these.
+        MemoryError: no memory for the workspace.
     """
-    if _reason is not None:
-        raise RuntimeError(f"the native CPU engine is not available: {_reason}")
-    if cell not in SIZES:
-        raise ValueError(f"cell must be one of {', '.join(SIZES)}, got {cell!r}")
-    gates, rows = SIZES[cell]
-    if inputs.shape[2] != gates:
-        raise ValueError(f"inputs of the cell {cell!r} must have {gates} gates, got {tuple(inputs.shape)}")
-    if bias.shape != (rows, inputs.shape[3]):  # C would read, and write, past its end
-        raise ValueError(f"bias of the cell {cell!r} must be {(rows, inputs.shape[3])}, got {tuple(bias.shape)}")
+    check_choice("cell", cell, list(GATED_CELLS))
+    _check(cell, inputs, factors, bias, initial_state, mask)
+    return run_gated_scan(inputs, factors, bias, initial_state, mask, cell=cell)
+
+
+def run_gated_scan(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    *,
+    cell: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`kru_gated_scan_cpu` of arguments that are checked already: the gates of the inputs tell the cell."""
     leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
-    plain = type(inputs) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    plain = not torch.compiler.is_compiling() and is_concrete(leaves if mask is None else [*leaves, mask])
     if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
         return _forward(inputs, factors, bias, initial_state, mask, False)[:2]  # generation: no dispatcher in the way
     return _differentiable(inputs, list(factors), bias, initial_state, mask)[:2]

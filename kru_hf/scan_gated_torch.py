@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .kronecker import apply_order, factor_gradients, group_factors
-from .transforms import differentiable_once, refuse_derivative
+from .kronecker import apply_order, check_choice, factor_gradients, group_factors
+from .scan_checks import GATED_CELLS, check_scan, gated_cell
+from .transforms import differentiable_once, is_concrete, refuse_derivative
 
 # Steps whose products for the weight gradients are made at once: bounds the memory, amortises the calls.
 CHUNK = 16
@@ -213,6 +214,7 @@ if __name__.startswith("kru_hf."):
     def _scan_op(
         inputs: Tensor, factors: Sequence[Tensor], bias: Tensor, initial_state: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        check_scan(gated_cell(inputs), inputs, factors, bias, initial_state, mask)
         return _forward(inputs, merge_gated_groups(factors), bias, initial_state, mask)
 
     @_scan_op.register_fake
@@ -286,8 +288,10 @@ def kru_gated_scan_torch(
     cell: str,
 ) -> tuple[Tensor, Tensor]:
     """The gated recurrence on any device, differentiable once. See :func:`kru_gated_scan` for the contract."""
+    check_choice("cell", cell, list(GATED_CELLS))
+    check_scan(cell, inputs, factors, bias, initial_state, mask)
     if initial_state is None:
         initial_state = inputs.new_zeros(inputs.shape[0], 2 if cell == "lstm" else 1, inputs.shape[3])  # (B, S, N)
-    if _compiled is not None and torch.compiler.is_compiling():
+    if _compiled is not None and (torch.compiler.is_compiling() or not is_concrete([inputs, *factors])):
         return _compiled(inputs, list(factors), bias, initial_state, mask)[:2]
     return _GatedScan.apply(inputs, bias, initial_state, mask, *merge_gated_groups(factors))

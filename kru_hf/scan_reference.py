@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .kronecker import kron_apply
+from .scan_checks import check_scan
 
 ACTIVATIONS = ("modrelu", "identity")
 
@@ -56,6 +57,7 @@ def kru_scan_reference(
 
     Returns states (B, T, 2, N) and final_state (B, 2, N), a copy.
     """
+    check_scan("kru", inputs, factors, bias, initial_state, mask)
     batch, _, _, units = inputs.shape
     state = inputs.new_zeros(batch, 2, units) if initial_state is None else initial_state  # (B, 2, N)
     if mask is not None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .kronecker import apply_order, factor_gradients, group_factors, kron_apply_complex, to_complex, to_planes
-from .transforms import differentiable_once, refuse_derivative
+from .scan_checks import check_scan
+from .transforms import differentiable_once, is_concrete, refuse_derivative
 
 # Steps whose z and stage intermediates are alive at once in the backward pass: bounds its memory, amortises its calls.
 CHUNK = 16
@@ -165,9 +166,9 @@ class _Scan(torch.autograd.Function):
 
 
 if __name__.startswith("kru_hf."):
-    # What torch.compile sees: a node each way, where it would unroll the loop over time. They take the factors, not the
-    # groups, so that the compiled graph has no complex tensor. Only the installed package registers operators: see
-    # scan_cpu. Eager calls keep the autograd function, whose way through the dispatcher is shorter.
+    # What torch.compile and tracers see: a node each way, where they would unroll the loop over time. They take the
+    # factors, not the groups, so that the compiled graph has no complex tensor. Only the installed package registers
+    # operators: see scan_cpu. Eager calls keep the autograd function, whose way through the dispatcher is shorter.
     @torch.library.custom_op("kru_hf::scan_torch", mutates_args=())
     def _scan_op(
         inputs: Tensor,
@@ -177,6 +178,7 @@ if __name__.startswith("kru_hf."):
         mask: Tensor | None,
         modrelu: bool,
     ) -> tuple[Tensor, Tensor]:
+        check_scan("kru", inputs, factors, bias, initial_state, mask)
         return _forward(inputs, merge_groups(factors), bias, initial_state, mask, modrelu)
 
     @_scan_op.register_fake
@@ -195,6 +197,9 @@ if __name__.startswith("kru_hf."):
         states: Tensor,
         modrelu: bool,
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        full, end = tuple(inputs.shape), tuple(initial_state.shape)
+        others = [("d_states", d_states, full), ("d_final", d_final, end), ("states", states, full)]
+        check_scan("kru", inputs, factors, bias, initial_state, mask, others)
         groups = merge_groups(factors)
         d_inputs, d_groups, d_bias, d_initial = _backward(
             d_states, d_final, inputs, groups, bias, initial_state, mask, states, modrelu
@@ -241,9 +246,10 @@ def kru_scan_torch(
 
     Returns states (B, T, 2, N) and final_state (B, 2, N), a copy.
     """
+    check_scan("kru", inputs, factors, bias, initial_state, mask)
     if initial_state is None:
         initial_state = inputs.new_zeros(inputs.shape[0], 2, inputs.shape[3])  # (B, 2, N)
     modrelu = activation == "modrelu"
-    if _compiled is not None and torch.compiler.is_compiling():
+    if _compiled is not None and (torch.compiler.is_compiling() or not is_concrete([inputs, *factors])):
         return _compiled(inputs, list(factors), bias, initial_state, mask, modrelu)
     return _Scan.apply(inputs, bias, initial_state, mask, modrelu, *merge_groups(factors))

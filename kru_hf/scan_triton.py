@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .kronecker import kron_dense
+from .scan_checks import Named, check_scan
 from .transforms import differentiable_once, refuse_derivative
 
 try:
@@ -109,6 +110,24 @@ def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
     return None
 
 
+def _check(
+    inputs: Tensor, group_a: Tensor, group_c: Tensor, bias: Tensor, initial_state: Tensor, mask: Tensor | None,
+    others: Sequence[Named] = (),
+) -> None:  # fmt: skip
+    """Raise unless the kernels can be given these tensors."""
+    check_scan("kru", inputs, [group_a, group_c], bias, initial_state, mask, others)
+    if (obstacle := unavailable_reason() or supports(inputs, [group_a, group_c])) is not None:
+        raise RuntimeError(f"the triton engine cannot run: {obstacle}")
+    for name, group in (("group_a", group_a), ("group_c", group_c)):
+        if group.shape[1] != group.shape[2]:
+            raise ValueError(f"{name} must have the shape (2, P, P), got {tuple(group.shape)}")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with its numbers in memory in the order of the indices, signs included."""
+    return tensor.resolve_neg().contiguous()
+
+
 def _inner(left: Tensor, right: Tensor, slices: int) -> Tensor:
     """left^T right of (K, M) and (K, L), cut into ``slices`` along K: M and L alone are too small for a GPU."""
     pieces = [tensor.unflatten(0, (slices, -1)) for tensor in (left, right)]  # (slices, K / slices, M or L)
@@ -180,12 +199,13 @@ def _forward(
     modrelu: bool, save: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """States (B, T, 2, N), final state (B, 2, N) and what backward needs with ``save``: |z| (B, T, N), else empty."""
+    _check(inputs, group_a, group_c, bias, initial_state, mask)
     batch, length, _, units = inputs.shape
-    inputs, sizes = inputs.contiguous(), (group_a.shape[1], group_c.shape[1])
+    inputs, sizes = _dense(inputs), (group_a.shape[1], group_c.shape[1])
     states, final = torch.empty_like(inputs), inputs.new_empty(batch, 2, units)  # (B, T, 2, N), (B, 2, N)
     moduli = inputs.new_empty((batch, length, units) if save and modrelu else (0,))  # (B, T, N)
     right = group_c.mT  # (2, R, R): C^T
-    read = [tensor.contiguous() for tensor in (group_a, right, bias, initial_state)]
+    read = [_dense(tensor) for tensor in (group_a, right, bias, initial_state)]
     flags = _flags(sizes, modrelu, mask, precision) | {"SAVE": save}
     tile = _tile(sizes[0]) * _tile(sizes[1])
     tensors = [inputs, *read, _mask_bytes(mask, inputs), states, final, moduli]
@@ -203,7 +223,7 @@ def _group_gradients(
         chunks = -(-length // _CHUNK)
         d_a = d_inputs.new_empty(batch, chunks, *group_a.shape)  # (B, chunks, 2, P, P)
         d_c = d_inputs.new_empty(batch, chunks, *group_c.shape)  # (B, chunks, 2, R, R)
-        read = [tensor.contiguous() for tensor in (d_inputs, group_a, group_c, initial_state, states)]
+        read = [_dense(tensor) for tensor in (d_inputs, group_a, group_c, initial_state, states)]
         flags = {"CHUNK": _CHUNK, "PRECISION": precision}
         _launch(gradient_kernel, d_inputs, [*read, d_a, d_c], sizes, 4, flags, chunks)
         return d_a.sum((0, 1)), d_c.sum((0, 1))
@@ -227,9 +247,13 @@ def _backward(
     mask: Tensor | None, states: Tensor, moduli: Tensor, modrelu: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of inputs (B, T, 2, N), A (2, P, P), C (2, R, R), bias (N,) and initial_state (B, 2, N)."""
-    states, sizes = states.contiguous(), (group_a.shape[1], group_c.shape[1])
+    full, end = tuple(states.shape), tuple(initial_state.shape)
+    others: list[Named] = [("d_states", d_states, full), ("d_final", d_final, end)]
+    others.append(("moduli", moduli, (*full[:2], full[3]) if modrelu else (0,)))
+    _check(states, group_a, group_c, bias, initial_state, mask, others)
+    states, sizes = _dense(states), (group_a.shape[1], group_c.shape[1])
     left, right = _conjugate(group_a).mT, _conjugate(group_c)  # (2, P, P): A^H, (2, R, R): conj(C)
-    read = [tensor.contiguous() for tensor in (d_states, d_final, left, right, bias)]
+    read = [_dense(tensor) for tensor in (d_states, d_final, left, right, bias)]
     d_inputs, d_initial = torch.empty_like(states), torch.empty_like(initial_state)  # (B, T, 2, N), (B, 2, N)
     d_bias = states.new_empty(states.shape[0], *bias.shape)  # (B, N)
     tensors = [*read, _mask_bytes(mask, states), states, moduli, d_inputs, d_bias, d_initial]
@@ -321,6 +345,7 @@ def kru_scan_triton(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_scan("kru", inputs, factors, bias, initial_state, mask)
     shapes = [(factor.shape[1], factor.shape[2]) for factor in factors]
     obstacle = unavailable_reason() or supports(inputs, factors)
     plan = None if obstacle else plan_groups(shapes, _shared_limit(inputs.device))

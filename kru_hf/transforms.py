@@ -1,4 +1,7 @@
-"""Forward-mode and higher derivatives and ``torch.func``: of the engines, only the definition has them."""
+"""What stands between code and numbers: ``torch.func``, forward mode, tracers, tensors without numbers.
+
+Of the engines, only the definition has forward-mode and higher derivatives.
+"""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn import Parameter
 
 
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
@@ -18,9 +22,20 @@ def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
+def is_concrete(tensors: Iterable[Tensor]) -> bool:
+    """Whether these are plain tensors with numbers in memory, in calls that nothing records.
+
+    False on the meta device, for fake tensors and other subclasses, under ``torch.jit.trace`` and under modes that see
+    every operator (``FakeTensorMode``, ``make_fx``, counters). Not to be asked of code that is compiled.
+    """
+    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(tensor) in (Tensor, Parameter) and not tensor.is_meta for tensor in tensors)
+
+
 def can_look_at(values: Tensor) -> bool:
-    """Whether code may depend on values: not while they are compiled, nor inside ``torch.func.vmap`` and its like."""
-    return not torch.compiler.is_compiling() and not is_transformed([values])
+    """Whether code may depend on values: not in compiled or traced code, without numbers, or in ``torch.func``."""
+    return not torch.compiler.is_compiling() and is_concrete([values]) and not is_transformed([values])
 
 
 def transformed_backend(backend: str) -> str:

@@ -163,7 +163,7 @@ def test_pushed_copies_register_no_operator(tmp_path, monkeypatch):
     """Copies of the files outside the package give the same bits and leave torch.ops alone."""
     folder = tmp_path / "pushed_model_code"
     folder.mkdir()
-    for name in ("kronecker.py", "scan_torch.py", "scan_gated_torch.py", "transforms.py"):
+    for name in ("kronecker.py", "scan_checks.py", "scan_torch.py", "scan_gated_torch.py", "transforms.py"):
         folder.joinpath(name).write_text(pathlib.Path(scan_torch.__file__).with_name(name).read_text())
     monkeypatch.syspath_prepend(str(tmp_path))
     pushed, gated = (

@@ -12,6 +12,7 @@ RANK = {
     "configuration_kru": 1,
     "kronecker": 0,
     "transforms": 0,
+    "scan_checks": 1,
     "scan_reference": 2,
     "scan_torch": 2,
     "scan_cpu": 2,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kru_hf import scan_cpu, transforms
+from kru_hf import scan_checks, scan_cpu, transforms
 from kru_hf.scan_cpu import kru_scan_cpu
 from kru_hf.scan_reference import kru_scan_reference
 
@@ -281,13 +281,13 @@ def test_pushed_copy_registers_no_operator(tmp_path, monkeypatch):
     """A copy of the files outside the package finds the library, gives the same bits and leaves torch.ops alone."""
     folder = tmp_path / "pushed_model_code"
     folder.mkdir()
-    for module in (scan_cpu, transforms):
+    for module in (scan_checks, scan_cpu, transforms):
         source = pathlib.Path(module.__file__)
         folder.joinpath(source.name).write_text(source.read_text())
     monkeypatch.syspath_prepend(str(folder.parent))
     import pushed_model_code.scan_cpu as pushed
 
-    for name in ("scan_cpu", "transforms"):
+    for name in ("scan_checks", "scan_cpu", "transforms"):
         monkeypatch.delitem(sys.modules, f"pushed_model_code.{name}")
     assert pushed.is_available()
     assert not hasattr(pushed, "_scan_op")

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kru_hf import scan_backend_report, scan_cpu, scan_gated_cpu, transforms
+from kru_hf import kronecker, scan_backend_report, scan_checks, scan_cpu, scan_gated_cpu, transforms
 from kru_hf.scan_gated import GATED_CELLS, choose_gated_backend, kru_gated_scan, kru_gated_scan_reference
 from kru_hf.scan_gated_cpu import kru_gated_scan_cpu
 
@@ -330,9 +330,9 @@ def test_the_engine_is_chosen_and_refusals_say_why():
         kru_gated_scan(
             inputs.double(), [factor.double() for factor in factors], bias.double(), cell="lstm", backend="cpu"
         )
-    with pytest.raises(ValueError, match="'gru' must have 3 gates"):
+    with pytest.raises(ValueError, match=r"inputs must have the shape \(B, T, 3, N\)"):
         kru_gated_scan_cpu(inputs, factors, bias, cell="gru")
-    with pytest.raises(ValueError, match=r"bias of the cell 'lstm' must be \(4, 2\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"bias must have the shape \(4, 2\), got \(2, 2\)"):
         kru_gated_scan_cpu(inputs, factors, bias[:2], cell="lstm")
     with pytest.raises(ValueError, match="cell must be one of lstm, gru, janet, got 'rnn'"):
         kru_gated_scan_cpu(inputs, factors, bias, cell="rnn")
@@ -347,13 +347,13 @@ def test_pushed_copy_registers_no_operator(tmp_path, monkeypatch):
     """A copy of the files outside the package finds the library, gives the same bits and leaves torch.ops alone."""
     folder = tmp_path / "pushed_gated_code"
     folder.mkdir()
-    for module in (scan_cpu, scan_gated_cpu, transforms):
+    for module in (kronecker, scan_checks, scan_cpu, scan_gated_cpu, transforms):
         source = pathlib.Path(module.__file__)
         folder.joinpath(source.name).write_text(source.read_text())
     monkeypatch.syspath_prepend(str(folder.parent))
     import pushed_gated_code.scan_gated_cpu as pushed
 
-    for name in ("scan_cpu", "scan_gated_cpu", "transforms"):
+    for name in ("kronecker", "scan_checks", "scan_cpu", "scan_gated_cpu", "transforms"):
         monkeypatch.delitem(sys.modules, f"pushed_gated_code.{name}")
     assert pushed.is_available()
     assert not hasattr(pushed, "_scan_op")
