@@ -34,7 +34,7 @@ from .arguments import check_seed, option, parse_words, require
 from .checkpoint import PRESENTED, RUN_FILES
 from .errors import UserError
 from .evaluate import read_record
-from .files import read_json
+from .files import check_fields, read_json
 from .machine import shown_command
 from .models import check_device, load_model
 from .music_data import piece_figures
@@ -168,7 +168,12 @@ def run(argv: list[str]) -> dict[str, Any] | None:
     check_device(model.config, torch.device("cpu"))
     if model.width != NUM_PITCHES:
         raise UserError(f"model={options.model!r} has frames of {model.width} keys; music needs {NUM_PITCHES}")
+    check_fields("training.json: options", record["options"], {"frames_per_quarter": int}, required=True)
+    if options.report:
+        bands = [f"{name}_{end}" for name in ("density", "lowest", "highest") for end in ("low", "high")]
+        check_fields("training.json: dataset", record["dataset"], dict.fromkeys(bands, float), required=True)
     frames_per_quarter = options.frames_per_quarter or record["options"]["frames_per_quarter"]
+    require(frames_per_quarter >= 1, "frames_per_quarter", frames_per_quarter, "1 or more, in training.json as well")
     prime = read_prime(options, frames_per_quarter)
     prime_frames = 0 if prime is None else len(prime.roll)
     piece = compose(model.eval(), prime, options, frames_per_quarter)

@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import transformers
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from . import processes
 from .arguments import option, parse_words
 from .errors import UserError
 from .evaluation import evaluate
-from .files import check_fields, read_json
+from .files import check_fields, one_line, read_json
 from .idle_options import given_names
 from .models import check_device, check_fit, load_model
 from .tasks import DataOptions, Task, get_task
@@ -50,18 +50,31 @@ def read_record(model: str) -> dict[str, Any]:
         record = read_json(path)
         check_fields(RECORD, record, {"options": dict, "dataset": dict}, required=True)
         check_fields(RECORD, record, {"machine": dict, "earlier_machines": list[dict]})
+        check_fields(f"{RECORD}: options", record["options"], {"task": str, "seed": int}, required=True)
+        check_fields(f"{RECORD}: dataset", record["dataset"], {"name": str, "sha256": str}, required=True)
         return record
     except Exception as error:  # the Hub client has no common base class
-        raise UserError(f"model={model!r} has no readable {RECORD}, which says how it was trained ({error})") from error
+        reason = one_line(error, 400)
+        raise UserError(
+            f"model={model!r} has no readable {RECORD}, which says how it was trained ({reason})"
+        ) from error
+
+
+def recorded(options: type[Any], values: dict[str, Any], **changes: Any) -> Any:
+    """Options as a record has them, of those that it has; an error that names the one that is not allowed."""
+    kinds = {name: kind for name, kind in get_type_hints(options).items() if name in values}
+    check_fields(RECORD, values, kinds)
+    try:
+        return options(**{**{name: values[name] for name in kinds}, **changes})
+    except UserError as error:
+        raise UserError(f"{RECORD}: {error}") from error
 
 
 def choose_data(data: DataOptions, record: dict[str, Any]) -> DataOptions:
     """The data that were asked for, or those of the training run, found by their name."""
     if data.dataset is not None:
         return data
-    known = {f.name for f in dataclasses.fields(DataOptions)}
-    values = {key: value for key, value in record["dataset"].items() if key in known}
-    return DataOptions(**{**values, "dataset": record["dataset"]["name"]})
+    return recorded(DataOptions, record["dataset"], dataset=record["dataset"]["name"])
 
 
 def refuse_without_dataset(words: list[str], data: DataOptions) -> None:
@@ -78,8 +91,7 @@ def refuse_without_dataset(words: list[str], data: DataOptions) -> None:
 def load_task(options: EvaluateOptions, data: DataOptions, tokenizer: Any, record: dict[str, Any]) -> Task:
     """The task with the data; an error if they are not those of the training run where they should be."""
     task_class = get_task(record["options"]["task"])
-    known = {f.name for f in dataclasses.fields(task_class.Options)}
-    task_options = task_class.Options(**{k: v for k, v in record["options"].items() if k in known})
+    task_options = recorded(task_class.Options, record["options"])
     task = task_class(task_options, choose_data(data, record), record["options"]["seed"])
     trained_on = record["dataset"]
     try:

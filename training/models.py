@@ -218,7 +218,7 @@ def load_model(folder: str, head: str, **changes: Any) -> tuple[PreTrainedModel,
     if (local / "generation_config.json").exists():
         with loading(folder, "generation_config.json"):
             GenerationConfig.from_pretrained(folder)
-    with loading(folder, ckpt.WEIGHTS):
+    with loading(folder, f"{ckpt.WEIGHTS} by config.json"):
         model, found = load(folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
     check_weights(folder, model, found)
     tokenizer = None

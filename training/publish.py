@@ -21,6 +21,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils.logging import disable_progress_bar
 
 import kru_hf
 
@@ -156,7 +157,8 @@ def check_folder(folder: Path, data_license: str | None = None) -> None:
     config = read_json(folder / "config.json")
     if config.get("model_type") != "kru":
         raise UserError(
-            f"model={str(folder)!r} is of the type {config.get('model_type')!r}: only 'kru' models have code to publish"
+            f"model={str(folder)!r} is of the type {config.get('model_type')!r} (config.json): only 'kru' models have code "
+            "to publish"
         )
     if "custom_pipelines" in config:
         raise UserError("config.json: custom_pipelines would run code of elsewhere; remove it")
@@ -346,6 +348,7 @@ def report(published: Published) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
+    disable_progress_bar()
     try:
         (options,) = parse_words([PublishOptions], list(sys.argv[1:] if argv is None else argv), "training.publish")
         values = dataclasses.asdict(options)
