@@ -92,6 +92,43 @@ def test_card_of_music_has_its_sizes_figures_and_limits(folder: Path) -> None:
     assert "at the text" not in text
 
 
+MARKUP = (
+    "a | b\n\n# Heading\n---\n<img src=x> [l](javascript:x) `c` {{ 7 * 7 }} {% x %} https://x.example $$m$$ \u202e\0"
+)
+SHOWN = (
+    r"a \| b # Heading --- &lt;img src=x&gt; \[l\](javascript:x) \`c\` \{\{ 7 \* 7 \}\} \{% x %\} https:\//x.example "
+    r"\$\$m\$\$"
+)
+
+
+@pytest.mark.parametrize("key", [MARKUP, "name"])
+def test_text_of_a_record_stays_text(folder: Path, key: str) -> None:
+    """In every field that a card shows, and in the names of those that it lists."""
+    (folder / "comparison.json").write_text(
+        json.dumps({"metric": MARKUP, "rows": [dict.fromkeys(("name", "value", "num_parameters", "source"), MARKUP)]})
+    )
+    record = json.loads((folder / "training.json").read_text())
+    record["options"] |= dict.fromkeys(("task", "data_license", "learning_rate", "carry_state", "model"), MARKUP)
+    record["dataset"] |= dict.fromkeys(("name", "sha256", "dataset_config", "dataset_revision"), MARKUP)
+    record["dataset"][f"train_{key}"] = MARKUP
+    record["versions"] = {key: MARKUP}
+    edit(folder / "training.json", **record, command=f"```\n{MARKUP}")
+    edit(folder / "config.json", wiring=MARKUP, recurrent_init=MARKUP, architectures=[f"{MARKUP}ForCausalLM"])
+    for place in (None, "me/kru"):
+        card = ModelCard(render_card(folder, repo_id=place, revision='v"1\n```\n# Heading' if place else None))
+        body = re.sub(r"^    .*$|^```python\n.*?^```$", "", card.text, flags=re.MULTILINE | re.DOTALL)
+        assert body.count(SHOWN) >= 12
+        rest = body.replace(SHOWN, "")
+        for part in ("# Heading", "<img", "[l]", "`c`", "7 * 7", "{%", "://x", "\u202e", "\0"):
+            assert part not in rest, part
+        assert len(re.findall("^# ", card.text, flags=re.MULTILINE)) == 1
+        (code,) = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.MULTILINE | re.DOTALL)
+        compile(code, "snippet", "exec")
+        assert (r'revision = "v\"1\n```\n# Heading"' in code) == (place is not None)
+        assert card.data.datasets is None and card.data.base_model is None
+        assert {result.dataset_name for result in card.data.eval_results} == {" ".join(MARKUP[:-2].split())}
+
+
 @pytest.mark.parametrize("task", task_names())
 def test_the_data_that_come_with_a_task_have_their_licence_in_the_card(task: str) -> None:
     source = DATA_SOURCES[get_task(task).default_dataset]

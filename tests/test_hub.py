@@ -20,6 +20,7 @@ import kru_hf
 from kru_hf import KRUForCausalLM
 from kru_hf.scan_cpu import is_available as native_engine
 from training.errors import UserError
+from training.hub import check_tag
 from training.publish import Published, auto_map, main, publish_folder
 
 PROMPT = "The lazy fox "
@@ -338,6 +339,119 @@ def test_weights_that_lack_a_tensor_or_are_not_finite_are_refused(folder: Path, 
     with pytest.raises(UserError, match="missing keys: lm_head.bias"):
         publish_folder(folder, "me/kru", api=client(hub))
     assert not hub.requests
+
+
+COPIED = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "all_results.json",
+    "training.json",
+    "learning_curve.png",
+)
+
+
+@pytest.mark.parametrize("name", COPIED)
+@pytest.mark.parametrize("kind", ["absolute", "relative", "link to a link", "folder"])
+def test_links_are_not_followed(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """Also where what they point to is what belongs there: a folder from somebody else must not pick files of mine."""
+    path, outside = folder / name, tmp_path / "outside"
+    path.touch()
+    path.rename(outside)
+    if kind == "folder":
+        path.symlink_to(tmp_path, target_is_directory=True)
+    elif kind == "link to a link":
+        (tmp_path / "between").symlink_to(outside)
+        path.symlink_to(tmp_path / "between")
+    else:
+        path.symlink_to(outside if kind == "absolute" else Path("..") / "outside")
+    with pytest.raises(UserError, match=f"{name}' is a symbolic link|has no {name}"):
+        publish_folder(folder, "me/kru", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        *(
+            ({"repo_id": name}, "repo_id")
+            for name in ("me", "/x", "me/", "a/b/c", "me/a--b", "me/a..b", "me/.a", "me/a-", "me/a.git", "me/é")
+        ),
+        ({"repo_id": f"me/{'a' * 94}"}, "at most 96 characters"),
+        *(
+            ({"revision_tag": tag}, "revision_tag")
+            for tag in (
+                "",
+                "a b",
+                "a~1",
+                "a^",
+                "a:b",
+                "a?",
+                "a*",
+                "a[",
+                "a\\b",
+                "a..b",
+                "a@{b",
+                "@",
+                "-a",
+                ".a",
+                "a/.b",
+            )
+        ),
+        *(
+            ({"revision_tag": tag}, "revision_tag")
+            for tag in (
+                "a.",
+                "a/",
+                "/a",
+                "a//b",
+                "a.lock",
+                "a.lock/b",
+                "a\n",
+                "a\x7f",
+                "\udc80",
+                "main",
+                "HEAD",
+                "0" * 40,
+            )
+        ),
+        ({"revision_tag": "refs/pr/1"}, "revision_tag"),
+        ({"license": "Apache-2.0"}, "did you mean 'apache-2.0'"),
+        ({"license": "mit\ntags: [x]"}, "license="),
+        ({"revision_tag": "v1", "create_pr": True}, "--create_pr"),
+    ],
+)
+def test_dry_run_refuses_what_the_hub_would(trained: Path, values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        publish_folder(trained, **{"repo_id": "me/kru", **values}, dry_run=True)
+
+
+@pytest.mark.parametrize("tag", ["v1", "v1.0-rc.1", "release/2", "a_b+c", "é"])
+def test_names_of_tags_that_git_allows(tag: str) -> None:
+    check_tag(tag)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_weights_of_other_types_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.bias"] = weights["lm_head.bias"].to(dtype)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model.safetensors': lm_head.bias is of the type"):
+        publish_folder(folder, "me/kru", dry_run=True)
+
+
+def test_weights_of_another_shape_are_named(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "lm_head.bias": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model.safetensors.*lm_head.bias is \[3\], not \[\d+\]"):
+        publish_folder(folder, "me/kru", dry_run=True)
+
+
+@pytest.mark.parametrize("command", ["train -h", "training.train --hel", "training.train 'x", "", "training.train --x"])
+def test_recorded_commands_are_text(folder: Path, command: str) -> None:
+    edit(folder / "training.json", command=command)
+    assert publish_folder(folder, "me/kru", dry_run=True).files["README.md"]
 
 
 def test_dry_run_result_lists_names_and_sizes(trained: Path) -> None:

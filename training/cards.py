@@ -346,7 +346,8 @@ def render_card(
     record = RunRecord.read(Path(folder))
     name = shown(record.data.get("name"))
     pin = (revision or "main") if repo_id else None
-    title = one_line(repo_id or f"{record.class_name or 'Model'} {record.data.get('name') or BLANK}").split("/")[-1]
+    own = f"{record.class_name or 'Model'} {record.data.get('name') or BLANK}"
+    title = repo_id.split("/")[-1] if repo_id else one_line(own)
     kind = "A Kronecker recurrent unit" if record.is_kru else "A recurrent baseline"
     sizes = {key.replace("_", " "): value for key, value in record.data.items() if key.startswith(SPLITS)}
     source = record.source

@@ -52,11 +52,11 @@ def read_record(model: str) -> dict[str, Any]:
         check_fields(RECORD, record, {"machine": dict, "earlier_machines": list[dict]})
         check_fields(f"{RECORD}: options", record["options"], {"task": str, "seed": int}, required=True)
         check_fields(f"{RECORD}: dataset", record["dataset"], {"name": str, "sha256": str}, required=True)
+        get_task(record["options"]["task"])
         return record
     except Exception as error:  # the Hub client has no common base class
-        reason = one_line(error, 400)
         raise UserError(
-            f"model={model!r} has no readable {RECORD}, which says how it was trained ({reason})"
+            f"model={model!r} has no readable {RECORD}, which says how it was trained ({one_line(error, 400)})"
         ) from error
 
 

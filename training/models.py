@@ -24,7 +24,7 @@ from . import processes
 from .arguments import ModelOptions
 from .baselines import CELLS, BaselineConfig
 from .errors import UserError
-from .files import one_line, read, read_json
+from .files import check_fields, one_line, read, read_json
 from .sizing import fit_to_budget
 from .tasks import Task
 from .unitary import UnitaryKRUConfig
@@ -226,6 +226,9 @@ def load_model(folder: str, head: str, **changes: Any) -> tuple[PreTrainedModel,
         with loading(folder, "tokenizer.json or tokenizer_config.json"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             tokenizer.decode(tokenizer("a text")["input_ids"])  # some wrong fields only show when it is used
+            last = max([*tokenizer.get_vocab().values(), *tokenizer.all_special_ids])
+            if last >= len(tokenizer):
+                raise UserError(f"model={folder!r}: tokenizer.json has the id {last} and {len(tokenizer)} tokens")
     if tokenizer is not None and len(tokenizer) != model.config.vocab_size:
         raise UserError(
             f"model={folder!r}: the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
@@ -238,7 +241,8 @@ def load_model(folder: str, head: str, **changes: Any) -> tuple[PreTrainedModel,
 def check_files(folder: Path) -> None:
     """`UserError` that names a file of a model's folder which is not JSON, or not weights that a model can have."""
     for name in JSON_FILES:
-        read_json(folder / name, optional=True)
+        values = read_json(folder / name, optional=True)
+        check_fields(folder / name, values, {"architectures": list[str] | None})
     path = folder / ckpt.WEIGHTS
     if not os.path.lexists(path):
         return

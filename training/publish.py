@@ -157,14 +157,16 @@ def check_folder(folder: Path, data_license: str | None = None) -> None:
     config = read_json(folder / "config.json")
     if config.get("model_type") != "kru":
         raise UserError(
-            f"model={str(folder)!r} is of the type {config.get('model_type')!r} (config.json): only 'kru' models have code "
-            "to publish"
+            f"model={str(folder)!r} is of the type {config.get('model_type')!r} (config.json): only 'kru' models "
+            "have code to publish"
         )
-    if "custom_pipelines" in config:
-        raise UserError("config.json: custom_pipelines would run code of elsewhere; remove it")
+    for name, field in (("config.json", "custom_pipelines"), ("tokenizer_config.json", "auto_map")):
+        if field in read_json(folder / name, optional=True):
+            raise UserError(f"{name}: {field} would run code from elsewhere for whoever loads the model; remove it")
     missing = missing_fields(folder, data_license)
     if missing:
         raise UserError(f"the card of model={str(folder)!r} would lack: {'; '.join(missing)}")
+    read_json(folder / "log_history.json", list, optional=True)
     results = read_json(folder / "all_results.json")
     for name, value in results.items():
         if value is not None and not math.isfinite(value):

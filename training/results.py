@@ -47,15 +47,16 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         """Read what is there; an unfinished run brings the history of its last checkpoint."""
-        history, stopped = read_json(folder / "log_history.json", list, optional=True), None
-        saved = ckpt.checkpoints(folder)
+        path, stopped = folder / "log_history.json", None
+        history, saved = read_json(path, list, optional=True), ckpt.checkpoints(folder)
         if not (folder / "all_results.json").is_file() and saved:
-            state = read_json(saved[-1] / ckpt.STATE, optional=True)
-            check_fields(saved[-1] / ckpt.STATE, state, {"history": list, "step": int})
+            path = saved[-1] / ckpt.STATE
+            state = read_json(path, optional=True)
+            check_fields(path, state, {"history": list, "step": int})
             history, stopped = state.get("history", []), state.get("step")
-        check_fields(folder, {"history": history}, {"history": list[dict[str, Any]]})
+        check_fields(path, {"history": history}, {"history": list[dict[str, Any]]})
         for entry in history:
-            check_fields(f"{folder}: history", entry, dict.fromkeys(entry, float | None))
+            check_fields(path, entry, {**dict.fromkeys(entry, float), "step": int}, required=True)
         return cls(folder, RunRecord.read(folder), history, read_fields(folder / "training.json"), stopped)
 
     @property
