@@ -51,6 +51,7 @@ def read_record(model: str) -> dict[str, Any]:
         check_fields(RECORD, record, {"options": dict, "dataset": dict}, required=True)
         check_fields(RECORD, record, {"machine": dict, "earlier_machines": list[dict]})
         check_fields(f"{RECORD}: options", record["options"], {"task": str, "seed": int}, required=True)
+        check_fields(f"{RECORD}: options", record["options"], {"architecture": str, "max_recurrent_norm": float | None})
         check_fields(f"{RECORD}: dataset", record["dataset"], {"name": str, "sha256": str}, required=True)
         get_task(record["options"]["task"])
         return record
