@@ -18,18 +18,20 @@ BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens", "cu_seq
 LEFT_OUT = -1000.0
 
 
-def _require(condition: Tensor, message: str, found: Tensor | None = None) -> None:
-    """A ValueError unless ``condition`` () holds; where code must not look at values, an error of the run."""
+def _require(condition: Tensor, message: str, result: Tensor, found: Tensor | None = None) -> Tensor:
+    """``result``, and a ValueError unless ``condition`` () holds; where code must not look, an error of the run."""
     if is_transformed([condition]):
         condition = torch.func.debug_unwrap(condition).all()  # ()
-    if can_look_at(condition):
-        if not bool(condition):
-            if found is not None:
-                low, high = (float(n) for n in torch.func.debug_unwrap(found).aminmax())
-                message += f", got {low:.4g} to {high:.4g}"
-            raise ValueError(message)
-    else:
+    if not can_look_at(condition):
+        if torch.jit.is_tracing():  # which leaves out what has no result
+            return torch.ops.aten._functional_assert_async.msg(condition, message, result)
         torch._assert_async(condition, message)
+    elif not bool(condition):
+        if found is not None:
+            low, high = (float(n) for n in torch.func.debug_unwrap(found).aminmax())
+            message += f", got {low:.4g} to {high:.4g}"
+        raise ValueError(message)
+    return result
 
 
 def read_mask(attention_mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, Tensor | None]:
@@ -56,12 +58,11 @@ def read_mask(attention_mask: Tensor, batch: int, length: int) -> tuple[Tensor |
         if whole.is_floating_point():
             additive = ((whole == 0) | (whole <= LEFT_OUT)).all() & (whole < 0).any()  # ()
             counted = ((whole >= 0) & (whole == whole.round()) & whole.isfinite()).all() & (whole > 0).any()  # ()
-            _require(additive | counted, allowed, whole)
             mask = torch.where(additive, steps == 0, steps > 0)  # (B, T)
+            mask = _require(additive | counted, allowed, mask, whole)
             numbers = torch.where(additive, 0, steps)  # (B, T)
         else:
-            _require((whole >= 0).all(), allowed, whole)
-            mask, numbers = steps > 0, steps  # (B, T)
+            mask, numbers = _require((whole >= 0).all(), allowed, steps > 0, whole), steps  # (B, T)
         if can_look_at(numbers) and bool((numbers <= 1).all()):
             numbers = None
     return (None if can_look_at(mask) and bool(mask.all()) else mask), numbers
@@ -147,8 +148,9 @@ def read_batch(
     starts = torch.stack(found).any(0)  # (B, T)
     if can_look_at(starts):
         return mask, starts if bool(starts.any()) else None
-    _require(~starts.any(), "packed documents cannot be compiled, traced or transformed: give each a row of its own")
-    return mask, None
+    mask = torch.ones_like(starts) if mask is None else mask  # (B, T)
+    message = "packed documents cannot be compiled, traced or transformed: give each a row of its own"
+    return _require(~starts.any(), message, mask), None
 
 
 class DocumentRows:
