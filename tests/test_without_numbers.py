@@ -1,0 +1,99 @@
+"""Models where there are no numbers to look at: the meta device, fake tensors, and code that is traced once and run."""
+
+import contextlib
+
+import pytest
+import torch
+from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
+
+EVERY = pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
+HEADS = {
+    "language model": (KRUForCausalLM, {}),
+    "sequence": (KRUForSequenceClassification, {}),
+    "both directions": (KRUForSequenceClassification, {"bidirectional": True}),
+    "steps of frames": (KRUForTokenClassification, {"input_size": 7}),
+    "music": (KRUForPianoRoll, {"input_size": 7}),
+}
+EVERY_HEAD = pytest.mark.parametrize("head", HEADS)
+TRACED = [(head, WIRINGS[4]) for head in HEADS] + [("language model", options) for options in (WIRINGS[3], *GATED)]
+
+
+def build(head, options):
+    """A model and its input (2, 5), and what else it takes."""
+    kind, more = HEADS[head]
+    model = kind(tiny_config(input_scale=1.0, num_labels=3, **more, **options))
+    x = torch.ones(2, 5, 7) if "input_size" in more else torch.randint(1, 11, (2, 5))
+    labels = torch.zeros((2,) if kind is KRUForSequenceClassification else (2, 5), dtype=torch.long)
+    return model, x, {} if kind is KRUForPianoRoll else {"labels": labels}
+
+
+def mask():
+    return torch.ones(2, 5, dtype=torch.long)
+
+
+@EVERY_HEAD
+@EVERY
+@pytest.mark.parametrize(("device", "mode"), [("meta", contextlib.nullcontext), ("cpu", FakeTensorMode)])
+def test_shapes_and_gradients_without_numbers(head, options, device, mode):
+    with mode(), torch.device(device):
+        model, x, labels = build(head, options)
+        plain = None
+        for given in ({}, {"attention_mask": mask()}, {"attention_mask": mask().float()}, {"position_ids": mask()}):
+            model.zero_grad()
+            out = model.train()(**{model.main_input_name: x}, **labels, **given)
+            out.loss.backward()
+            assert out.loss.shape == () and out.logits.shape[0] == 2
+            assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+            plain = plain or out.logits.shape
+            assert out.logits.shape == plain
+
+
+def run_with(model, labels):
+    def run(x, attention_mask):
+        out = model(**{model.main_input_name: x}, attention_mask=attention_mask, use_cache=False, **labels)
+        return out.logits, out.loss
+
+    return run
+
+
+def masks():
+    left, right = mask(), mask()
+    left[0, :2], right[1, 3:] = 0, 0
+    return mask(), left, right
+
+
+@pytest.mark.parametrize(("head", "options"), TRACED, ids=str)
+def test_make_fx_keeps_the_mask(head, options):
+    model, x, labels = build(head, options)
+    run = run_with(model.eval().requires_grad_(False), labels)
+    graph = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, mask())
+    for other in masks():
+        for found, expected in zip(graph(x, other), run(x, other), strict=True):
+            assert_near(found, expected, LOGITS)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("head", "options"), TRACED, ids=str)
+def test_jit_trace_keeps_the_mask(head, options):
+    model, x, labels = build(head, options)
+    run = run_with(model.eval(), labels)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, attention_mask):
+            return run(x, attention_mask)
+
+    traced = torch.jit.trace(Wrapped(), (x, mask()), check_trace=False)
+    for other in masks():
+        for found, expected in zip(traced(x, other), run(x, other), strict=True):
+            assert_near(found, expected, LOGITS)
+    packed = torch.tensor([[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]])
+    with pytest.raises(RuntimeError, match="packed documents cannot be compiled, traced"):
+        traced(x, packed)
