@@ -135,7 +135,7 @@ class KRURecurrence(nn.Module):
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ_f ‖W_f^H W_f − I‖²: a scalar."""
-        return unitary_penalty(self.factors(self.bias))
+        return unitary_penalty(self.factors(torch.empty(0)))  # the bias may be offloaded: no x to call with
 
     @torch.no_grad()
     def bound_norm(self, limit: float) -> None:
