@@ -52,11 +52,16 @@ def kron_apply(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     return to_planes(product, -2)
 
 
+def kron(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`torch.kron` of matrices (P, Q) and (P', Q') in any layout, some of which that function refuses."""
+    return (a[:, None, :, None] * b[:, None]).reshape(a.shape[0] * b.shape[0], -1)  # (P·P', Q·Q')
+
+
 def kron_dense(factors: Sequence[Tensor]) -> Tensor:
     """The whole matrix (2, ∏ P_f, ∏ Q_f) of the factors (2, P_f, Q_f), differentiable; O(N²) memory."""
     matrix = to_complex(factors[0], 0)  # (P_0, Q_0)
     for factor in factors[1:]:
-        matrix = torch.kron(matrix, to_complex(factor, 0))  # (∏ P, ∏ Q)
+        matrix = kron(matrix, to_complex(factor, 0))  # (∏ P, ∏ Q)
     return to_planes(matrix, 0)
 
 

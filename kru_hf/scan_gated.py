@@ -56,25 +56,28 @@ def kru_gated_scan_reference(
     gates, _, planes = GATED_CELLS[cell]
     batch, length, _, units = inputs.shape
     state = inputs.new_zeros(batch, planes, units) if initial_state is None else initial_state  # (B, S, N)
-    if mask is not None:
-        inputs = inputs.where(mask[:, :, None, None], 0)  # (B, T, G, N): a NaN that is not read has no gradient
     states = []
     for t in range(length):
-        h = state[:, 0]  # (B, N)
-        u = inputs[:, t]  # (B, G, N)
+        before, u, b = state, inputs[:, t], bias.unsqueeze(0)  # (B, S, N), (B, G, N), (1, ·, N)
+        if mask is not None:  # what a held step would compute has no gradient, be it NaN
+            read = mask[:, t, None, None]  # (B, 1, 1)
+            before, u, b = before.where(read, 0), u.where(read, 0), b.where(read, 0)
+        h = before[:, 0]  # (B, N)
         product = [kron_apply_complex([factor[gate] for factor in factors], h) for gate in range(gates)]  # (B, N) each
         product = [p + 0 * p for p in product]  # (B, N) each
+        if mask is not None:
+            product = [p.where(mask[:, t, None], 0) for p in product]  # (B, N) each
         if cell == "lstm":
-            a = torch.stack(product) + u.transpose(0, 1) + bias[:, None]  # (4, B, N)
-            new = torch.stack(lstm_step(a, state[:, 1]), 1)  # (B, 2, N)
+            a = torch.stack(product) + (u + b).transpose(0, 1)  # (4, B, N)
+            new = torch.stack(lstm_step(a, before[:, 1]), 1)  # (B, 2, N)
         elif cell == "janet":
-            a = torch.stack(product) + u.transpose(0, 1) + bias[:, None]  # (2, B, N)
+            a = torch.stack(product) + (u + b).transpose(0, 1)  # (2, B, N)
             opened = (1 - a[0]).sigmoid()  # (B, N): 1 − σ(a_f − 1), without the digits that the difference loses
             new = (a[0].sigmoid() * h + opened * a[1].tanh()).unsqueeze(1)  # (B, 1, N)
         else:
-            r = (product[0] + u[:, 0] + bias[0]).sigmoid()  # (B, N)
-            z = (product[1] + u[:, 1] + bias[1]).sigmoid()  # (B, N)
-            n = (u[:, 2] + bias[2] + r * (product[2] + bias[3])).tanh()  # (B, N)
+            r = (product[0] + u[:, 0] + b[:, 0]).sigmoid()  # (B, N)
+            z = (product[1] + u[:, 1] + b[:, 1]).sigmoid()  # (B, N)
+            n = (u[:, 2] + b[:, 2] + r * (product[2] + b[:, 3])).tanh()  # (B, N)
             new = ((1 - z) * n + z * h).unsqueeze(1)  # (B, 1, N)
         state = new if mask is None else torch.where(mask[:, t, None, None], new, state)  # (B, S, N)
         states.append(state[:, 0])

@@ -180,6 +180,8 @@ def _backward(
             grad_inputs[:, t, :own] = da[:own].transpose(0, 1)  # (B, ·, N)
             passed = gated_stages(adjoints, da)[0].sum(0) + carried  # (B, N)
             dh = passed if keep is None else torch.where(keep, passed, grad)  # (B, N)
+        if mask is not None:
+            previous = previous.where(mask[:, start:end, None], 0)  # (B, C, N): 0 times a NaN would be one
         sums = chunk.sum((1, 2))  # (G, N)
         grad_bias[[0, 1, 3] if gates == 3 else slice(None)] += sums
         flat = previous.transpose(0, 1).reshape(-1, units).expand(gates, -1, -1)  # (G, C·B, N)

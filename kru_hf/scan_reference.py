@@ -39,9 +39,9 @@ def modrelu(z: Tensor, bias: Tensor) -> Tensor:
     modulus = torch.hypot(real.where(~zero, 1), imag)  # (…, N): right where |z|² is beyond the dtype, on either side
     # False for a NaN, also of the bias where z = 0.
     idle = torch.where(zero, bias < math.inf, modulus + bias <= 0)  # (…, N)
-    # The inner wheres keep 1/|z| and its gradient finite near z = 0, where the outer one selects the zero.
-    scale = torch.where(idle, 0, 1 + bias / modulus.where(~idle, 1) + 0 * modulus)  # (…, N): NaN for an infinite |z|
-    return z * scale.unsqueeze(-2)  # (…, 2, N)
+    # The inner wheres keep the gradients finite where the outer one selects the zero. z/|z| is NaN for an infinite |z|.
+    unit = z / modulus.where(~idle, 1).unsqueeze(-2) + 0 * modulus.unsqueeze(-2)  # (…, 2, N)
+    return torch.where(idle.unsqueeze(-2), 0, z + bias.where(~idle, 0).unsqueeze(-2) * unit)  # (…, 2, N)
 
 
 def kru_scan_reference(
@@ -60,11 +60,13 @@ def kru_scan_reference(
     check_scan("kru", inputs, factors, bias, initial_state, mask)
     batch, _, _, units = inputs.shape
     state = inputs.new_zeros(batch, 2, units) if initial_state is None else initial_state  # (B, 2, N)
-    if mask is not None:
-        inputs = inputs.where(mask[:, :, None, None], 0)  # (B, T, 2, N): a NaN that is not read has no gradient
     states = []
     for t in range(inputs.shape[1]):
-        z = kron_apply(factors, state) + inputs[:, t]  # (B, 2, N)
+        if mask is None:
+            z = kron_apply(factors, state) + inputs[:, t]  # (B, 2, N)
+        else:  # what a held step would compute has no gradient, be it NaN
+            read = mask[:, t, None, None]  # (B, 1, 1)
+            z = (kron_apply(factors, state.where(read, 0)) + inputs[:, t]).where(read, 0)  # (B, 2, N)
         new = modrelu(z, bias) if activation == "modrelu" else z + (0 * z).sum(1, keepdim=True)  # (B, 2, N)
         state = new if mask is None else torch.where(mask[:, t, None, None], new, state)  # (B, 2, N)
         states.append(state)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .kronecker import apply_order, factor_gradients, group_factors, kron_apply_complex, to_complex, to_planes
+from .kronecker import apply_order, factor_gradients, group_factors, kron, kron_apply_complex, to_complex, to_planes
 from .scan_checks import check_scan
 from .transforms import differentiable_once, is_concrete, refuse_derivative
 
@@ -23,7 +23,7 @@ CHUNK = 16
 def merge_groups(factors: Sequence[Tensor]) -> list[Tensor]:
     """Factors (2, P_f, Q_f) to at most three dense complex groups (P, Q) with the same Kronecker product.
 
-    Differentiable: autograd of the small :func:`torch.kron` carries a group's gradient to its factors.
+    Differentiable: autograd of the small products carries a group's gradient to its factors.
     """
     lengths = group_factors([(factor.shape[1], factor.shape[2]) for factor in factors])
     matrices = iter(to_complex(factor, 0) for factor in factors)
@@ -31,7 +31,7 @@ def merge_groups(factors: Sequence[Tensor]) -> list[Tensor]:
     for length in lengths:
         group = next(matrices)  # (P, Q)
         for matrix in itertools.islice(matrices, length - 1):
-            group = torch.kron(group, matrix)  # (P, Q)
+            group = kron(group, matrix)  # (P, Q)
         groups.append(group)
     return groups
 
@@ -113,6 +113,8 @@ def _backward(
         before = states[:, max(start - 1, 0) : end - 1]
         if start == 0:
             before = torch.cat((initial_state.unsqueeze(1), before), 1)
+        if mask is not None:
+            before = before.where(mask[:, start:end, None, None], 0)  # (B, C, 2, N): 0 times a NaN would be one
         previous = to_complex(before, 2)  # (B, C, N): h_{t-1} of the chunk
         if modrelu:
             z = kron_apply_complex(groups, previous) + to_complex(inputs[:, start:end], 2)  # (B, C, N)
@@ -120,6 +122,7 @@ def _backward(
             active = ~_idle(modulus, bias)  # (B, C, N)
             if mask is not None:
                 active &= mask[:, start:end, None]  # (B, C, N)
+            modulus = modulus.where(modulus != 0, 1)  # (B, C, N): z/|z| is 0 at 0
             unit = torch.where(active, z / modulus + 0 * modulus, 0)  # (B, C, N): NaN for an infinite |z|
             ratio = torch.where(active, bias / modulus, 0)  # (B, C, N): b/|z|
         chunk = torch.empty_like(previous)  # (B, C, N): dz

@@ -7,7 +7,7 @@
 /* Planes of the workspace, in floats: never a multiple of 4 KiB, at which streams get in each other's way. */
 INL int64_t FN(plane)(const gated_plan *plan) { return round_up(plan->N * VL, 1024) + 16 * 5; }
 INL int64_t FN(planes)(const gated_plan *plan, int backward) {
-    return 2 + 1 + 2 + plan->G + (backward ? 1 + plan->G * (plan->S - 1) : 0);
+    return 2 + 1 + 2 + plan->G + (backward ? 2 + plan->G * (plan->S - 1) : 0);
 }
 
 /* Lanes that a mask holds at step t: all bits set. `held` is false where no sample is held. */
@@ -187,7 +187,7 @@ KFN void FN(gated_backward)(const gated_plan *plan, const gated_args *args, int6
     int64_t N = plan->N, T = args->T, G = plan->G, S = STATES(args), plane = FN(plane)(plan);
     int64_t kept = (plan->S - 1) * plane;
     float *dh = ws, *dc = ws + plane, *h = ws + 2 * plane, *a = ws + 3 * plane;
-    float *tmp = a + G * plane, *c0 = tmp + 2 * plane, *inner = tmp + 3 * plane;
+    float *tmp = a + G * plane, *c0 = tmp + 2 * plane, *passed = tmp + 3 * plane, *inner = tmp + 4 * plane;
     const float *start = args->initial_state ? args->initial_state + b0 * S * N : NULL;
     const float *end = args->d_final ? args->d_final + b0 * S * N : NULL;
     FN(read_state)(plan, end, S * N, n, dh);
@@ -202,10 +202,13 @@ KFN void FN(gated_backward)(const gated_plan *plan, const gated_args *args, int6
         float *d_in = args->d_inputs + row * G * N;
         int held;
         vi hold = FN(hold)(args, b0, n, t, &held);
+        for (int s = n; s < VL; s++) hold[s] = -1, held = 1; /* no sample: 0 times a NaN must not be summed */
         if (t)
             FN(read_state)(plan, args->states + (row - 1) * N, T * N, n, h);
         else
             FN(read_state)(plan, start, S * N, n, h);
+        for (int64_t k = 0; held && k < N * VL; k += VL) /* 0 times a NaN would spoil the weights' gradient */
+            FN(store)(h + k, FN(pick)(hold, (vf){0}, FN(load)(h + k)));
         gated_fetches fetches = {{{d_out, T * N, n, N, 0},
                                   {cells, 0, 1, N * n, 0},
                                   {t == T - 1 ? u : NULL, T * G * N, n, G * N, 0},
@@ -236,6 +239,7 @@ KFN void FN(gated_backward)(const gated_plan *plan, const gated_args *args, int6
             for (int j = 0; j < gated_bias_rows(plan); j++)
                 FN(put)(db + j * N + i, FN(get)(db + j * N + i, m) + total[j], m);
         }
+        if (held) memcpy(passed, dh, sizeof(float) * N * VL);
         gated_fetches next = {{{t > 1 ? args->states + (row - 2) * N : NULL, T * N, n, N, 0},
                                {t ? u - G * N : NULL, T * G * N, n, G * N, 0}}};
         FN(fetch_plan)(plan, &next);
@@ -250,6 +254,8 @@ KFN void FN(gated_backward)(const gated_plan *plan, const gated_args *args, int6
                 from = to;
             }
         }
+        for (int64_t k = 0; held && k < N * VL; k += VL) /* without the products, of 0 and what may be NaN */
+            FN(store)(dh + k, FN(pick)(hold, FN(load)(passed + k), FN(load)(dh + k)));
     }
     FN(write_state)(plan, dh, args->d_initial + b0 * S * N, S * N, n);
     if (args->lstm) FN(write_state)(plan, dc, args->d_initial + b0 * S * N + N, S * N, n);

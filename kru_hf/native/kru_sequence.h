@@ -195,6 +195,7 @@ KFN void FN(backward_group)(const kru_plan *plan, const kru_args *a, int64_t b0,
         for (int64_t g = 0; g < G; g++) { /* h_{t-1} into the first stage's input */
             const float *h = t > 0 ? a->states + ((b0 + g) * T + t - 1) * 2 * N
                              : a->initial_state ? a->initial_state + (b0 + g) * 2 * N : NULL;
+            if (a->mask && !a->mask[(b0 + g) * T + t]) h = NULL; /* held: 0 times a NaN would spoil the weights' gradient */
             for (int c = 0; c < 2; c++) {
                 if (h)
                     memcpy(xs + c * plane + g * N, h + c * N, sizeof(float) * N);
