@@ -94,7 +94,8 @@ class _KroneckerLayer(nn.Module):
                 self.input_maps.append(nn.Linear(width, cell.input_planes * state_size, bias=False))
             width = self.num_directions * cell.output_planes * state_size
         self.output_size = width
-        self.to(device=device, dtype=dtype)
+        if device is not None or dtype is not None:  # under FakeTensorMode nothing can be moved
+            self.to(device=device, dtype=dtype)
 
     def _planes(self, hx: Any, batch: int | None) -> Tensor:
         """The caller's initial state, for ``batch`` sequences or one without a batch, to (L·directions, B, S, N)."""

@@ -354,6 +354,7 @@ if __name__.startswith("kru_hf."):
 
     @_scan_op.register_fake
     def _(inputs, factors, bias, initial_state, mask, modrelu):
+        check_scan("kru", inputs, factors, bias, initial_state, mask)  # one tensor on meta brings the others here
         batch, length, _, units = inputs.shape
         return inputs.new_empty(batch, length, 2, units), inputs.new_empty(batch, 2, units)
 

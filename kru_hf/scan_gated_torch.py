@@ -221,6 +221,7 @@ if __name__.startswith("kru_hf."):
 
     @_scan_op.register_fake
     def _(inputs, factors, bias, initial_state, mask):
+        check_scan(gated_cell(inputs), inputs, factors, bias, initial_state, mask)
         batch, length, gates, units = inputs.shape
         return (
             inputs.new_empty(batch, length, units),

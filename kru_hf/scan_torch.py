@@ -186,6 +186,7 @@ if __name__.startswith("kru_hf."):
 
     @_scan_op.register_fake
     def _(inputs, factors, bias, initial_state, mask, modrelu):
+        check_scan("kru", inputs, factors, bias, initial_state, mask)
         return inputs.new_empty(inputs.shape), initial_state.new_empty(initial_state.shape)
 
     @torch.library.custom_op("kru_hf::scan_torch_backward", mutates_args=())

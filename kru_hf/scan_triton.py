@@ -272,6 +272,7 @@ if __name__.startswith("kru_hf."):
 
     @_scan_op.register_fake
     def _(inputs, group_a, group_c, bias, initial_state, mask, modrelu, save, precision):
+        check_scan("kru", inputs, [group_a, group_c], bias, initial_state, mask)
         batch, length, _, units = inputs.shape
         moduli = inputs.new_empty((batch, length, units) if save and modrelu else (0,))
         return inputs.new_empty(batch, length, 2, units), inputs.new_empty(batch, 2, units), moduli

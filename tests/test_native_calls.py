@@ -1,0 +1,270 @@
+"""What surrounds a scan: signals, threads at the process's end, devices, views, arguments that do not fit, tracers."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import kru_hf
+from kru_hf import kru_gated_scan, kru_scan
+from kru_hf.scan_checks import GATED_CELLS
+from kru_hf.scan_cpu import kru_scan_cpu
+from kru_hf.scan_gated import kru_gated_scan_reference
+from kru_hf.scan_gated_cpu import kru_gated_scan_cpu
+from kru_hf.scan_gated_torch import kru_gated_scan_torch
+from kru_hf.scan_reference import kru_scan_reference
+from kru_hf.scan_torch import kru_scan_torch
+
+CELLS = pytest.mark.parametrize("cell", ["kru", *GATED_CELLS])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+LAYERS = [kru_hf.KRU, kru_hf.KRULSTM, kru_hf.KRUGRU, kru_hf.KRUJANET]
+
+
+def arguments(cell, batch=2, length=3, shapes=((2, 2), (4, 4)), mask=True):
+    """Inputs, factors, bias, initial state and mask of a scan."""
+    generator = torch.Generator().manual_seed(0)
+    gates, rows, planes = GATED_CELLS.get(cell, (2, None, 2))
+    units = torch.Size([p for p, _ in shapes]).numel()
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator)
+
+    factors = [(2 * q) ** -0.5 * normal(gates, p, q) for p, q in shapes]
+    bias = 0.1 * (normal(units) if rows is None else normal(rows, units))
+    read = torch.rand(batch, length, generator=generator) < 0.7 if mask else None
+    return normal(batch, length, gates, units), factors, bias, normal(batch, planes, units), read
+
+
+def scan(cell, *given, backend="auto"):
+    if cell == "kru":
+        return kru_scan(*given, backend=backend)
+    return kru_gated_scan(*given, cell=cell, backend=backend)
+
+
+def results(cell, given, backend):
+    """Both outputs and the gradient of each argument for the sum of the squared outputs."""
+    inputs, factors, bias, initial, mask = given
+    inputs, bias, initial, *factors = (t.detach().requires_grad_() for t in (inputs, bias, initial, *factors))
+    outputs = scan(cell, inputs, factors, bias, initial, mask, backend=backend)
+    loss = sum(output.square().sum() for output in outputs)
+    return [*(t.detach() for t in outputs), *torch.autograd.grad(loss, [inputs, bias, initial, *factors])]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
+@CELLS
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_signal_is_answered_during_a_call_and_spoils_no_memory(cell, way):
+    """The handler runs several times in one call, and raises from the third time on wherever the library is at work."""
+    before, threads = signal.getsignal(signal.SIGALRM), torch.get_num_threads()
+    inputs, factors, bias, initial, _ = arguments(cell, 16, 300, ((512, 512),), mask=False)
+    inputs.requires_grad_()
+    expected, _ = scan(cell, inputs.detach(), factors, bias, initial, backend="cpu")
+    ticks = 0
+
+    def handler(_, frame):
+        nonlocal ticks
+        ticks += 1
+        while ticks > 2 and frame is not None:
+            if "kru_hf" in frame.f_globals.get("__name__", ""):
+                raise Interrupted
+            frame = frame.f_back
+
+    def call():
+        states, _ = scan(cell, inputs, factors, bias, initial, backend="cpu")
+        if way == "backward":
+            nonlocal ticks
+            ticks = 0
+            signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+            states.sum().backward()
+
+    torch.set_num_threads(2)
+    signal.signal(signal.SIGALRM, handler)
+    try:
+        for _ in range(3):
+            if way == "forward":
+                ticks = 0
+                signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+            with pytest.raises(Interrupted):
+                call()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            others = [torch.full_like(expected, 7.0) for _ in range(4)]
+            again, _ = scan(cell, inputs.detach(), factors, bias, initial, backend="cpu")
+            assert torch.equal(again, expected)
+            assert all(bool((other == 7).all()) for other in others)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        torch.set_num_threads(threads)
+
+
+AT_THE_END = """
+import atexit, threading, torch
+from kru_hf import KRU, KRULSTM
+torch.set_num_threads(2)
+x, layers = torch.randn(100, 32, 64, requires_grad=True), [KRU(64, 512), KRULSTM(64, 512)]
+def work(where):
+    for layer in layers:
+        layer(x)[0].sum().backward()
+    print(where)
+{main}
+def late():
+    threading.main_thread().join()
+    work("thread")
+threading.Thread(target=late).start()
+atexit.register(work, "atexit")
+"""
+
+
+@pytest.mark.parametrize("main", ["pass", "work('main')"], ids=["no pool yet", "with a pool"])
+def test_threads_that_outlive_the_main_one_and_atexit(main):
+    code = AT_THE_END.format(main=main)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split()[-2:] == ["thread", "atexit"], done.stderr
+
+
+@CELLS
+@BACKENDS
+def test_the_default_device_is_not_that_of_the_tensors(cell, backend):
+    given = arguments(cell)
+    expected = results(cell, given, backend)
+    with torch.device("meta"):
+        found = results(cell, given, backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@CELLS
+@BACKENDS
+def test_views_with_the_negative_bit(cell, backend):
+    """Also those of the gradients that come in."""
+    given = arguments(cell)
+    inputs, factors, bias, initial, mask = given
+    negated = [torch._neg_view(-tensor) for tensor in (inputs, bias, initial, *factors)]
+    views = (negated[0], negated[3:], negated[1], negated[2], mask)
+    for a, b in zip(results(cell, views, backend), results(cell, given, backend), strict=True):
+        torch.testing.assert_close(a, b)
+    leaf = inputs.clone().requires_grad_()
+    outputs = scan(cell, leaf, factors, bias, initial, mask, backend=backend)
+    cotangents = [torch.randn_like(output) for output in outputs]
+    (expected,) = torch.autograd.grad(outputs, leaf, cotangents, retain_graph=True)
+    (found,) = torch.autograd.grad(outputs, leaf, [torch._neg_view(-cotangent) for cotangent in cotangents])
+    torch.testing.assert_close(found, expected)
+
+
+BAD = {
+    "short bias": lambda x, f, b, h, m: (x, f, b[..., :1], h, m),
+    "bias of another dtype": lambda x, f, b, h, m: (x, f, b.double(), h, m),
+    "half of the factors": lambda x, f, b, h, m: (x, f[:1], b, h, m),
+    "no factors": lambda x, f, b, h, m: (x, [], b, h, m),
+    "factor on another device": lambda x, f, b, h, m: (x, [f[0], f[1].to("meta")], b, h, m),
+    "factor without planes": lambda x, f, b, h, m: (x, [f[0][0], f[1]], b, h, m),
+    "factors of integers": lambda x, f, b, h, m: (x, [f[0].long(), f[1]], b, h, m),
+    "short state": lambda x, f, b, h, m: (x, f, b, h[:1], m),
+    "state of one plane less": lambda x, f, b, h, m: (x, f, b, h[:, 1:], m),
+    "state on another device": lambda x, f, b, h, m: (x, f, b, h.to("meta"), m),
+    "short mask": lambda x, f, b, h, m: (x, f, b, h, m[:, :2]),
+    "mask of integers": lambda x, f, b, h, m: (x, f, b, h, m.long()),
+    "mask on another device": lambda x, f, b, h, m: (x, f, b, h, m.to("meta")),
+    "sparse inputs": lambda x, f, b, h, m: (x.to_sparse(), f, b, h, m),
+    "half-precision inputs": lambda x, f, b, h, m: (x.half(), f, b, h, m),
+    "three axes": lambda x, f, b, h, m: (x[0], f, b, h, m),
+    "a batch of none": lambda x, f, b, h, m: (x[:0], f, b, h[:0], m[:0]),
+}
+OPERATORS = torch.ops.kru_hf
+FUNCTIONS = {
+    "kru": {
+        "auto": kru_scan,
+        "kru_scan_cpu": kru_scan_cpu,
+        "kru_scan_torch": kru_scan_torch,
+        "kru_scan_reference": kru_scan_reference,
+        "scan_cpu": lambda *given: OPERATORS.scan_cpu(*given, True),
+        "scan_torch": lambda *given: OPERATORS.scan_torch(*given, True),
+    },
+    "lstm": {
+        "auto": lambda *given: kru_gated_scan(*given, cell="lstm"),
+        "kru_gated_scan_cpu": lambda *given: kru_gated_scan_cpu(*given, cell="lstm"),
+        "kru_gated_scan_torch": lambda *given: kru_gated_scan_torch(*given, cell="lstm"),
+        "kru_gated_scan_reference": lambda *given: kru_gated_scan_reference(*given, cell="lstm"),
+        "gated_scan_cpu": OPERATORS.gated_scan_cpu,
+        "gated_scan_torch": OPERATORS.gated_scan_torch,
+    },
+}
+
+
+@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell in FUNCTIONS for name in FUNCTIONS[cell]])
+def test_every_way_in_checks_its_arguments(cell, name):
+    function, given = FUNCTIONS[cell][name], arguments(cell)
+    function(*given)
+    for what, change in BAD.items():
+        # torch itself refuses sparse tensors before an operator is called.
+        with pytest.raises((ValueError, TypeError, NotImplementedError), match="must|multiply|SparseCPU"):
+            function(*change(*given))
+            pytest.fail(what)
+
+
+def test_operators_of_the_backward_check_their_arguments():
+    """Gradients, states and the LSTM's cells, each too short."""
+    x, f, b, h, m = arguments("kru")
+    states, final = kru_scan(x, f, b, h, m)
+    good = {"d_states": states, "d_final": final, "states": states}
+    for name in good:
+        d_states, d_final, kept = (good | {name: good[name][:1]}).values()
+        with pytest.raises(ValueError, match=f"^{name} must have the shape"):
+            OPERATORS.scan_cpu_backward(d_states, d_final, x, f, b, h, m, kept, True)
+    x, f, b, h, m = arguments("lstm")
+    states, final, cells = OPERATORS.gated_scan_cpu(x, f, b, h, m)
+    good = {"d_states": states, "d_final": final, "states": states, "cells": cells}
+    for name in good:
+        d_states, d_final, kept, kept_cells = (good | {name: good[name][:1]}).values()
+        with pytest.raises(ValueError, match=f"^{name} must have the shape"):
+            OPERATORS.gated_scan_cpu_backward(d_states, d_final, x, f, b, h, m, kept, kept_cells)
+
+
+@CELLS
+@BACKENDS
+@pytest.mark.parametrize("mask", [False, True])
+def test_shapes_without_numbers(cell, backend, mask):
+    """On the meta device and under FakeTensorMode, forward and backward."""
+    given = arguments(cell, mask=mask)
+    expected = [tensor.shape for tensor in results(cell, given, "auto")]
+    inputs, factors, bias, initial, read = given
+    meta = [t.to("meta") for t in (inputs, bias, initial, *factors)]
+    given = (meta[0], meta[3:], meta[1], meta[2], None if read is None else read.to("meta"))
+    assert [tensor.shape for tensor in results(cell, given, backend)] == expected
+    with FakeTensorMode():
+        found = results(cell, arguments(cell, mask=mask), backend)
+    assert [tensor.shape for tensor in found] == expected and all(tensor.device.type == "cpu" for tensor in found)
+
+
+@CELLS
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_traces_read_their_mask(cell, backend):
+    """make_fx and torch.jit.trace record one operator, whose mask is an input."""
+    inputs, factors, bias, initial, mask = arguments(cell)
+
+    def function(inputs, bias, initial, mask, *factors):
+        return scan(cell, inputs, list(factors), bias, initial, mask, backend=backend)[0]
+
+    given, other = (inputs, bias, initial, mask, *factors), ~mask
+    traced = [make_fx(function)(*given), torch.jit.trace(function, given)]
+    expected = function(inputs, bias, initial, other, *factors)
+    for trace in traced:
+        assert torch.equal(trace(inputs, bias, initial, other, *factors), expected)
+    assert sum("kru_hf" in str(node.target) for node in traced[0].graph.nodes) == 1
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
+def test_layers_without_numbers(layer):
+    """Lengths of a packed sequence are numbers, so that only plain inputs have shapes alone."""
+    module = layer(3, 8, factor_size=2, num_layers=2, bidirectional=True)
+    expected = module(torch.randn(4, 2, 3))[0].shape
+    assert module.to("meta")(torch.randn(4, 2, 3, device="meta"))[0].shape == expected
+    with FakeTensorMode():
+        assert layer(3, 8, factor_size=2, num_layers=2, bidirectional=True)(torch.randn(4, 2, 3))[0].shape == expected
