@@ -254,7 +254,7 @@ def _backward(
     states, sizes = _dense(states), (group_a.shape[1], group_c.shape[1])
     left, right = _conjugate(group_a).mT, _conjugate(group_c)  # (2, P, P): A^H, (2, R, R): conj(C)
     read = [_dense(tensor) for tensor in (d_states, d_final, left, right, bias)]
-    d_inputs, d_initial = torch.empty_like(states), torch.empty_like(initial_state)  # (B, T, 2, N), (B, 2, N)
+    d_inputs, d_initial = torch.empty_like(states), states.new_empty(initial_state.shape)  # (B, T, 2, N), (B, 2, N)
     d_bias = states.new_empty(states.shape[0], *bias.shape)  # (B, N)
     tensors = [*read, _mask_bytes(mask, states), states, moduli, d_inputs, d_bias, d_initial]
     flags = _flags(sizes, modrelu, mask, precision)
@@ -353,7 +353,7 @@ def kru_scan_triton(
     if obstacle is not None or plan is None:
         raise RuntimeError(f"the triton engine cannot run: {obstacle}")
     cut = plan[0]
-    one = inputs.new_tensor([[[1.0]], [[0.0]]])  # (2, 1, 1): what A is where C holds all factors
+    one = torch.tensor([[[1.0]], [[0.0]]], device=inputs.device)  # (2, 1, 1): what A is where C holds all factors
     # In complex arithmetic: with real planes the launches for nine small factors took longer than the recurrence.
     group_a, group_c = kron_dense(factors[:cut] or [one]), kron_dense(factors[cut:])  # (2, P, P), (2, R, R)
     if initial_state is None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 
+import fuzz_native
 import pytest
 import torch
 
@@ -162,6 +163,13 @@ def test_a_state_whose_square_is_beyond_float32_is_not_silenced():
     states, _ = kru_scan_triton(inputs, factors, torch.full((12,), -0.1, device=DEVICE))
     states.sum().backward()
     assert states.all() and inputs.grad.all()
+
+
+@runs_kernels
+@pytest.mark.skipif(not INTERPRETED, reason="draws calls on the CPU")
+def test_drawn_calls():
+    """Numbers of every size, infinities, NaN and layouts, against the definition: see ``fuzz_native``."""
+    assert not {seed: faults for seed in range(40) if (faults := fuzz_native.check(seed))}
 
 
 @runs_kernels
