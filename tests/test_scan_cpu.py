@@ -1,10 +1,12 @@
 """The native CPU engine against the definition in float64: states, final state and every gradient."""
 
+import _thread
 import copy
 import math
 import os
 import pathlib
 import sys
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -187,6 +189,35 @@ def test_same_bits_for_any_number_of_threads(monkeypatch):
     for other in results[1:]:
         for name, want in results[0].items():
             assert torch.equal(other[name], want), name
+
+
+@pytest.mark.parametrize("possible", [0, 1])
+@pytest.mark.parametrize("wait_from", [0, math.inf], ids=["the caller waits", "the caller takes part"])
+def test_fewer_threads_than_wanted(possible, wait_from, monkeypatch):
+    """The process may start no more threads: the call runs on those that there are."""
+    case = make_case([(2, 2)] * 6, 13, 7, mask=True)
+    expected = evaluate(kru_scan_cpu, case, torch.float32)
+    start, started = _thread.start_new_thread, []
+
+    def refuse(*arguments):
+        if len(started) == possible:
+            raise RuntimeError("can't start new thread")
+        started.append(start(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    monkeypatch.setattr(scan_cpu, "_workers", [])
+    monkeypatch.setattr(scan_cpu, "_jobs", SimpleQueue())
+    monkeypatch.setattr(scan_cpu, "THREADS_FROM", 0)
+    monkeypatch.setattr(scan_cpu, "WAIT_FROM", wait_from)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = evaluate(kru_scan_cpu, case, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    assert len(started) == possible
+    assert all(torch.equal(found[name], want) for name, want in expected.items())
 
 
 def test_gradient_of_one_output_alone():
