@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 DEFAULT_TEMPO = 120.0  # quarter notes a minute, where the file has none
 PERCUSSION = 9  # channel 10 as people count
-SUSTAIN, SOSTENUTO, SOUND_OFF, RESET, NOTES_OFF = 64, 66, 120, 121, 123  # controllers that make notes longer or shorter
+SUSTAIN, SOSTENUTO, SOUND_OFF, RESET = 64, 66, 120, 121  # controllers that make notes longer or shorter
+NOTES_OFF = range(123, 128)  # the changes of mode behind "all notes off" mean it too
 FRAME_RATES = {24: 24.0, 25: 25.0, 29: 30 / 1.001, 30: 30.0}  # of SMPTE, frames a second
 
 
@@ -56,7 +57,7 @@ class Channel:
             self.keys[first].append(tick)
         elif kind in (0x8, 0x9):  # the oldest note of the pitch ends
             self.end(tick, first)
-        elif kind == 0xB and first in (SUSTAIN, SOSTENUTO, SOUND_OFF, RESET, NOTES_OFF):
+        elif kind == 0xB and first in (SUSTAIN, SOSTENUTO, SOUND_OFF, RESET, *NOTES_OFF):
             self.control(tick, first, second >= 64)
 
     def end(self, tick: int, pitch: int) -> None:
@@ -72,7 +73,7 @@ class Channel:
 
     def control(self, tick: int, number: int, down: bool) -> None:
         """A pedal moves, or all notes end."""
-        if number in (SOUND_OFF, NOTES_OFF):
+        if number in (SOUND_OFF, *NOTES_OFF):
             for pitch, starts in self.keys.items():
                 for _ in range(len(starts)):
                     self.end(tick, pitch)

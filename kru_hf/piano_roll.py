@@ -94,9 +94,15 @@ class PianoRoll:
         return sorted(found)
 
     def frame_seconds(self) -> np.ndarray:
-        """When each frame begins, and when the last one ends, in seconds: (T + 1,)."""
+        """When each frame begins, and when the last one ends, in seconds: (T + 1,).
+
+        Raises:
+            MidiError: a tempo is not positive and finite.
+        """
         lengths = np.empty(len(self.roll))  # (T,)
         for frame, tempo in self.tempos:
+            if not 0 < tempo < float("inf"):
+                raise MidiError(f"tempos has {tempo} at frame {frame}: a tempo must be positive and finite")
             lengths[frame:] = 60 / tempo / self.frames_per_quarter
         return np.concatenate([[0.0], np.cumsum(lengths)])
 
@@ -227,7 +233,9 @@ def write_midi(piece: PianoRoll, path: str | Path, velocity: int = 80) -> None:
 
 
 def check_length(seconds: float, sample_rate: int = SAMPLE_RATE) -> None:
-    """`MidiError` for a sound that is too long to be made."""
+    """`MidiError` for a sound that is too long to be made, or a rate that is none."""
+    if sample_rate < 1:
+        raise MidiError(f"sample_rate={sample_rate} is not valid: it must be at least 1")
     if not seconds * sample_rate <= MAX_SECONDS * SAMPLE_RATE:
         limit = MAX_SECONDS * SAMPLE_RATE / sample_rate
         raise MidiError(f"a sound of {seconds:,.0f} seconds is too long: it may have {limit:,.0f}")

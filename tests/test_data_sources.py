@@ -193,6 +193,15 @@ def test_a_text_column_of_another_type_is_named(tmp_path, values, kind):
         corpus(tmp_path / "rows.parquet")
 
 
+def test_texts_that_are_not_utf8_are_named(tmp_path):
+    texts = pa.array([b"caf\xe9"] * 60).view(pa.string())  # arrow does not look
+    pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
+    with pytest.raises(
+        UserError, match=r"^text_column='text' of rows.parquet is not UTF-8: .* byte 0xe9 in position 3"
+    ):
+        load_corpus(DataOptions(dataset=str(tmp_path / "rows.parquet")))
+
+
 def test_categories_of_pandas_are_the_texts_that_they_stand_for(tmp_path):
     table = pa.table({"text": pa.array(LINES).dictionary_encode()})
     pa.parquet.write_table(table, tmp_path / "rows.parquet")

@@ -81,6 +81,22 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["kept"]
 
 
+def test_a_lock_follows_no_link(tmp_path):
+    """A folder from somebody else would have any file emptied."""
+    (tmp_path / "kept").write_text("x")
+    (tmp_path / ".lock").symlink_to(tmp_path / "kept")
+    with pytest.raises(UserError, match="cannot be locked: .lock in it is no file; remove it"), locked(tmp_path):
+        pass
+    assert (tmp_path / "kept").read_text() == "x" and (tmp_path / ".lock").is_symlink()
+
+
+def test_what_cannot_be_replaced_is_named(tmp_path):
+    (tmp_path / "all_results.json").mkdir()
+    with pytest.raises(UserError, match=r"^could not save '.*all_results.json' \(Is a directory\); move what is there"):
+        ckpt.write_json(tmp_path / "all_results.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["all_results.json"]
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_folders_that_no_run_may_have(text_file, tmp_path, capsys, driver):
     run = tmp_path / "run"
@@ -104,5 +120,7 @@ def test_folders_that_no_run_may_have(text_file, tmp_path, capsys, driver):
             assert driver(options(text_file, folder, **way)) == 1
             said = capsys.readouterr().err
             assert expected in said and said.startswith("error: ") and said.count("\n") == 1, said
+    assert driver(options(text_file, tmp_path / "new", resume_from_checkpoint="x" * 5000)) == 1
+    assert "must be last or a checkpoint's folder" in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == ["checkpoint-5"]
     assert [path.name for path in (run / "checkpoint-5").iterdir()] == [ckpt.STATE]

@@ -93,6 +93,7 @@ READ = {
     ),
     "struck again while down": (midi(track((0, on(C)), (2, on(C)), (1, off(C)), (3, off(C)))), {C: range(6)}, {}),
     "all notes off": (midi(track((0, on(C)), (0, on(E)), (4, control(123, 0)))), {C: range(4), E: range(4)}, {}),
+    "mono, which ends all notes": (midi(track((0, on(C)), (4, control(126, 1)))), {C: range(4)}, {}),
     "left on": (midi(track((0, on(E)), (0, on(C)), (4, off(C)))), {C: range(4)}, {"unended_notes": 1}),
     "drums": (midi(track((0, on(C)), (0, on(C, 9)), (4, off(C)), (0, off(C, 9)))), {C: range(4)}, {"drum_notes": 1}),
     "sustain": (

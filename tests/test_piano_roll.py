@@ -380,6 +380,16 @@ def test_a_sound_is_at_most_an_hour_on_every_grid(grid, tempo, frames, tmp_path,
     assert not (tmp_path / "a.wav").exists()
 
 
+@pytest.mark.parametrize("tempo", [0.0, -60.0, float("nan"), float("inf")])
+def test_a_sound_has_a_tempo_and_a_rate(tempo, tmp_path):
+    piece = PianoRoll(np.ones((4, 88)), None, 4, [(0, tempo)])
+    with pytest.raises(MidiError, match=f"tempos has {tempo} at frame 0"):
+        write_wav(piece, tmp_path / "a.wav")
+    with pytest.raises(MidiError, match="sample_rate=0 is not valid"):
+        write_wav(PianoRoll(np.ones((4, 88))), tmp_path / "a.wav", sample_rate=0)
+    assert not (tmp_path / "a.wav").exists()
+
+
 def test_a_held_string_rings_out():
     """What is left after ten seconds is below one step of 16 bits, so a longer note takes no more memory."""
     piece = PianoRoll(np.zeros((40, 88)), None, 1, [(0, 60.0)])

@@ -64,12 +64,13 @@ STATES = [
     {"stalled": None}, {"plateau_scale": math.nan}, {"plateau_scale": -1.0}, {"plateau_scale": 0.5},
     {"plateau_scale": "x"}, {"train_seconds": -1.0}, {"train_seconds": math.nan}, {"train_seconds": "x"},
     {"train_elements": -1}, {"train_elements": 1.5}, {"train_elements": None}, {"window": None}, {"window": [1.0]},
-    {"window": [1.0, math.nan]}, {"window": ["x", 1]}, {"window": {}}, {"history": None}, {"history": {}},
+    {"window": [1.0, math.nan]}, {"window": [1.0, 0]}, {"window": [1.0, -4]}, {"train_seconds": 1e308},
+    {"window": ["x", 1]}, {"window": {}}, {"history": None}, {"history": {}},
     {"history": "x"}, {"history": [1]}, {"history": []}, {"history": [{}]}, {"history": [{"step": 99}]},
     {"history": [{"step": 3, "loss": "x"}]}, {"history": [{"step": 3}, {"step": 3}]}, {"signature": None},
     {"signature": []}, {"more": 1},
     entry(validation_bpc=math.nan), entry(validation_bpc=None), entry(validation_bpc=0.0), entry(step=STEPS + 5),
-    entry(step="x"),
+    entry(step="x"), entry(train_loss=math.nan), entry(train_loss=10**400),
 ]  # fmt: skip
 
 
@@ -158,6 +159,8 @@ def optimizers(saved):
         ("exp_avg_sq", moment[..., :-1]), ("exp_avg_sq", moment.double()), ("exp_avg_sq", moment * math.nan),
         ("exp_avg_sq", -moment - 1), ("exp_avg_sq", 0.5), ("exp_avg_sq", None), ("step", torch.tensor(7.0)),
         ("step", torch.tensor(math.nan)), ("step", torch.zeros(2)), ("step", "x"), ("one_more", moment),
+        ("exp_avg_sq", moment.to_sparse()), ("exp_avg_sq", moment.to("meta")),
+        ("exp_avg_sq", torch.ones(()).expand(moment.shape)), ("step", torch.tensor(float(STEPS)).to_sparse()),
     ):  # fmt: skip
         yield {**saved, "optimizer": {**inner, "state": {**states, 0: {**states[0], name: value}}}}
     for change in ("x", [1], {"scale": math.nan}, {"scale": "x"}, {"scale": -1.0}):

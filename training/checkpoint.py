@@ -103,13 +103,20 @@ def write_folder(target: Path, fill: Callable[[Path], object]) -> None:
 def write_files(folder: Path, fill: Callable[[Path], object]) -> None:
     """Replace single files of `folder` by those that `fill` writes; each is whole at any moment."""
     temporary = fill_temporary(folder, "files", fill)
-    for path in sorted(temporary.rglob("*")):
-        if path.is_file():
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-    sync(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
+    target = folder
+    try:
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        sync(folder)
+    except OSError as error:  # there is a folder of that name
+        raise UserError(
+            f"could not save {str(target)!r} ({error.strerror or error}); move what is there away"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -242,8 +249,10 @@ def read_weights(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
 
 def check_tensor(path: Path, name: str, value: Any, shape: tuple[int, ...], dtypes: Collection[torch.dtype]) -> None:
     """`UserError` naming the file unless `value` is a finite tensor of this shape and one of these types."""
-    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype not in dtypes:
-        found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else reprlib.repr(value)
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    plain = plain and value.device.type == "cpu" and not (0 in value.stride() and value.numel() > 1)
+    if not plain or tuple(value.shape) != shape or value.dtype not in dtypes:
+        found = f"{tuple(value.shape)} of {value.dtype}" if plain else reprlib.repr(value)
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise UserError(f"{str(path)!r} is damaged or of another model: {name} is {found}, not {shape} of {allowed}")
     if not bool(value.isfinite().all()):

@@ -72,7 +72,10 @@ def column(table: Dataset, wanted: str, name: str, notes: list[str]) -> list[str
     if wanted not in texts:
         there = ", ".join(texts) or "none"
         raise UserError(f"text_column={wanted!r} of {name} holds {kinds[wanted]}, not text; columns of text: {there}")
-    every = table[wanted]
+    try:
+        every = table[wanted][:]
+    except UnicodeDecodeError as error:  # other programs write what arrow itself would refuse
+        raise UserError(f"text_column={wanted!r} of {name} is not UTF-8: {error}") from error
     rows = [row for row in every if row is not None]
     if len(rows) < len(every):
         notes.append(f"{len(every) - len(rows):,} of {len(every):,} rows of {name} hold no text and are left out")

@@ -81,7 +81,9 @@ def acquire(folder: Path, option: str) -> int:
     """The open file that holds the lock. Its text says whose it is, to people alone."""
     path = folder / NAME
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # what a link names would be written to
+            raise UserError(f"{option}={str(folder)!r} cannot be locked: {NAME} in it is no file; remove it")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             take(handle)
         except OSError as error:

@@ -19,7 +19,7 @@ from kru_hf import KRURecurrence
 from . import checkpoint as ckpt
 from .checkpoint import CARRIED, OPTIMIZER, RANDOM, STATE, TrainerState, check_tensor
 from .errors import UserError
-from .files import read_json, read_tensors, read_torch
+from .files import one_line, read_json, read_tensors, read_torch
 from .optimization import MOMENTS
 
 if TYPE_CHECKING:
@@ -128,15 +128,21 @@ def is_finite(value: object) -> bool:
     return is_count(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+def is_window(value: Any) -> bool:
+    """Whether a value is the nats of some targets, and how many these are; before any it is [0, 0]."""
+    numbers = isinstance(value, list) and [*map(is_finite, value)] == [True] * 2
+    return numbers and (value == [0, 0] or (value[0] >= 0 and value[1] > 0))
+
+
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (is_count, "a whole number"),
     "best_metric": (lambda value: value is None or is_finite(value), "a finite number"),
     "best_step": (is_count, "a whole number"),
     "stalled": (is_count, "a whole number"),
     "plateau_scale": (lambda value: is_finite(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "train_seconds": (lambda value: is_finite(value) and value >= 0, "0 or more"),
+    "train_seconds": (lambda value: is_finite(value) and 0 <= value < 1e9, "0 or more, and less than 30 years"),
     "train_elements": (is_count, "a whole number"),
-    "window": (lambda value: isinstance(value, list) and [is_finite(v) for v in value] == [True] * 2, "two numbers"),
+    "window": (lambda value: is_window(value), "nats, and the targets that they are of"),
     "history": (lambda value: isinstance(value, list), "a list"),
 }
 
@@ -170,8 +176,10 @@ def check_history(path: Path, state: TrainerState) -> None:
     """`UserError` unless the history is a list of figures by step, in order, up to the state's own."""
     before = 0
     for number, entry in enumerate(state.history):
-        figures = isinstance(entry, dict) and all(type(value) in (int, float) for value in entry.values())
-        hold(figures, path, f"history[{number}]", entry, "figures by name")
+        hold(isinstance(entry, dict), path, f"history[{number}]", entry, "figures by name")
+        for name, value in entry.items():
+            finite = is_finite(value) or (type(value) is int and -(2**63) < value < 0)
+            hold(finite, path, f"history[{number}].{one_line(name, 40)}", value, "a finite number")
         step: Any = entry.get("step")
         hold(is_count(step), path, f"history[{number}].step", step, "a whole number")
         hold(before < step <= state.step, path, f"history[{number}].step", step, f"within {before + 1}..{state.step}")

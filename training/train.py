@@ -5,6 +5,7 @@ Without arguments: a character language model on the embedded text `python_docs`
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from contextlib import ExitStack
@@ -117,7 +118,7 @@ def check_folder(arguments: Arguments) -> Path | None:
     if run.resume_from_checkpoint is not None:
         ckpt.clean(folder)
         found = ckpt.find_checkpoint(run.resume_from_checkpoint, folder)
-        if found is not None and not found.is_dir():
+        if found is not None and not os.path.isdir(found):  # no error for a name that none can have
             there = ", ".join(str(path) for path in ckpt.checkpoints(folder)) or "none"
             raise UserError(
                 f"resume_from_checkpoint={run.resume_from_checkpoint!r} must be last or a checkpoint's folder; "
