@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 
 import kru_hf
 from kru_hf import KRUConfig, KRUForCausalLM, build_char_tokenizer
@@ -29,17 +30,23 @@ def make_run(folder: Path) -> Path:
         "train_runtime": 12.5,
         "train_tokens_per_second": 1000.0,
     }
-    training = {
-        "options": {"task": "char_lm", "seed": 0, "max_steps": 10, "learning_rate": 0.005, "model": None},
-        "dataset": {"name": "python_docs", "sha256": "ab" * 32, "train_characters": 1000},
+    run = {
+        "data": {"name": "python_docs", "sha256": "ab" * 32, "train_characters": 1000},
         "versions": {"kru_hf": kru_hf.__version__},
+        "machines": [{"device": "cpu", "processor": "Some CPU", "threads": 2, "processes": 1}],
+        "command": "accelerate launch -m training.train",
     }
-    for name, value in {"all_results": results, "training": training, "log_history": []}.items():
+    recipe = {"task": "char_lm", "seed": 0, "max_steps": 10, "learning_rate": 0.005, "model": None}
+    for name, value in {"all_results": results, "run": run}.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "history.csv").write_text("step,seconds,train_loss,learning_rate,validation_bpc\n5,1.5,2.5,0.1,1.75\n")
     return folder
 
 
 def edit(path: Path, **values: object) -> None:
-    """Change or (with None) remove fields of a JSON file."""
-    content = {**json.loads(path.read_text()), **values}
-    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    """Change or (with None) remove fields of a JSON file or a recipe."""
+    text = path.read_text()
+    content = {**(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)), **values}
+    content = {name: value for name, value in content.items() if value is not None}
+    path.write_text(yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content))

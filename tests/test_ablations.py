@@ -12,7 +12,7 @@ import pytest
 
 from training.arguments import parse_arguments
 from training.models import build_model
-from training.results import find_runs, settings
+from training.records.runs import entry_of, find_runs, settings
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path for path in (ROOT / "training" / "ablations").glob("*.sh") if path.name != "common.sh")
@@ -28,7 +28,8 @@ if "clip-0-1" in folder.name:
 folder.mkdir(parents=True)
 seed = words[words.index("--seed") + 1] if "--seed" in words else "0"
 options = {{"task": "char_lm", "seed": int(seed), "name": folder.name.removesuffix("-" + seed)}}
-(folder / "training.json").write_text(json.dumps({{"options": options, "dataset": {{"name": "text"}}}}))
+(folder / "recipe.yaml").write_text("".join(f"{{name}}: {{value}}\n" for name, value in options.items()))
+(folder / "run.json").write_text(json.dumps({{"data": {{"name": "text"}}}}))
 (folder / "all_results.json").write_text(json.dumps({{"validation_bpc": 2.0 + int(seed)}}))
 """
 # Stands where `python` would be found: notes the words of the report that comes at the end.
@@ -73,7 +74,7 @@ def test_every_command_is_accepted(script, tmp_path):
             model = build_model("causal_lm", arguments.model, vocab_size=99, pad_token_id=0)
             assert model.num_parameters() <= (arguments.model.parameter_budget or math.inf)
     out = f"runs/ablations/{script.stem}-char_lm-max_steps-7"
-    expected = f"-m training.report {out} --only_runs --output {out}/RESULTS.md"
+    expected = f"-m training.report {out} --only_runs --folder {out}"
     assert (tmp_path / "report.txt").read_text().strip() == expected
 
 
@@ -101,6 +102,7 @@ def test_folders_of_long_options_are_names_and_differ(tmp_path):
 
 def test_runs_of_an_ablation_are_rows_of_three_seeds(tmp_path):
     call("carried_state.sh", tmp_path)
-    ((first, second),) = settings(find_runs([tmp_path / "runs" / "ablations" / "carried_state-char_lm"])).values()
-    assert len(first.runs) == len(second.runs) == 3
+    runs = find_runs([tmp_path / "runs" / "ablations" / "carried_state-char_lm"])
+    ((first, second),) = settings(entry_of(run, tmp_path) for run in runs).values()
+    assert len(first.entries) == len(second.entries) == 3
     assert {first.label.split(", ")[-1], second.label.split(", ")[-1]} == {"name=carry-true", "name=carry-false"}

@@ -262,11 +262,11 @@ def test_train_resume_and_evaluate(architecture, tmp_path, capsys):
     assert main([*common, f"--output_dir={cut}", "--resume_from_checkpoint=last"]) == 0
     results = [json.loads((folder / "all_results.json").read_text()) for folder in (whole, cut)]
     assert results[0]["test_bpc"] == results[1]["test_bpc"]
-    record = json.loads((whole / "training.json").read_text())
+    record = json.loads((whole / "run.json").read_text())
     assert f"--architecture={architecture}" in record["command"]
     assert str(tmp_path) not in json.dumps(record)
-    assert record["machine"]["device"] == "cpu"
-    assert json.loads((cut / "training.json").read_text())["command"] == record["command"].replace("=whole", "=cut")
+    assert record["machines"][0]["device"] == "cpu"
+    assert json.loads((cut / "run.json").read_text())["command"] == record["command"].replace("=whole", "=cut")
     capsys.readouterr()
     assert evaluate([f"--model={cut}", f"--dataset={text}", "--use_cpu"]) == 0
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["bpc"] == results[0]["test_bpc"]

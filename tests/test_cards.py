@@ -10,10 +10,11 @@ from finished_run import edit, make_run
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_imports
 
-from training.cards import DATA_SOURCES, missing_fields, render_card
-from training.compare import main as compare
-from training.paper_figures import FIGURES, PTB_SMALL
-from training.publish import auto_map, code_files
+from training.records.card_text import DATA_SOURCES
+from training.records.cards import missing_fields, render_card
+from training.records.paper_figures import FIGURES, PTB_SMALL
+from training.records.publishing import auto_map, code_files
+from training.report import main as report
 from training.tasks import get_task, task_names
 
 # What the pushed files may import beside Python's own library: what `from_pretrained` itself cannot do without.
@@ -35,9 +36,6 @@ def test_card_of_a_baseline_has_no_word_of_kronecker_factors(folder: Path) -> No
 
 
 def test_card_has_the_results_of_the_run_and_no_invented_field(folder: Path) -> None:
-    (folder / "comparison.json").write_text(
-        json.dumps({"metric": "bpc", "rows": [{"name": "LSTM", "value": 1.9, "num_parameters": 127_000}]})
-    )
     card = ModelCard(render_card(folder, repo_id="me/kru", revision="v1"))
     found = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert found == {
@@ -46,7 +44,7 @@ def test_card_has_the_results_of_the_run_and_no_invented_field(folder: Path) -> 
         ("test", "loss"): 1.5,
         ("test", "bpc"): 2.125,
     }
-    for part in ("4x4 ⊗ 4x4 ⊗ 4x4", "| of them recurrent | 96 |", "| **this model** | 2.125 |", "127,000", "PSF-2.0"):
+    for part in ("4x4 ⊗ 4x4 ⊗ 4x4", "| of them recurrent | 96 |", "| Bits per character | 1.75 | 2.125 |", "PSF-2.0"):
         assert part in card.text
     assert "learning_curve.png" not in card.text
     (folder / "learning_curve.png").write_bytes(b"picture")
@@ -62,14 +60,14 @@ def test_card_has_the_results_of_the_run_and_no_invented_field(folder: Path) -> 
     assert "](composition.png)" in text and "](composition.mid); the first 32 frames were given. Made by" in text
     assert "--seed 3" in text and "which they leave: keys a frame 4.5 (training pieces: 3.5 to 4.25), lowest" in text
 
-    (folder / "training.json").unlink()
-    (folder / "comparison.json").unlink()
+    (folder / "run.json").unlink()
+    (folder / "recipe.yaml").unlink()
     edit(folder / "all_results.json", validation_bpc=None, train_runtime=None)
     bare = render_card(folder)
     assert "| Data |  |" in bare
     assert "| Bits per character |  | 2.125 |" in bare
     assert "None" not in bare
-    assert "dataset.name (training.json)" in missing_fields(folder)
+    assert "data.name (run.json)" in missing_fields(folder)
 
 
 def test_card_of_a_gated_model_speaks_of_gates(folder: Path) -> None:
@@ -83,7 +81,7 @@ def test_card_of_a_gated_model_speaks_of_gates(folder: Path) -> None:
 def test_card_of_music_has_its_sizes_figures_and_limits(folder: Path) -> None:
     edit(folder / "config.json", architectures=["KRUForPianoRoll"], input_size=88)
     data = {"name": "bach_chorales", "train_pieces": 294, "train_frames": 31596, "test_pieces": 37, "density_low": 3.7}
-    edit(folder / "training.json", dataset=data)
+    edit(folder / "run.json", data=data)
     edit(folder / "all_results.json", test_nll_per_frame=8.5, test_f1=0.25)
     text = ModelCard(render_card(folder)).text
     assert "| Size | 294 train pieces, 31,596 train frames, 37 test pieces |" in text
@@ -103,24 +101,27 @@ SHOWN = (
 
 @pytest.mark.parametrize("key", [MARKUP, "name"])
 def test_text_of_a_record_stays_text(folder: Path, key: str) -> None:
-    """In every field that a card shows, and in the names of those that it lists."""
-    (folder / "comparison.json").write_text(
-        json.dumps({"metric": MARKUP, "rows": [dict.fromkeys(("name", "value", "num_parameters", "source"), MARKUP)]})
-    )
-    record = json.loads((folder / "training.json").read_text())
-    record["options"] |= dict.fromkeys(("task", "data_license", "learning_rate", "carry_state", "model"), MARKUP)
-    record["dataset"] |= dict.fromkeys(("name", "sha256", "dataset_config", "dataset_revision"), MARKUP)
-    record["dataset"][f"train_{key}"] = MARKUP
-    record["versions"] = {key: MARKUP}
-    edit(folder / "training.json", **record, command=f"```\n{MARKUP}")
+    """In every field that a card shows, and in the names of those that it lists; also in the rows beside it."""
+    options = ("task", "data_license", "learning_rate", "carry_state", "model")
+    text = "".join(c for c in MARKUP if c not in "\u202e\0")  # YAML has no way to write these
+    edit(folder / "recipe.yaml", **dict.fromkeys(options, text))
+    data = {**dict.fromkeys(("name", "sha256", "dataset_config", "dataset_revision"), MARKUP), f"train_{key}": MARKUP}
+    edit(folder / "run.json", data=data, versions={key: MARKUP}, command=f"```\n{MARKUP}")
     edit(folder / "config.json", wiring=MARKUP, recurrent_init=MARKUP, architectures=[f"{MARKUP}ForCausalLM"])
+    own = {"name": folder.name, "setting": MARKUP, "label": MARKUP, "metric": "bpc", "released": folder.name}
+    other = {**own, "released": None, "variant": MARKUP, "results": {"test_bpc": 1.0}, "commands": [f"```\n{MARKUP}"]}
+    (folder.parent / "runs.jsonl").write_text(json.dumps(own) + "\n" + json.dumps(other) + "\n")
+    assert report(["--folder", str(folder.parent)]) == 0
+    page = (folder.parent / "RESULTS.md").read_text()
     for place in (None, "me/kru"):
         card = ModelCard(render_card(folder, repo_id=place, revision='v"1\n```\n# Heading' if place else None))
-        body = re.sub(r"^    .*$|^```python\n.*?^```$", "", card.text, flags=re.MULTILINE | re.DOTALL)
-        assert body.count(SHOWN) >= 12
-        rest = body.replace(SHOWN, "")
-        for part in ("# Heading", "<img", "[l]", "`c`", "7 * 7", "{%", "://x", "\u202e", "\0"):
-            assert part not in rest, part
+        for body in (card.text, page):
+            body = re.sub(r"^    .*$|^```(?:python|bash)\n.*?^```$", "", body, flags=re.MULTILINE | re.DOTALL)
+            assert body.count(SHOWN) >= 5
+            rest = body.replace(SHOWN, "")
+            for part in ("# Heading", "<img", "[l]", "`c`", "7 * 7", "{%", "://x", "\u202e", "\0"):
+                assert part not in rest, part
+            assert len(re.findall("^# ", body, flags=re.MULTILINE)) == 1
         assert len(re.findall("^# ", card.text, flags=re.MULTILINE)) == 1
         (code,) = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.MULTILINE | re.DOTALL)
         compile(code, "snippet", "exec")
@@ -136,48 +137,29 @@ def test_the_data_that_come_with_a_task_have_their_licence_in_the_card(task: str
 
 
 def test_card_shows_the_options_that_had_an_effect(folder: Path) -> None:
-    record = json.loads((folder / "training.json").read_text())
-    record["options"] |= {"num_train_epochs": 20.0, "lr_scheduler_type": "plateau", "plateau_factor": 0.3}
-    record["options"] |= {"min_learning_rate_ratio": 0.02, "data_license": "CC0-1.0"}
-    record["dataset"]["name"] = "me/own"
-    command = "accelerate launch -m training.train --max_steps 10"
-    edit(folder / "training.json", **record, command=command, machine={"processes": 4})
+    options = {"num_train_epochs": 20.0, "lr_scheduler_type": "plateau", "plateau_factor": 0.3}
+    edit(folder / "recipe.yaml", **options, min_learning_rate_ratio=0.02, data_license="CC0-1.0")
+    edit(folder / "run.json", data={"name": "me/own"}, machines=[{"processes": 4}])
     text = render_card(folder)
-    for part in (
-        "| max_steps | 10 |",
-        "| plateau_factor | 0.3 |",
-        "| processes | 4 |",
-        f"    {command}",
-        "| CC0-1.0 |",
-    ):
+    for part in ("| max_steps | 10 |", "| plateau_factor | 0.3 |", "| processes | 4 |", "| CC0-1.0 |"):
         assert part in text, part
     assert "num_train_epochs" not in text
     assert "min_learning_rate_ratio" not in text
-    edit(folder / "training.json", options={**record["options"], "max_steps": -1})
+    edit(folder / "recipe.yaml", max_steps=-1)
     assert "| num_train_epochs | 20 |" in render_card(folder)
 
 
-def test_comparison_is_put_together_from_other_runs_and_the_paper(folder: Path, tmp_path: Path, capsys) -> None:
-    baseline, other = make_run(tmp_path / "lstm"), make_run(tmp_path / "other")
-    edit(baseline / "all_results.json", test_bpc=2.5, num_parameters=127_000)
-    for run in (folder, baseline):
-        edit(run / "training.json", dataset={"name": "ptb_char", "sha256": "cd" * 32})
-    assert compare(["--model", str(folder), "--beside", str(baseline)]) == 0
+def test_a_released_model_has_other_runs_and_the_paper_beside_it(folder: Path) -> None:
+    edit(folder / "run.json", data={"name": "ptb_char", "sha256": "cd" * 32})
+    other = {"name": "runs/lstm", "setting": PTB_SMALL, "label": "LSTM 150", "metric": "bpc"}
+    figures = {"validation_bpc": 2.75, "test_bpc": 2.5, "num_parameters": 127_000}
+    (folder.parent / "runs.jsonl").write_text(json.dumps({**other, "results": figures}) + "\n")
+    assert report([str(folder), "--folder", str(folder.parent)]) == 0
     text = (folder / "README.md").read_text()
-    assert text.index("| **this model** | 2.125 |") < text.index("| 2.5 | 127,000 |")
+    assert "| LSTM 150 | 2.500 | 127,000 |" in text and "KRU 64" not in text
     for figure in FIGURES:
         if figure.setting == PTB_SMALL:
-            assert f"| {figure.name} | {figure.value:.5g} | {figure.num_parameters:,} |" in text
-    before = (folder / "comparison.json").read_text()
-    capsys.readouterr()
-    assert compare(["--model", str(folder), "--beside", str(other)]) == 1
-    assert "not comparable" in capsys.readouterr().err
-    edit(baseline / "all_results.json", test_bpc=None)
-    assert compare(["--model", str(folder), "--beside", str(baseline)]) == 1
-    assert "has no test_bpc" in capsys.readouterr().err
-    assert (folder / "comparison.json").read_text() == before
-    assert compare(["--model", str(folder), "--no_paper"]) == 0
-    assert json.loads((folder / "comparison.json").read_text())["rows"] == []
+            assert f"| *{figure.name}* ({figure.source}) | {figure.value:.2f} | ≈{figure.num_parameters:,} |" in text
 
 
 @pytest.mark.parametrize("head", ["KRUForCausalLM", "KRUForPianoRoll"])

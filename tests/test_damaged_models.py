@@ -11,7 +11,7 @@ from training import evaluate, publish, report
 from training.errors import UserError
 from training.models import load_model
 
-JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "all_results", "training", "log_history")
+JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "all_results", "run")
 NOT_JSON = (b"", b"{", b"3", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000)
 OTHERS = (None, [], {}, "x", -3, True, [None], 10**30)
 
@@ -34,7 +34,7 @@ def commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     for main, words in (
         (publish.main, ["--repo_id=me/x", "--dry_run", f"--model={folder}"]),
         (evaluate.main, ["--use_cpu", f"--model={folder}", "--dataset=nowhere.txt"]),
-        (report.main, [str(folder)]),
+        (report.main, [str(folder), f"--folder={folder.parent / 'page'}"]),
     ):
         if main(words):
             said.append(capsys.readouterr().err.strip())
@@ -77,10 +77,10 @@ def test_fields_that_are_wrong_are_named(folder: Path, capsys: pytest.CaptureFix
         ("config", "factor_shapes", [[1]]),
         ("all_results", "test_bpc", "x | y"),
         ("all_results", "test_bpc", float("nan")),
-        ("training", "command", 3),
-        ("training", "versions", ["a"]),
-        ("training", "options", {"task": ["x"]}),
-        ("training", "machine", {"threads": "two"}),
+        ("run", "command", 3),
+        ("run", "versions", ["a"]),
+        ("run", "data", {"name": ["x"]}),
+        ("run", "machines", [{"threads": "two"}]),
         ("tokenizer_config", "auto_map", {"AutoTokenizer": ["a/b--c.D", None]}),
     ):
         path = folder / f"{name}.json"

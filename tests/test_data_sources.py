@@ -315,8 +315,8 @@ def test_names_that_are_not_utf8(tmp_path, capfd, program):
     assert run(words) == 0
     told = capfd.readouterr().out
     assert "note: not used: rest\\xe9.txt" in told and "data: caf\\xe9, " in told
-    record = json.loads((tmp_path / "run" / "training.json").read_text(encoding="utf-8"))
-    assert record["dataset"]["name"] == "caf\\xe9"
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["data"]["name"] == "caf\\xe9"
     assert run(options(folder / "train.txt", folder / "run", max_steps=2)) == 1
     assert "output_dir=" in (last := capfd.readouterr().err.strip().splitlines()[-1]) and "must be UTF-8" in last
     assert not (folder / "run").exists()

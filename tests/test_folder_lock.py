@@ -11,9 +11,9 @@ import pytest
 from tiny_run import ENVIRONMENT, ROOT, options
 
 from training import checkpoint as ckpt
-from training.compare import main as compare
 from training.errors import UserError
 from training.lock import NAME, locked
+from training.report import main as report
 from training.train import main
 from training.train_lightning import main as lightning_main
 
@@ -61,8 +61,8 @@ def test_a_second_run_is_refused_until_the_first_is_dead(text_file, tmp_path, ca
                 said = capsys.readouterr().err
                 assert said.startswith(f"error: output_dir='{folder}' is in use by process {child.pid} on ")
                 assert said.count("\n") == 1
-        assert compare(["--model", str(folder)]) == 1
-        assert f"error: model='{folder}' is in use by process {child.pid}" in capsys.readouterr().err
+        assert report(["--folder", str(folder)]) == 1
+        assert f"error: folder='{folder}' is in use by process {child.pid}" in capsys.readouterr().err
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
         child.kill()
         child.wait()  # its own child lives on

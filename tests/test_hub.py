@@ -20,8 +20,9 @@ import kru_hf
 from kru_hf import KRUForCausalLM
 from kru_hf.scan_cpu import is_available as native_engine
 from training.errors import UserError
-from training.hub import check_tag
-from training.publish import Published, auto_map, main, publish_folder
+from training.publish import main
+from training.records.hub import check_tag
+from training.records.publishing import Published, auto_map, publish_folder
 
 PROMPT = "The lazy fox "
 # huggingface_hub's own way to send bytes, which its HTTP client deprecates.
@@ -112,7 +113,7 @@ def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(
 def test_published_piano_roll_model_loads_elsewhere(folder: Path, hub: HubServer, tmp_path: Path) -> None:
     config = kru_hf.KRUConfig(state_size=16, factor_size=4, hidden_size=8, input_size=88)
     kru_hf.KRUForPianoRoll(config).save_pretrained(folder)
-    edit(folder / "training.json", dataset={"name": "bach_chorales"})
+    edit(folder / "run.json", data={"name": "bach_chorales"})
     publish_folder(folder, "me/notes", api=client(hub))
     card = ModelCard(hub.files("me/notes")["README.md"].decode())
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
@@ -136,11 +137,11 @@ def test_publishing_again_changes_nothing(trained: Path, hub: HubServer) -> None
 
 
 def test_new_version_replaces_its_own_files_alone_and_keeps_the_old_tag(folder: Path, hub: HubServer) -> None:
-    hub.add_repo("me/kru", {"special_tokens_map.json": b"{}", "comparison.json": b"{}", "handler.py": b"mine"})
+    hub.add_repo("me/kru", {"special_tokens_map.json": b"{}", "composition.json": b"{}", "handler.py": b"mine"})
     edit(folder / "config.json", scan_backend="cpu")  # the choice of this machine, which others may not have
     first = publish_folder(folder, "me/kru", revision_tag="v1", api=client(hub))
     assert json.loads(hub.files("me/kru")["config.json"])["scan_backend"] == "auto"
-    assert {"special_tokens_map.json", "comparison.json"}.isdisjoint(hub.files("me/kru"))
+    assert {"special_tokens_map.json", "composition.json"}.isdisjoint(hub.files("me/kru"))
     assert hub.files("me/kru")["handler.py"] == b"mine"
     weights = load_file(folder / "model.safetensors")
     save_file({name: 2 * value for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
@@ -313,8 +314,8 @@ def test_dry_run_sends_nothing(trained: Path, hub: HubServer, capsys: pytest.Cap
         (lambda f: edit(f / "config.json", state_size=16, factor_shapes=[[4, 4], [4, 4]], hidden_size=32), "do not"),
         (lambda f: edit(f / "config.json", model_type="kru_baseline"), "only 'kru' models"),
         (lambda f: edit(f / "all_results.json", num_parameters=None), "num_parameters"),
-        (lambda f: edit(f / "training.json", dataset={"name": "mine"}), "--data_license"),
-        (lambda f: (f / "training.json").write_text("{"), "training.json"),
+        (lambda f: edit(f / "run.json", data={"name": "mine"}), "--data_license"),
+        (lambda f: (f / "run.json").write_text("{"), "run.json"),
         (lambda f: (f / "tokenizer.json").unlink(), "without tokenizer.json"),
         (shutil.rmtree, "is not a folder"),
     ],
@@ -346,7 +347,8 @@ COPIED = (
     "model.safetensors",
     "tokenizer.json",
     "all_results.json",
-    "training.json",
+    "run.json",
+    "recipe.yaml",
     "learning_curve.png",
 )
 
@@ -450,7 +452,7 @@ def test_weights_of_another_shape_are_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["train -h", "training.train --hel", "training.train 'x", "", "training.train --x"])
 def test_recorded_commands_are_text(folder: Path, command: str) -> None:
-    edit(folder / "training.json", command=command)
+    edit(folder / "run.json", command=command)
     assert publish_folder(folder, "me/kru", dry_run=True).files["README.md"]
 
 

@@ -14,7 +14,7 @@ from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 
 from training import publish
-from training.publish import publish_folder
+from training.records.publishing import publish_folder
 from training.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

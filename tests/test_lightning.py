@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import CRASH, STEPS, options, same_end, spawn, wait_for
+from tiny_run import CRASH, STEPS, figures_of, options, same_end, spawn, wait_for
 
 from training import checkpoint as ckpt
 from training.errors import UserError
@@ -34,7 +34,7 @@ PARTS = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 
 def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "log_history.json").read_text())
+    return figures_of(folder)
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +102,10 @@ def test_two_processes_equal_those_of_the_other_driver(text_file, tmp_path):
 def test_folder_is_that_of_the_other_driver(pair, text_file, capsys):
     names = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in pair]
     assert names[0] == names[1]
-    kept = ("train_runtime", "train_tokens_per_second")
+    kept = ("train_runtime", "train_tokens_per_second", "processor_seconds")
     results = [json.loads((folder / "all_results.json").read_text()) for folder in pair]
     assert [{k: v for k, v in r.items() if k not in kept} for r in results][0].items() <= results[1].items()
-    record = json.loads((pair[1] / "training.json").read_text())
+    record = json.loads((pair[1] / "run.json").read_text())
     assert "lightning" in record["versions"]
     assert record["command"].startswith(f"python -m {PROGRAM} ")
     capsys.readouterr()
@@ -160,7 +160,7 @@ def test_checkpoints_of_lightning_itself_are_not_unpickled(text_file, tmp_path, 
 def test_ctrl_c_saves_and_says_how_to_go_on(text_file, tmp_path):
     words = options(text_file, tmp_path, max_steps=100_000, save_steps=100_000, eval_steps=100_000)
     child = spawn(["-m", PROGRAM], words)
-    wait_for(lambda: (tmp_path / "training.json").exists(), child)
+    wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
     time.sleep(0.5)
     child.send_signal(signal.SIGINT)
     errors = child.communicate(timeout=60)[1].decode()

@@ -1,6 +1,5 @@
 """How runs end and what they say then: signals, launchers, a closed terminal, trackers that fail."""
 
-import json
 import os
 import shlex
 import signal
@@ -9,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from tiny_run import ENVIRONMENT, ROOT, options, spawn, wait_for
+from tiny_run import ENVIRONMENT, ROOT, figures_of, options, spawn, wait_for
 
 from training import checkpoint as ckpt
 from training import processes
@@ -92,7 +91,7 @@ def test_a_closed_terminal_costs_no_step(text_file, tmp_path):
     """With it goes the reader of what the run says, before the signal comes."""
     words = options(text_file, tmp_path, max_steps=100_000, save_steps=100_000, eval_steps=100_000)
     child = spawn(["-m", "training.train"], words)
-    wait_for(lambda: (tmp_path / "training.json").exists(), child)
+    wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
     for pipe in (child.stdout, child.stderr):
         pipe.close()
     child.send_signal(signal.SIGHUP)
@@ -163,7 +162,7 @@ def test_a_tracker_that_fails_ends_alone(text_file, tmp_path, monkeypatch, capsy
     note = "note: the tracker has failed and gets no more figures ([Errno 28] No space left on device)"
     assert said.count(note) == 1
     assert "Traceback" not in said
-    assert len(json.loads((tmp_path / "log_history.json").read_text())) == 10
+    assert len(figures_of(tmp_path)) == 10
 
 
 def test_a_tracker_that_cannot_start(text_file, tmp_path, capsys):

@@ -180,7 +180,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(text_file, tmp_path
     words = [*TEXT, f"--dataset={text_file}", f"--output_dir={folder}", "--max_steps=100000", "--eval_steps=100000"]
     words += ["--save_steps=100000"]
     children = ranks.start([words, words], log)
-    wait_for(lambda: (folder / "training.json").exists())
+    wait_for(lambda: (folder / "recipe.yaml").exists())
     os.kill(children[1].pid, signal.SIGTERM)
     done = ranks.finish(children, log)
     assert [code for code, _ in done] == [128 + signal.SIGTERM] * 2, done

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification, build_char_tokenizer
 from kru_hf.scan_cpu import is_available as native_engine
-from training.publish import auto_map, code_files, published_config
+from training.records.publishing import auto_map, code_files, published_config
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "abcdefghi"

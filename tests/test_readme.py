@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
 from kru_hf.configuration_kru import KRUConfig
 from training.arguments import parse_arguments, parse_words
-from training.cards import render_card
 from training.evaluate import EvaluateOptions
-from training.publish import PublishOptions
+from training.records.cards import render_card
+from training.records.publishing import PublishOptions
 from training.tasks import DataOptions
 
 ROOT = Path(__file__).parent.parent

@@ -221,13 +221,13 @@ def test_two_processes_go_on_exactly(text_file, tmp_path):
     same_end(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"options": {}, "dataset": {}, "earlier_machines": 5}'])
+@pytest.mark.parametrize("text", ["[]", "{", '{"data": {}, "machines": 5}'])
 def test_damaged_record_of_a_run(finished, text_file, tmp_path, capsys, text):
     folder = shutil.copytree(finished, tmp_path / "run")
-    (folder / "training.json").write_text(text)
+    (folder / "run.json").write_text(text)
     assert main(options(text_file, folder, **PLATEAU, resume_from_checkpoint="last")) == 1
     said = capsys.readouterr().err
-    assert "training.json" in said and said.startswith("error: ") and said.count("\n") == 1
+    assert "run.json" in said and said.startswith("error: ") and said.count("\n") == 1
     words = ["--model", str(folder), "--dataset", str(text_file), "--max_steps=1", "--report_to=none"]
     assert main([*words, f"--output_dir={tmp_path / 'new'}"]) == 1
-    assert "training.json" in capsys.readouterr().err
+    assert "run.json" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """What a run does with the trained model that it starts from: it fits, it is whole, and it is still there after."""
 
-import json
 import shutil
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import options, text_file  # noqa: F401 (a fixture)
 
-from training import compare, evaluate
+from training import evaluate
+from training.records.run_record import read_options
 from training.train import main
 
 
@@ -96,7 +96,10 @@ def test_weights_that_are_missing_or_not_finite_give_no_figures(trained, text_fi
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        *(("training", text, "no readable training.json") for text in ("[]", "{}", '{"options": [], "dataset": {}}')),
+        *(
+            ("run", text, "no readable recipe.yaml and run.json")
+            for text in ("[]", "{}", '{"data": {}}', '{"data": []}')
+        ),
         *(("tokenizer", text, "run' cannot be loaded: tokenizer.json") for text in ("{}", '{"model": 1}')),
         ("tokenizer", "[]", "tokenizer.json' is damaged: "),
     ],
@@ -106,14 +109,6 @@ def test_json_of_another_form_is_named(trained, text_file, tmp_path, capsys, nam
     (tmp_path / "run" / f"{name}.json").write_text(content)
     assert evaluate.main([f"--model={tmp_path / 'run'}", f"--dataset={text_file}", "--use_cpu"]) == 1
     assert message in capsys.readouterr().err
-
-
-def test_compare_writes_into_folders_of_runs_alone(trained, tmp_path, capsys):
-    (tmp_path / "README.md").write_text("mine")
-    shutil.copytree(trained / "kru", tmp_path / "runs" / "kru")
-    assert compare.main(["--model", str(tmp_path)]) == 1
-    assert "is not the folder of a run" in capsys.readouterr().err
-    assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "comparison.json").exists()
 
 
 def test_an_empty_dataset_is_not_the_built_in_one(tmp_path, capsys):
@@ -136,4 +131,4 @@ def test_going_on_leaves_out_overwriting_in_either_spelling():
 
 def test_the_record_names_the_architecture_that_was_trained(trained, text_file, tmp_path):  # noqa: F811
     assert main(again(text_file, tmp_path / "run", trained / "lstm")) == 0
-    assert json.loads((tmp_path / "run" / "training.json").read_text())["options"]["architecture"] == "lstm"
+    assert read_options(tmp_path / "run" / "recipe.yaml")["architecture"] == "lstm"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finished_run import edit
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from kru_hf import KRUConfig, scan_triton
@@ -17,6 +18,7 @@ from training.arguments import MAX_SEED, parse_arguments
 from training.errors import UserError
 from training.evaluate import main as evaluate
 from training.models import check_device
+from training.records.run_record import read_options
 from training.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -66,8 +68,8 @@ def test_launcher_recipe_and_last_lines(text_file, tmp_path):
     assert "characters/s" in done.stderr
     assert "BPC" in done.stderr
     assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
-    record = json.loads((tmp_path / "run" / "training.json").read_text())
-    assert (record["options"]["state_size"], record["options"]["learning_rate"]) == (36, 0.01)
+    record = read_options(tmp_path / "run" / "recipe.yaml")
+    assert (record["state_size"], record["learning_rate"]) == (36, 0.01)
 
 
 def test_unknown_option_ends_with_one_line():
@@ -82,7 +84,7 @@ def test_unknown_option_ends_with_one_line():
 def test_the_largest_seed_trains(text_file, tmp_path):
     words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, f"--seed={MAX_SEED}"]
     assert main(words) == 0
-    assert json.loads((tmp_path / "run" / "training.json").read_text())["options"]["seed"] == MAX_SEED
+    assert read_options(tmp_path / "run" / "recipe.yaml")["seed"] == MAX_SEED
 
 
 @pytest.mark.skipif(scan_triton.is_interpreted(), reason="here the kernels run on the CPU")
@@ -134,8 +136,12 @@ def test_evaluate_prints_the_runs_own_figures(trained, text_file, capsys):
         assert figures == {"loss": results[f"{split}_loss"], "bpc": results[f"{split}_bpc"]}
 
 
-def test_evaluate_without_the_data_says_what_to_pass(trained, capsys):
-    assert evaluate([f"--model={trained}", "--use_cpu"]) == 1
+def test_evaluate_without_the_data_says_what_to_pass(trained, tmp_path, capsys):
+    assert evaluate([f"--model={trained}", "--use_cpu"]) == 0  # by the path in its recipe
+    capsys.readouterr()
+    shutil.copytree(trained, tmp_path / "run")
+    edit(tmp_path / "run" / "recipe.yaml", dataset=None)
+    assert evaluate([f"--model={tmp_path / 'run'}", "--use_cpu"]) == 1
     said = capsys.readouterr().err
     assert "'corpus.txt', cannot be found here; pass --dataset" in said
 
@@ -152,7 +158,7 @@ def test_evaluate_on_changed_data(trained, tmp_path, capsys):
 def test_evaluate_bad_input(trained, tmp_path, capsys):
     for words, message in (
         ([], "model is missing"),
-        ([f"--model={tmp_path}"], "has no readable training.json"),
+        ([f"--model={tmp_path}"], "has no readable recipe.yaml and run.json"),
         ([f"--model={trained}", "--splt=test"], "did you mean 'split'"),
         ([f"--model={trained}", "--split=train"], "invalid choice: 'train'"),
         ([f"--model={trained}", "--dataset_revision=v1"], "dataset_revision='v1' has no effect here: it works with"),

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import CRASH, ROOT, STEPS, options, same_end, spawn, wait_for
+from tiny_run import CRASH, ROOT, STEPS, figures_of, options, same_end, spawn, wait_for
 
 from kru_hf import KRUForCausalLM, KRURecurrence, kron_dense
 from training import checkpoint as ckpt
-from training.results import find_runs
+from training.records.run_record import read_options
+from training.records.runs import entry_of
 from training.train import main
 from training.train_lightning import main as lightning_main
 
@@ -37,16 +38,12 @@ def test_folder_of_a_run(uninterrupted, text_file):
     for name in ("num_parameters", "num_recurrent_parameters", "train_tokens_per_second", "train_runtime"):
         assert results[name] > 0
     assert results["num_recurrent_parameters"] == 2 * (16 + 36)
-    expected = {"config.json", "tokenizer.json", "README.md", "log_history.json", "learning_curve.png", "training.json"}
+    expected = {"config.json", "tokenizer.json", "README.md", "learning_curve.png", *ckpt.RECORD}
     assert expected <= {path.name for path in uninterrupted.iterdir()}
     assert [p.name for p in ckpt.checkpoints(uninterrupted)] == ["checkpoint-15", "checkpoint-20"]
-    for path in uninterrupted.rglob("*.json"):
+    for path in [*uninterrupted.rglob("*.json"), uninterrupted / "README.md"]:
         assert str(text_file.parent) not in path.read_text(), path
-    best = min(
-        e["validation_bpc"]
-        for e in json.loads((uninterrupted / "log_history.json").read_text())
-        if "validation_bpc" in e
-    )
+    best = min(e["validation_bpc"] for e in figures_of(uninterrupted) if "validation_bpc" in e)
     assert results["validation_bpc"] == best
 
 
@@ -65,7 +62,7 @@ def test_kill_while_saving_then_resume(text_file, tmp_path, uninterrupted, at):
 
 def test_kill_at_a_random_moment_then_resume(text_file, tmp_path, uninterrupted):
     child = spawn(["-m", "training.train"], options(text_file, tmp_path))
-    wait_for(lambda: (tmp_path / "training.json").exists(), child)
+    wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
     time.sleep(random.uniform(0, 0.5))
     child.kill()
     child.communicate()
@@ -77,7 +74,7 @@ def test_kill_at_a_random_moment_then_resume(text_file, tmp_path, uninterrupted)
 def test_signal_saves_and_says_how_to_go_on(text_file, tmp_path, number):
     words = options(text_file, tmp_path, max_steps=100_000, save_steps=100_000, eval_steps=100_000)
     child = spawn(["-m", "training.train"], [*words, "--overwrite_output_dir"])
-    wait_for(lambda: (tmp_path / "training.json").exists(), child)
+    wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
     time.sleep(0.5)
     child.send_signal(number)
     _, errors = child.communicate(timeout=60)
@@ -92,7 +89,7 @@ def test_signal_saves_and_says_how_to_go_on(text_file, tmp_path, number):
 def test_training_ends_when_its_launcher_is_killed(text_file, tmp_path):
     words = options(text_file, tmp_path, max_steps=100_000, save_steps=100_000, eval_steps=100_000)
     child = spawn(["-m", "accelerate.commands.launch", "--cpu", "-m", "training.train"], words)
-    wait_for(lambda: (tmp_path / "training.json").exists(), child)
+    wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
     time.sleep(0.5)
     child.kill()
     end = time.monotonic() + 30
@@ -116,17 +113,17 @@ def test_stopped_and_resumed_equals_uninterrupted(text_file, tmp_path, uninterru
 def test_every_machine_that_trained_is_recorded(text_file, tmp_path, uninterrupted):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    record = json.loads((folder / "training.json").read_text())
-    other = {**record["machine"], "device": "Another GPU"}
-    (folder / "training.json").write_text(json.dumps({**record, "machine": other}))
+    record = json.loads((folder / "run.json").read_text())
+    other = {**record["machines"][0], "device": "Another GPU"}
+    (folder / "run.json").write_text(json.dumps({**record, "machines": [other]}))
     again = options(text_file, folder, resume_from_checkpoint="last")
     assert main(again) == 0  # scores a finished run
-    assert find_runs([folder])[0].machine == "Another GPU"
+    assert entry_of(folder, tmp_path).machine == "Another GPU"
     ckpt.remove_checkpoint(folder / f"checkpoint-{STEPS}")
     assert main(again) == 0
-    record = json.loads((folder / "training.json").read_text())
-    assert record["earlier_machines"] == [other] and record["machine"]["device"] == "cpu"
-    assert find_runs([folder])[0].machine.startswith("Another GPU, then ")
+    machines = json.loads((folder / "run.json").read_text())["machines"]
+    assert machines[0] == other and machines[1]["device"] == "cpu" and len(machines) == 2
+    assert entry_of(folder, tmp_path).machine.startswith("Another GPU, then ")
 
 
 @pytest.mark.parametrize("architecture", ["rnn", "lstm", "gru"])
@@ -230,9 +227,9 @@ def test_output_folder_of_another_run(text_file, tmp_path, capsys):
     assert main(options(text_file, tmp_path, seed=1, factor_shapes="5x5", overwrite_output_dir="true")) == 1
     assert "multiply to 5x5" in capsys.readouterr().err
     assert (tmp_path / ckpt.WEIGHTS).read_bytes() == before  # bad options delete nothing
-    (tmp_path / "comparison.json").write_text("{}")  # it compares the run that goes
+    (tmp_path / "composition.mid").write_text("")  # of the run that goes
     assert main(options(text_file, tmp_path, seed=1, overwrite_output_dir="true")) == 0
-    assert not (tmp_path / "comparison.json").exists()
+    assert not (tmp_path / "composition.mid").exists()
     assert (tmp_path / ckpt.WEIGHTS).read_bytes() != before
     assert (tmp_path / "notes.md").read_text() == "mine"
 
@@ -250,7 +247,7 @@ def test_a_model_goes_on_as_its_record_says(text_file, tmp_path):
     assert main(options(text_file, tmp_path / "first", max_recurrent_norm=0.9)) == 0
     words = ["--model", str(tmp_path / "first"), "--dataset", str(text_file), "--max_steps", "2", "--report_to", "none"]
     assert main([*words, "--output_dir", str(tmp_path / "second")]) == 0
-    record = json.loads((tmp_path / "second" / "training.json").read_text())["options"]
+    record = read_options(tmp_path / "second" / "recipe.yaml")
     assert (record["max_recurrent_norm"], record["architecture"]) == (0.9, "kru")
 
 
@@ -314,7 +311,7 @@ def test_disk_full_leaves_nothing_half_written(text_file, tmp_path):
     assert child.returncode == 1, errors.decode()
     assert "could not save" in errors.decode()
     assert "Is the disk full?" in errors.decode()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["training.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "run.json"]
 
 
 def test_failed_save_leaves_no_trace(tmp_path):

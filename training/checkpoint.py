@@ -28,10 +28,11 @@ WEIGHTS, OPTIMIZER, CARRIED, RANDOM, STATE = (
     "random_state.safetensors",
     "trainer_state.json",
 )
-# What `training.compare` and `training.compose` may have put beside them.
-COMPANIONS = ("comparison.json", "composition.mid", "composition.png", "composition.json")
-PRESENTED = ("README.md", "learning_curve.png")
-RUN_FILES = ("config.json", "model.safetensors", "all_results.json", "log_history.json", "training.json")
+RECORD = ("recipe.yaml", "run.json", "all_results.json", "history.csv")  # see records/run_record.py
+# What `training.compose` may have put beside them.
+COMPANIONS = ("composition.mid", "composition.png", "composition.json")
+RUN_FILES = ("config.json", WEIGHTS, *RECORD[1:])
+PRESENTED = ("README.md", "learning_curve.png", RECORD[0])  # a folder that holds one of these alone is somebody's own
 
 
 @dataclass
@@ -44,6 +45,7 @@ class TrainerState:
     stalled: int = 0  # evaluations since the best one
     plateau_scale: float = 1.0
     train_seconds: float = 0.0
+    processor_seconds: float = 0.0  # of all processes in the same steps
     train_elements: int = 0
     window: list[float] = field(default_factory=lambda: [0.0, 0.0])  # nats and targets since the last log entry
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -119,16 +121,25 @@ def write_files(folder: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once."""
+    write_files(path.parent, lambda folder: (folder / path.name).write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file at once."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_files(path.parent, lambda folder: (folder / path.name).write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*") if p.is_dir()}
-    return sorted((p for p, match in found.items() if match), key=lambda p: int(p.name.split("-")[1]))
+    found = (path for path in folder.glob("checkpoint-*") if path.is_dir() and is_checkpoint(path))
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
 
 
 def checkpoint_around(folder: Path) -> Path | None:

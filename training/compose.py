@@ -33,11 +33,11 @@ from kru_hf.piano_roll import (
 from .arguments import check_seed, option, parse_words, require
 from .checkpoint import PRESENTED, RUN_FILES
 from .errors import UserError
-from .evaluate import read_record
 from .files import check_fields, read_json
 from .machine import shown_command
 from .models import check_device, load_model
 from .music_data import piece_figures
+from .records.run_record import RECIPE, RUN, read_record
 
 
 @dataclass
@@ -160,20 +160,20 @@ def run(argv: list[str]) -> dict[str, Any] | None:
     (options,) = parse_words([ComposeOptions], argv, "training.compose")
     output = Path(options.output)
     record = read_record(options.model)
-    if record["options"].get("task") != "piano_roll":
-        raise UserError(f"model={options.model!r} was trained for {record['options'].get('task')!r}, not piano_roll")
+    if record.options.get("task") != "piano_roll":
+        raise UserError(f"model={options.model!r} was trained for {record.options.get('task')!r}, not piano_roll")
     from .tasks import piano_roll  # noqa: F401 (registers the baselines' head)
 
     model, _ = load_model(options.model, "piano_roll")
     check_device(model.config, torch.device("cpu"))
     if model.width != NUM_PITCHES:
         raise UserError(f"model={options.model!r} has frames of {model.width} keys; music needs {NUM_PITCHES}")
-    check_fields("training.json: options", record["options"], {"frames_per_quarter": int}, required=True)
+    check_fields(RECIPE, record.options, {"frames_per_quarter": int}, required=True)
     if options.report:
         bands = [f"{name}_{end}" for name in ("density", "lowest", "highest") for end in ("low", "high")]
-        check_fields("training.json: dataset", record["dataset"], dict.fromkeys(bands, float), required=True)
-    frames_per_quarter = options.frames_per_quarter or record["options"]["frames_per_quarter"]
-    require(frames_per_quarter >= 1, "frames_per_quarter", frames_per_quarter, "1 or more, in training.json as well")
+        check_fields(f"{RUN}: data", record.data, dict.fromkeys(bands, float), required=True)
+    frames_per_quarter = options.frames_per_quarter or record.options["frames_per_quarter"]
+    require(frames_per_quarter >= 1, "frames_per_quarter", frames_per_quarter, "1 or more, in recipe.yaml as well")
     prime = read_prime(options, frames_per_quarter)
     prime_frames = 0 if prime is None else len(prime.roll)
     piece = compose(model.eval(), prime, options, frames_per_quarter)
@@ -183,7 +183,7 @@ def run(argv: list[str]) -> dict[str, Any] | None:
         write_midi(piece, output)
         draw_roll(piece, pictures, prime_frames, output.stem)
         write_wav(piece, sound)
-        figures = compare(piece.roll[prime_frames:], record["dataset"]) if options.report else None
+        figures = compare(piece.roll[prime_frames:], record.data) if options.report else None
         report = output.with_suffix(".json")
         if figures is None and is_report(report):
             report.unlink()  # of an earlier piece of this name

@@ -67,7 +67,7 @@ class Driver(ABC):
         self.state = ckpt.TrainerState()
         self.carried: list[Any] = [None] * self.accumulation  # one state a slot of this rank
         self.pending: list[torch.Tensor] = []  # figures of steps that have not been looked at yet
-        self.signal_number, self.started = 0, 0.0
+        self.signal_number, self.started, self.processed = 0, 0.0, 0.0
         self.prepare(build_optimizer(model, self.options))
         torch.manual_seed(self.options.seed + 1 + accelerator.process_index)  # dropout differs between ranks
 
@@ -130,7 +130,11 @@ class Driver(ABC):
         """The run starts now, or goes on."""
         self.progress = progress
         self.bare_model.train()
-        self.started = time.perf_counter()
+        self.start_clocks()
+
+    def start_clocks(self) -> None:
+        """What comes now is training time: on the wall, and of this process's processors."""
+        self.started, self.processed = time.perf_counter(), time.process_time()
 
     def ended(self) -> bool:
         """Whether there is nothing left to do."""
@@ -174,7 +178,7 @@ class Driver(ABC):
             self.save()
         if self.signal_number:
             raise Interrupted(f"stopped at step {self.state.step}; the checkpoint is written", self.signal_number)
-        self.started = time.perf_counter()
+        self.start_clocks()
 
     def look(self) -> int:
         """Look at the figures of the steps since the last look; the same on every rank.
@@ -187,12 +191,14 @@ class Driver(ABC):
         """
         figures = torch.stack(self.pending) if self.pending else torch.zeros(0, 4, dtype=torch.float64)  # (steps, 4)
         figures, signal_number = figures.cpu(), self.stop.pending()
+        seconds = time.process_time() - self.processed
         if self.accelerator.num_processes > 1:
-            last = torch.tensor([float(signal_number)], dtype=torch.float64)
+            last = torch.tensor([float(signal_number), seconds], dtype=torch.float64)
             packed = torch.cat([figures.flatten(), last]).to(self.accelerator.device)
-            ranks = self.accelerator.gather(packed[None])  # (ranks, 4·steps + 1)
-            signal_number = int(ranks[:, -1].max())
-            figures = ranks[:, :-1].sum(0).reshape(-1, 4).cpu()
+            ranks = self.accelerator.gather(packed[None])  # (ranks, 4·steps + 2)
+            signal_number, seconds = int(ranks[:, -2].max()), float(ranks[:, -1].sum())
+            figures = ranks[:, :-2].sum(0).reshape(-1, 4).cpu()
+        self.state.processor_seconds += seconds
         first = self.state.step - len(self.pending) + 1
         self.pending = []
         watched = figures[:, 2] if self.accelerator.mixed_precision == "fp16" else figures[:, 2:].sum(1)

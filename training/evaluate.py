@@ -14,18 +14,16 @@ from typing import Any, Literal, get_type_hints
 
 import transformers
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download
 
 from . import processes
 from .arguments import option, parse_words
 from .errors import UserError
 from .evaluation import evaluate
-from .files import check_fields, one_line, read_json
+from .files import check_fields
 from .idle_options import given_names
 from .models import check_device, check_fit, load_model
+from .records.run_record import RECIPE, RUN, RunRecord, read_record
 from .tasks import DataOptions, Task, get_task
-
-RECORD = "training.json"
 
 
 @dataclass
@@ -35,6 +33,9 @@ class EvaluateOptions:
     model: str | None = option(None, "Trained folder or Hub id.")
     split: Literal["validation", "test"] = option("test", "Part of the data.")
     use_cpu: bool = option(False, "Evaluate on the CPU even if there is an accelerator.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "Precision of matrix products; not given: that of the training, in which its figures were scored too."
+    )
     allow_other_dataset: bool = option(False, "Accept data that differ from what the model was trained on.")
 
     def __post_init__(self) -> None:
@@ -42,40 +43,24 @@ class EvaluateOptions:
             raise UserError("model is missing: pass --model FOLDER or a Hub id")
 
 
-def read_record(model: str) -> dict[str, Any]:
-    """`training.json` of a trained folder or Hub id: options and data of its run."""
-    try:
-        local = Path(model)
-        path = local / RECORD if local.exists() else Path(hf_hub_download(model, RECORD))
-        record = read_json(path)
-        check_fields(RECORD, record, {"options": dict, "dataset": dict}, required=True)
-        check_fields(RECORD, record, {"machine": dict, "earlier_machines": list[dict]})
-        check_fields(f"{RECORD}: options", record["options"], {"task": str, "seed": int}, required=True)
-        check_fields(f"{RECORD}: options", record["options"], {"architecture": str, "max_recurrent_norm": float | None})
-        check_fields(f"{RECORD}: dataset", record["dataset"], {"name": str, "sha256": str}, required=True)
-        get_task(record["options"]["task"])
-        return record
-    except Exception as error:  # the Hub client has no common base class
-        raise UserError(
-            f"model={model!r} has no readable {RECORD}, which says how it was trained ({one_line(error, 400)})"
-        ) from error
-
-
-def recorded(options: type[Any], values: dict[str, Any], **changes: Any) -> Any:
-    """Options as a record has them, of those that it has; an error that names the one that is not allowed."""
+def recorded(options: type[Any], source: str, values: dict[str, Any], **changes: Any) -> Any:
+    """Options as a file of a record has them, of those that it has; an error that names one that is not allowed."""
     kinds = {name: kind for name, kind in get_type_hints(options).items() if name in values}
-    check_fields(RECORD, values, kinds)
+    check_fields(source, values, kinds)
     try:
         return options(**{**{name: values[name] for name in kinds}, **changes})
     except UserError as error:
-        raise UserError(f"{RECORD}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
 
 
-def choose_data(data: DataOptions, record: dict[str, Any]) -> DataOptions:
-    """The data that were asked for, or those of the training run, found by their name."""
+def choose_data(data: DataOptions, record: RunRecord) -> DataOptions:
+    """The data that were asked for, or those of the training run, found by their path or name."""
     if data.dataset is not None:
         return data
-    return recorded(DataOptions, record["dataset"], dataset=record["dataset"]["name"])
+    path = record.options.get("dataset")
+    return recorded(
+        DataOptions, RUN, record.data, dataset=path if path and Path(path).exists() else record.data["name"]
+    )
 
 
 def refuse_without_dataset(words: list[str], data: DataOptions) -> None:
@@ -89,12 +74,12 @@ def refuse_without_dataset(words: list[str], data: DataOptions) -> None:
         raise UserError(f"{names[0]}={value!r} has no effect here: it works with dataset; pass --dataset or remove it")
 
 
-def load_task(options: EvaluateOptions, data: DataOptions, tokenizer: Any, record: dict[str, Any]) -> Task:
+def load_task(options: EvaluateOptions, data: DataOptions, tokenizer: Any, record: RunRecord) -> Task:
     """The task with the data; an error if they are not those of the training run where they should be."""
-    task_class = get_task(record["options"]["task"])
-    task_options = recorded(task_class.Options, record["options"])
-    task = task_class(task_options, choose_data(data, record), record["options"]["seed"])
-    trained_on = record["dataset"]
+    task_class = get_task(record.options["task"])
+    task_options = recorded(task_class.Options, RECIPE, record.options)
+    task = task_class(task_options, choose_data(data, record), record.options["seed"])
+    trained_on = record.data
     try:
         task.load(tokenizer)
     except UserError as error:
@@ -120,12 +105,16 @@ def run(argv: list[str]) -> dict[str, float]:
     options, data = parse_words([EvaluateOptions, DataOptions], argv, "training.evaluate")
     refuse_without_dataset(argv, data)
     record = read_record(options.model)
-    task_class = get_task(record["options"]["task"])
+    task_class = get_task(record.options["task"])
     model, tokenizer = load_model(options.model, task_class.head)
     task = load_task(options, data, tokenizer, record)
     check_fit(str(options.model), model, task)
     processes.check_launcher()
-    accelerator = Accelerator(cpu=processes.on_cpu(options.use_cpu))
+    precision = options.mixed_precision or record.options.get("mixed_precision")
+    try:
+        accelerator = Accelerator(cpu=processes.on_cpu(options.use_cpu), mixed_precision=precision)
+    except ValueError as error:
+        raise UserError(f"mixed_precision={precision!r} of {options.model!r}: {error}; pass another") from error
     processes.check_world(accelerator)
     check_device(model.config, accelerator.device)
     figures = evaluate(task, model.to(accelerator.device), options.split, accelerator)

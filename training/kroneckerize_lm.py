@@ -27,15 +27,16 @@ from . import processes
 from .arguments import Arguments, ModelOptions, RunOptions, option, parse_words, require
 from .baselines import TORCH_CELLS
 from .errors import Interrupted, UserError
-from .evaluate import EvaluateOptions, load_task, read_record, refuse_without_dataset
+from .evaluate import EvaluateOptions, load_task, refuse_without_dataset
 from .evaluation import evaluate
 from .lock import locked
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, shown_command
 from .models import load_model
-from .report import table
+from .records.results_page import table
+from .records.run_record import read_record
+from .records.runs import factors
 from .reporting import Progress
-from .results import factors
 from .stopping import StopRequest
 from .tasks import DataOptions, Task
 from .train import check_folder, check_place, finish, start_folder
@@ -106,8 +107,11 @@ class Shrinker:
     def __init__(self, options: KroneckerizeOptions, data: DataOptions, command: str, stop: StopRequest) -> None:
         self.options, self.data, self.command, self.stop = options, data, command, stop
         self.record = read_record(str(options.model))
-        self.accelerator = Accelerator(cpu=options.use_cpu or not torch.accelerator.is_available())
-        processes.share_cores(self.record["options"].get("num_threads", 0))
+        self.accelerator = Accelerator(
+            cpu=options.use_cpu or not torch.accelerator.is_available(),
+            mixed_precision=self.record.options.get("mixed_precision"),
+        )
+        processes.share_cores(self.record.options.get("num_threads", 0))
         keep_freed_memory()
         model, tokenizer = self.fresh()
         self.state_size = model.config.state_size
@@ -167,7 +171,7 @@ class Shrinker:
     def arguments(self, name: str) -> Arguments:
         """Options of a fine-tune: those of the run, but its length, rate and folder."""
         known = {f.name for f in dataclasses.fields(RunOptions)}
-        run = RunOptions(**{key: value for key, value in self.record["options"].items() if key in known})
+        run = RunOptions(**{key: value for key, value in self.record.options.items() if key in known})
         steps = self.options.max_steps
         run = dataclasses.replace(
             run,
@@ -185,7 +189,7 @@ class Shrinker:
             evaluate_test=True,
             push_to_hub=False,
         )
-        model = ModelOptions(architecture=self.record["options"].get("architecture", "lstm"))
+        model = ModelOptions(architecture=self.record.options.get("architecture", "lstm"))
         return Arguments(run, model, self.data, self.task.options, self.command)
 
     def check_folder(self, name: str) -> None:

@@ -160,7 +160,7 @@ class Tracker(Logger):
         self.run.progress.track(metrics, self.run.state.step + 1)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """They are in training.json."""
+        """They are in recipe.yaml."""
 
 
 class NoCheckpoints(CheckpointIO):

@@ -33,18 +33,15 @@ def machine_record(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def machines_record(accelerator: Accelerator, earlier: dict[str, Any], trains: bool) -> dict[str, Any]:
-    """`machine`, which made a run's last steps, and `earlier_machines`, on which it had begun.
+def machines_record(accelerator: Accelerator, earlier: list[dict[str, Any]], trains: bool) -> list[dict[str, Any]]:
+    """The machines that a run was made on, in their order.
 
     Args:
-        earlier: the record of the run that goes on; empty for a new one.
+        earlier: of the run that goes on; empty for a new one.
         trains: whether steps are left; a finished run that is only scored keeps its machines.
     """
-    here, before = machine_record(accelerator), earlier.get("earlier_machines", [])
-    last = earlier.get("machine", here)
-    if trains and last != here:
-        before, last = [*before, last], here
-    return {"machine": last, **({"earlier_machines": before} if before else {})}
+    here = machine_record(accelerator)
+    return [*earlier, here] if not earlier or (trains and earlier[-1] != here) else earlier
 
 
 def keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, trackers, history, learning curve and results."""
+"""What a run tells: progress bar, trackers, history and results."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from . import checkpoint as ckpt
 from . import processes
-from .cards import render_card
 from .errors import UserError
 from .files import one_line
+from .records.cards import render_card
+from .records.plots import learning_curve
+from .records.run_record import HISTORY, RESULTS, RUN, history_text, read_fields
 from .tasks import Task
 
 
@@ -88,7 +90,7 @@ class Progress:
         if state.history and state.history[-1]["step"] == state.step:
             state.history[-1].update(figures)
         else:
-            state.history.append({"step": state.step, **figures})
+            state.history.append({"step": state.step, "seconds": round(state.train_seconds, 2), **figures})
         self.track(figures, state.step)
         name = f"validation_{self.task.metric}"
         if name in figures:
@@ -115,8 +117,8 @@ class Progress:
         self.accelerator.trackers = []
         with processes.unheard():
             self.bar.write(
-                f"note: the tracker has failed and gets no more figures ({one_line(error)}); log_history.json will "
-                "hold them all",
+                f"note: the tracker has failed and gets no more figures ({one_line(error)}); history.csv will hold "
+                "them",
                 file=sys.stderr,
             )
 
@@ -124,23 +126,6 @@ class Progress:
         """Leave the bar as it is."""
         with processes.unheard():
             self.bar.close()
-
-
-def learning_curve(history: list[dict[str, Any]], metric: str, path: Path) -> None:
-    """A picture of training loss and validation figure over the steps."""
-    from matplotlib.figure import Figure  # takes half a second, and only rank 0 draws
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left = figure.add_subplot()
-    right = left.twinx()
-    series = (("train_loss", left, "tab:blue"), (f"validation_{metric}", right, "tab:orange"))
-    for name, axes, color in series:
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        axes.plot(*zip(*points, strict=True) if points else ([], []), color=color, marker=".", markersize=3)
-        axes.set_ylabel(name, color=color)
-    left.set_xlabel("step")
-    left.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def results(task: Task, model: Any, state: ckpt.TrainerState, metrics: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -152,15 +137,17 @@ def results(task: Task, model: Any, state: ckpt.TrainerState, metrics: dict[str,
         "num_recurrent_parameters": model.num_recurrent_parameters(),
         "train_tokens_per_second": round(state.train_elements / max(state.train_seconds, 1e-9), 1),
         "train_runtime": round(state.train_seconds, 2),
+        "processor_seconds": round(state.processor_seconds, 2),
         "steps": state.step,
         "best_step": state.best_step,
     }
 
 
-def write_results(folder: Path, task: Task, model: Any, state: ckpt.TrainerState, figures: dict[str, Any]) -> None:
-    """`all_results.json`, `log_history.json`, `learning_curve.png` and the card, each complete or absent."""
-    ckpt.write_json(folder / "log_history.json", state.history)
+def write_results(folder: Path, task: Task, state: ckpt.TrainerState, figures: dict[str, Any]) -> None:
+    """The end of a run's record, `learning_curve.png` and the card, each complete or absent."""
+    ckpt.write_text(folder / HISTORY, history_text(state.history))
     ckpt.write_files(folder, lambda t: learning_curve(state.history, task.metric, t / "learning_curve.png"))
-    ckpt.write_json(folder / "all_results.json", figures)
-    card = render_card(folder)
-    ckpt.write_files(folder, lambda t: (t / "README.md").write_text(card, encoding="utf-8"))
+    times = {"wall_seconds": figures["train_runtime"], "processor_seconds": figures["processor_seconds"]}
+    ckpt.write_json(folder / RUN, {**read_fields(folder / RUN), **times})
+    ckpt.write_json(folder / RESULTS, figures)
+    ckpt.write_text(folder / "README.md", render_card(folder))

@@ -140,7 +140,10 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "best_step": (is_count, "a whole number"),
     "stalled": (is_count, "a whole number"),
     "plateau_scale": (lambda value: is_finite(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "train_seconds": (lambda value: is_finite(value) and 0 <= value < 1e9, "0 or more, and less than 30 years"),
+    **dict.fromkeys(
+        ("train_seconds", "processor_seconds"),
+        (lambda value: is_finite(value) and 0 <= value < 1e9, "0 or more, and less than 30 years"),
+    ),
     "train_elements": (is_count, "a whole number"),
     "window": (lambda value: is_window(value), "nats, and the targets that they are of"),
     "history": (lambda value: isinstance(value, list), "a list"),

@@ -24,14 +24,13 @@ from . import processes
 from .arguments import Arguments, ModelOptions, parse_arguments
 from .driver import Driver
 from .errors import Interrupted, UserError
-from .evaluate import RECORD, read_record
 from .evaluation import evaluate
 from .lock import locked
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, machines_record
 from .models import build_model, check_device, check_fit, load_model
-from .publish import check_before_training, publish_command, publish_folder
-from .publish import report as publish_report
+from .records.publishing import check_before_training, publish_command, publish_folder, said
+from .records.run_record import RECIPE, RUN, read_fields, read_record, recipe_text, resolved
 from .reporting import Progress, results, trackers, write_results
 from .stopping import StopRequest
 from .tasks import Task, get_task
@@ -40,9 +39,9 @@ from .tasks import Task, get_task
 def inherit(options: ModelOptions) -> None:
     """What the record of the model's own run says and its config does not: the kind of network, the bound on W."""
     try:
-        earlier = read_record(str(options.model)).get("options", {})
+        earlier = read_record(str(options.model)).options
     except UserError:
-        if (Path(str(options.model)) / RECORD).exists():
+        if (Path(str(options.model)) / RECIPE).exists():
             raise  # it is damaged
         return  # made by another program
     options.architecture = earlier.get("architecture", options.architecture)
@@ -150,25 +149,22 @@ def check_folder(arguments: Arguments) -> Path | None:
 def start_folder(arguments: Arguments, driver: Driver) -> None:
     """Clear the output folder if that was asked for, and record options, data, command and machine in it."""
     folder, run = arguments.output_dir, arguments.run
-    written = folder / "training.json"
-    earlier = read_record(str(folder)) if driver.state.step > 0 and written.is_file() else {}
+    earlier = read_fields(folder / RUN) if driver.state.step > 0 else {}
     if run.overwrite_output_dir and run.resume_from_checkpoint is None:
         ckpt.delete_run(folder)
     ckpt.clean(folder)
-    options = {
-        k: v for k, v in arguments.flat().items() if k not in ("output_dir", "dataset", "resume_from_checkpoint")
-    }
-    if options["model"] is not None:
-        options["model"] = Path(options["model"]).name if Path(options["model"]).exists() else options["model"]
     versions = {"kru_hf": kru_hf.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     record = {
-        "options": options,
-        "dataset": driver.task.dataset_record(),
+        "data": driver.task.dataset_record(),
         "versions": {**versions, **driver.libraries},
+        "machines": machines_record(
+            driver.accelerator, earlier.get("machines", []), driver.state.step < driver.total_steps
+        ),
         "command": arguments.command,
-        **machines_record(driver.accelerator, earlier, driver.state.step < driver.total_steps),
     }
-    ckpt.write_json(written, record)
+    options = resolved(arguments, driver.bare_model.config, driver.accelerator.mixed_precision)
+    ckpt.write_json(folder / RUN, {**earlier, **record})
+    ckpt.write_text(folder / RECIPE, recipe_text(options))
 
 
 def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = TrainingLoop) -> dict[str, Any]:
@@ -237,7 +233,7 @@ def finish(arguments: Arguments, task: Task, loop: Driver) -> dict[str, Any]:
     metrics = {split: evaluate(task, model, split, accelerator) for split in splits}
     figures = results(task, model, loop.state, metrics)
     if accelerator.is_main_process:
-        write_results(folder, task, model, loop.state, figures)
+        write_results(folder, task, loop.state, figures)
         said = [f"{split}: {', '.join(f'{n} {v:.4f}' for n, v in values.items())}" for split, values in metrics.items()]
         sample = task.sample(model, arguments.run.sample_length, arguments.run.seed)
         said += [f"sample:\n{sample}"] if sample else []
@@ -266,7 +262,7 @@ def publish(arguments: Arguments) -> None:
             f"the run is complete in {str(folder)!r}, but it has not been published: {error}\n"
             f"publish it with: {publish_command(folder, *where)}"
         ) from error
-    print(publish_report(done))
+    print(said(done))
 
 
 def describe(arguments: Arguments, task: Task, model: Any, loop: Driver, found: Path | None) -> None:

@@ -27,5 +27,5 @@ train() {
 }
 
 report() {
-    python -m training.report "$out" --only_runs --output "$out/RESULTS.md"
+    python -m training.report "$out" --only_runs --folder "$out"
 }
