@@ -36,8 +36,8 @@ def commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
         (evaluate.main, ["--use_cpu", f"--model={folder}", "--dataset=nowhere.txt"]),
         (report.main, [str(folder), f"--folder={folder.parent / 'page'}"]),
     ):
-        if main(words):
-            said.append(capsys.readouterr().err.strip())
+        failed, text = main(words), capsys.readouterr().err.strip()
+        said += [text] if failed else []
     try:
         load_model(str(folder), "causal_lm")
     except UserError as error:
@@ -46,9 +46,9 @@ def commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("name", JSON_FILES)
+@pytest.mark.parametrize("name", [*(f"{name}.json" for name in JSON_FILES), "recipe.yaml"])
 def test_files_that_are_not_json_are_named(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    path = folder / f"{name}.json"
+    path = folder / name
     for content in NOT_JSON:
         path.write_bytes(content)
         said = commands(folder, capsys)

@@ -52,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"page: {options.folder / PAGE}", file=sys.stderr)
     return 0
 
 
