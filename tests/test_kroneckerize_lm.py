@@ -11,6 +11,7 @@ from training import kroneckerize_lm
 from training.errors import Interrupted, UserError
 from training.evaluate import main as evaluate
 from training.kroneckerize_lm import KroneckerizeOptions, main, nearest_shapes, square_factorings
+from training.lock import locked
 from training.models import load_model
 from training.train import main as train
 
@@ -77,6 +78,14 @@ def test_an_interruption_says_what_is_kept(lstm, text_file, tmp_path, monkeypatc
     words = [f"--model={lstm}", f"--dataset={text_file}", "--ratios=3", "--max_steps=6", "--use_cpu"]
     assert main([*words, f"--output_dir={tmp_path}"]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.strip().endswith("error: stopped; the rows so far are saved")
+
+
+def test_a_folder_in_use_is_refused_before_any_row(lstm, text_file, tmp_path, capsys):
+    words = ["--model", str(lstm), "--dataset", str(text_file), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    with locked(tmp_path / "5x"):
+        assert main([*words, "--ratios", "5", "--max_steps", "1"]) == 1
+    said = capsys.readouterr()
+    assert f"error: output_dir='{tmp_path}/5x' is in use by process" in said.err and not list(tmp_path.iterdir())
 
 
 def test_without_a_fine_tune_nothing_is_trained(lstm, text_file, tmp_path, capsys):

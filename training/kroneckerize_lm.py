@@ -12,6 +12,7 @@ import json
 import math
 import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from .records.runs import factors
 from .reporting import Progress
 from .stopping import StopRequest
 from .tasks import DataOptions, Task
-from .train import check_folder, check_place, finish, start_folder
+from .train import check_place, finish, open_folder, start_folder
 
 RESULT = "kroneckerize.json"
 
@@ -192,8 +193,12 @@ class Shrinker:
         model = ModelOptions(architecture=self.record.options.get("architecture", "lstm"))
         return Arguments(run, model, self.data, self.task.options, self.command)
 
-    def check_folder(self, name: str) -> None:
-        """`UserError` if a fine-tune would replace the model, which every row starts from, or an earlier fine-tune."""
+    def open_folder(self, name: str, held: ExitStack) -> None:
+        """Lock the folder of a fine-tune for as long as `held` is open.
+
+        Raises:
+            UserError: it would replace the model, which every row starts from, or an earlier fine-tune, or is in use.
+        """
         arguments = self.arguments(name)
         folder = arguments.output_dir
         if ckpt.is_within(self.options.model, folder):
@@ -203,22 +208,20 @@ class Shrinker:
                 f"output_dir={self.options.output_dir!r} holds the fine-tune {name!r}, and rows are made from the "
                 "beginning: pass --overwrite_output_dir true to delete it, or another --output_dir"
             )
-        check_place(folder)
-        check_folder(arguments)
+        open_folder(arguments, held)
 
     def fine_tune(self, model: Any, name: str) -> dict[str, Any]:
         """Train on with the run's loop; the folder then holds the weights that were best on validation."""
         arguments = self.arguments(name)
         loop = TrainingLoop(arguments, self.task, model, self.accelerator, self.stop)
-        with locked(arguments.output_dir):
-            start_folder(arguments, loop)
-            progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
-            try:
-                with self.stop.deferred():
-                    loop.run(progress)
-            finally:
-                progress.close()
-            return finish(arguments, self.task, loop)
+        start_folder(arguments, loop)
+        progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
+        try:
+            with self.stop.deferred():
+                loop.run(progress)
+        finally:
+            progress.close()
+        return finish(arguments, self.task, loop)
 
 
 def render(rows: list[dict[str, Any]]) -> str:
@@ -241,12 +244,13 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
     folder = Path(options.output_dir)
     rows: list[dict[str, Any]] = []
     check_place(folder)
-    with StopRequest() as stop, locked(folder):
+    with StopRequest() as stop, ExitStack() as held:
+        held.enter_context(locked(folder))
         command = shown_command(argv, "training.kroneckerize_lm")
         shrinker = Shrinker(options, data, command, stop)
         plan = shrinker.plan()
         for ratio, _ in plan if options.max_steps else []:
-            shrinker.check_folder("dense" if ratio is None else f"{ratio:g}x")
+            shrinker.open_folder("dense" if ratio is None else f"{ratio:g}x", held)
         for ratio, shapes in plan:
             rows.append(shrinker.row(ratio, shapes))
             record = {"model": Path(str(options.model)).name, "dataset": shrinker.task.dataset_record(), "rows": rows}
