@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from training.options.data import DataOptions
 from training.speech import RATE
-from training.tasks import DataOptions, get_task
+from training.tasks import get_task
 
 
 def make(name: str, data: dict | None = None, seed: int = 0, **options):

@@ -28,7 +28,7 @@ if "clip-0-1" in folder.name:
 folder.mkdir(parents=True)
 seed = words[words.index("--seed") + 1] if "--seed" in words else "0"
 options = {{"task": "char_lm", "seed": int(seed), "name": folder.name.removesuffix("-" + seed)}}
-(folder / "recipe.yaml").write_text("".join(f"{{name}}: {{value}}\n" for name, value in options.items()))
+(folder / "recipe.yaml").write_text("".join(f"{{name}}: {{value}}\\n" for name, value in options.items()))
 (folder / "run.json").write_text(json.dumps({{"data": {{"name": "text"}}}}))
 (folder / "all_results.json").write_text(json.dumps({{"validation_bpc": 2.0 + int(seed)}}))
 """

@@ -10,13 +10,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kru_hf import KRUConfig, KRUForCausalLM, kron_dense, random_unitary
-from training.arguments import ModelOptions, parse_arguments
+from training.arguments import parse_arguments
 from training.baselines import BaselineConfig, BaselineForCausalLM
 from training.checkpoint import load_weights
 from training.errors import UserError
 from training.evaluate import main as evaluate
 from training.models import build_model
 from training.optimization import parameter_groups
+from training.options.model import ModelOptions
 from training.structured_rnn import LowRankMatrix, OrthogonalMatrix
 from training.train import main
 from training.unitary import UnitaryExponential, UnitaryKRUConfig, UnitaryKRUForCausalLM
@@ -205,16 +206,9 @@ def test_generators_have_the_factors_rate_and_no_decay():
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [
-        ("unitary", {"unitary_loss_coef": 0.1}, "unitary_loss_coef of a strictly unitary model must be 0, got 0.1"),
-        ("unitary", {"recurrent_init_scale": 0.9}, "must be 1, got 0.9"),
-        ("unitary", {"cell_type": "kru_lstm"}, "must be 'kru', got 'kru_lstm'"),
         ("unitary", {"factor_shapes": "3x4,4x3"}, "must be square"),
         ("low_rank", {"recurrent_rank": 13}, r"recurrent_rank must be in \[1, state_size = 12\], got 13"),
-        ("lstm", {"recurrent_rank": 2}, "recurrent_rank is for cell 'low_rank' only"),
-        ("rnn", {"chrono_max_length": 9}, "chrono_max_length is for lstm and gru only, got 9 with cell 'rnn'"),
         ("gru", {"chrono_max_length": 2}, "chrono_max_length must be None or at least 3 steps, got 2"),
-        ("kru", {"recurrent_rank": 2}, "recurrent_rank cannot be given with architecture='kru'"),
-        ("orthogonal", {"io_rank": 2}, "io_rank cannot be given with architecture='orthogonal'"),
     ],
 )
 def test_options_that_do_not_fit(architecture, values, message):
@@ -227,23 +221,6 @@ def test_kroneckerized_config_is_for_gated_and_plain_cells():
         BaselineConfig(cell="low_rank", recurrent_factor_shapes=[[2, 2]])
     assert isinstance(UnitaryKRUConfig().layer_types, list)
     assert UnitaryKRUForCausalLM.config_class is UnitaryKRUConfig
-
-
-def test_another_architecture_than_the_recipes(tmp_path):
-    """What a recipe says of factors holds for the strictly unitary model, what it says of λ does not."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("state_size: 12\nfactor_shapes: 3x3,4x4\nunitary_loss_coef: 0.1\nio_rank: 4\n")
-    model = parse_arguments([str(recipe), "--architecture", "unitary"]).model
-    assert (model.factor_shapes, model.unitary_loss_coef, model.io_rank) == ("3x3,4x4", None, 4)
-    model = parse_arguments([str(recipe), "--architecture", "orthogonal"]).model
-    assert (model.state_size, model.factor_shapes, model.io_rank) == (12, None, None)
-    recipe.write_text("cell_type: kru_lstm\nchrono_max_length: 50\n")
-    kept = {"lstm": 50, "gru": 50, "rnn": None, "low_rank": None, "unitary": None, "kru": 50}
-    for architecture, expected in kept.items():
-        found = parse_arguments([str(recipe), "--architecture", architecture]).model
-        assert found.chrono_max_length == expected, architecture
-    assert parse_arguments([str(recipe), "--cell_type", "kru"]).model.chrono_max_length is None
-    assert parse_arguments([str(recipe), "--cell_type", "kru_gru"]).model.chrono_max_length == 50
 
 
 @pytest.mark.parametrize("architecture", ["unitary", "orthogonal", "low_rank"])

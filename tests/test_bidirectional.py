@@ -14,9 +14,10 @@ from kru_hf import (
 )
 from kru_hf.configuration_kru import CELL_TYPES
 from kru_hf.readout import normed_linear
-from training.arguments import ModelOptions, parse_arguments
+from training.arguments import parse_arguments
 from training.errors import UserError
 from training.models import build_model
+from training.options.model import ModelOptions
 
 CELLS = list(CELL_TYPES)
 STATE_WIDTH = {"kru": 12, "kru_lstm": 6, "kru_gru": 6, "kru_janet": 6}  # features of one direction: 2N or N with N = 6
@@ -218,5 +219,5 @@ def test_training_option(architecture, cell):
 def test_training_option_is_of_kru_alone():
     arguments = parse_arguments(["--task", "pixel_mnist", "--bidirectional", "true"])
     assert arguments.model.bidirectional is True
-    with pytest.raises(UserError, match="bidirectional cannot be given with architecture='lstm'"):
+    with pytest.raises(UserError, match="bidirectional=True has no effect here: it works with architecture kru"):
         build_model("sequence_classification", ModelOptions(architecture="lstm", bidirectional=True), vocab_size=11)

@@ -5,10 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from training.arguments import ModelOptions, parse_arguments, parse_words, read_recipe
+from training.arguments import parse_arguments
 from training.compose import ComposeOptions
 from training.errors import UserError
 from training.models import build_model
+from training.options.model import ModelOptions
+from training.options.parser import parse_words
+from training.options.recipe import read_recipe
 from training.tasks import get_task
 
 LAUGHS = "a: &a [lol, lol]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in pairwise("abcdefgh"))

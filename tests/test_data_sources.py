@@ -23,10 +23,10 @@ from tiny_run import options
 from training.corpora import load_corpus
 from training.errors import UserError
 from training.music_data import load_pieces
+from training.options.data import DataOptions
 from training.pixels import load_pictures
 from training.splits import SPLITS, assign, folder_parts
 from training.tables import read_table
-from training.tasks import DataOptions
 from training.train import main
 
 LINES = [f'line {i} "é"' for i in range(60)]

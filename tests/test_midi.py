@@ -7,7 +7,7 @@ import pytest
 
 from kru_hf.piano_roll import MidiError, read_midi
 from training.music_data import describe_report, load_pieces
-from training.tasks.base import DataOptions
+from training.options.data import DataOptions
 
 C, E = 60, 64
 

@@ -14,13 +14,13 @@ from datasets import Dataset
 
 from kru_hf.piano_roll import frames_to_roll, quantise, read_midi, write_midi
 from training import compose, evaluate, music_data, train
-from training.arguments import ModelOptions
 from training.errors import UserError
 from training.models import build_model, load_model
 from training.music_data import load_pieces, piece_figures
+from training.options.data import DataOptions
+from training.options.model import ModelOptions
 from training.splits import SPLITS
 from training.tasks import Layout, get_task
-from training.tasks.base import DataOptions
 from training.tasks.piano_roll import TASK, PianoRollOptions
 
 pytest.importorskip("symusic")
@@ -443,7 +443,7 @@ def test_compose_says_what_is_wrong(trained, tmp_path, capsys, words, message):
 def test_tables_need_no_midi_library(folder):
     code = (
         "import sys; sys.modules['symusic'] = sys.modules['music21'] = sys.modules['pretty_midi'] = None\n"
-        "from training.tasks import get_task, DataOptions\n"
+        "from training.tasks import get_task\nfrom training.options.data import DataOptions\n"
         "task = get_task('piano_roll'); task = task(task.Options(), DataOptions(dataset=sys.argv[1])); task.load()\n"
         "print(task.dataset_record()['train_pieces'])"
     )

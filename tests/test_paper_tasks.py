@@ -11,13 +11,15 @@ from datasets import Dataset
 from paper_data import make
 
 from kru_hf import KRUConfig
-from training.arguments import RECIPES, parse_arguments
+from training.arguments import parse_arguments
 from training.errors import UserError
 from training.models import build_model
+from training.options.data import DataOptions
+from training.options.recipe import RECIPES
 from training.pixels import fixed_permutation, load_pictures
 from training.sequences import IGNORED, classification_sums, fingerprint
 from training.splits import SPLITS
-from training.tasks import DataOptions, Layout
+from training.tasks import Layout
 from training.tasks.copy_memory import memoryless_loss
 from training.train import main, prepare_task
 

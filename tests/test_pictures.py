@@ -9,9 +9,10 @@ from PIL import Image as Pillow
 
 from training import pixels
 from training.errors import UserError
+from training.options.data import DataOptions
 from training.pixels import held_out, load_pictures
 from training.splits import Parts
-from training.tasks import DataOptions, get_task
+from training.tasks import get_task
 
 LEVELS = np.add.outer(np.arange(4), np.arange(4)).astype(np.uint8) * 40  # (4, 4): 7 levels from 0 to 240
 FLAT = LEVELS.ravel()

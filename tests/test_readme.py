@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
 from kru_hf.configuration_kru import KRUConfig
-from training.arguments import parse_arguments, parse_words
+from training.arguments import parse_arguments
 from training.evaluate import EvaluateOptions
+from training.options.data import DataOptions
+from training.options.parser import parse_words
 from training.records.cards import render_card
 from training.records.publishing import PublishOptions
-from training.tasks import DataOptions
 
 ROOT = Path(__file__).parent.parent
 LEARNT = 0.3  # nats a character that the fine-tune of README.md gains on a text of few words, at the least

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from kru_hf import KRUConfig, KRUForCausalLM, plan_factor_shapes
 from training import piano_roll_baseline  # noqa: F401 (registers the baselines' head)
-from training.arguments import ARCHITECTURES, ModelOptions, parse_arguments
 from training.errors import UserError
 from training.models import build_model
+from training.options.model import ARCHITECTURES, ModelOptions
 from training.sizing import UNUSED, fit_to_budget, kronecker_sizes
 
 TEXT = {"vocab_size": 52, "pad_token_id": 0}
@@ -87,19 +87,6 @@ def test_sizing_leaves_the_random_start_alone():
     again = build_model("causal_lm", ModelOptions(wiring="plain", state_size=chosen.config.state_size), **TEXT)
     for ours, theirs in zip(chosen.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_a_budget_takes_the_place_of_a_recipes_size(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("state_size: 411\nfactor_shapes: 3x3,137x137\nwiring: plain\n")
-    model = parse_arguments([str(recipe), "--parameter_budget", "50000"]).model
-    assert (model.state_size, model.factor_shapes, model.wiring) == (None, None, "plain")
-    recipe.write_text("parameter_budget: 50000\n")
-    assert parse_arguments([str(recipe), "--state_size", "24"]).model.parameter_budget is None
-    with pytest.raises(UserError, match="parameter_budget=0 is not valid"):
-        parse_arguments(["--parameter_budget", "0"])
-    with pytest.raises(UserError, match="remove parameter_budget"):
-        parse_arguments(["--parameter_budget", "10", "--model", "somewhere"])
 
 
 @given(st.integers(2, 12), st.integers(10, 3000))

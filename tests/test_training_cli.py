@@ -14,10 +14,10 @@ from finished_run import edit
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from kru_hf import KRUConfig, scan_triton
-from training.arguments import MAX_SEED, parse_arguments
 from training.errors import UserError
 from training.evaluate import main as evaluate
 from training.models import check_device
+from training.options.fields import MAX_SEED
 from training.records.run_record import read_options
 from training.train import main
 
@@ -163,7 +163,7 @@ def test_evaluate_bad_input(trained, tmp_path, capsys):
         ([f"--model={trained}", "--split=train"], "invalid choice: 'train'"),
         ([f"--model={trained}", "--dataset_revision=v1"], "dataset_revision='v1' has no effect here: it works with"),
         ([f"--model={trained}", "--dataset-config", "en"], "dataset_config='en' has no effect here"),
-        ([f"--model={trained}", "--text_column=text"], "pass --dataset or remove it"),
+        ([f"--model={trained}", "--text_column=text"], "works with dataset; remove text_column"),
     ):
         assert evaluate(words) == 1
         assert message in capsys.readouterr().err
@@ -202,32 +202,6 @@ def test_damaged_model_folder(trained, text_file, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert evaluate([f"--model={tmp_path}", f"--dataset={text_file}", "--use_cpu"]) == 1
     assert "the tokenizer has" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", [["--cell_type=kru_gru"], ["--architecture=lstm"]])
-def test_what_a_recipe_chose_for_its_own_cell_gives_way(words, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("wiring: plain\nfactor_size: 8\ninput_scale: 0.03\nmax_recurrent_norm: 1.0\n")
-    own, other = (parse_arguments([str(recipe), *given]).model for given in ([], words))
-    assert (own.input_scale, own.max_recurrent_norm) == (0.03, 1.0)
-    assert (other.input_scale, other.max_recurrent_norm) == (None, None)
-    assert parse_arguments([str(recipe), "--train_factors=false"]).model.max_recurrent_norm is None
-
-
-@pytest.mark.parametrize(("chosen", "other"), [("io_rank", "kronecker_terms"), ("kronecker_terms", "io_rank")])
-def test_other_maps_than_the_recipes(chosen, other, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"wiring: residual\n{chosen}: 4\n")
-    model = parse_arguments([str(recipe), f"--{other}=2"]).model
-    assert (getattr(model, chosen), getattr(model, other)) == (None, 2)
-
-
-def test_another_start_than_the_recipes():
-    own, other = (
-        parse_arguments(["sequential_mnist", *words]).model
-        for words in (["--recurrent_init=random"], ["--recurrent_init=identity"])
-    )
-    assert (own.recurrent_init_max_phase, other.recurrent_init_max_phase) == (0.9, None)
 
 
 def test_folder_loads_with_auto_classes_and_pipeline(trained):

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kru_hf import KRUConfig
-from kru_hf.configuration_kru import GATED_TYPES
-from training.arguments import ModelOptions, parse_arguments, parse_factor_shapes
+from training.arguments import parse_arguments
 from training.corpora import load_corpus, python_docs
 from training.errors import UserError
 from training.models import build_model
 from training.optimization import learning_rate, parameter_groups
-from training.tasks import DataOptions, Layout, get_task
+from training.options.data import DataOptions
+from training.options.model import ModelOptions, parse_factor_shapes
+from training.tasks import Layout, get_task
 from training.tasks.char_lm import IGNORED, CharLM, CharOptions
 from training.train import main
 
@@ -277,70 +278,6 @@ def test_factors_have_their_own_rate_and_no_decay():
     gated = build_model("causal_lm", ModelOptions(cell_type="kru_lstm", state_size=24, wiring="plain"), vocab_size=10)
     bias = gated.model.layers[0].recurrence.bias
     assert bias.ndim == 2 and any(bias is p for p in parameter_groups(gated, run)[1]["params"])
-
-
-def test_weight_decay_is_adamws():
-    assert parse_arguments(["training/recipes/ptb_char.yaml"]).run.weight_decay == 0.01
-    assert parse_arguments(["training/recipes/adding.yaml", "--optimizer", "rmsprop"]).run.weight_decay == 0
-    recipe = ["training/recipes/char_lm.yaml", "--optimizer", "rmsprop"]
-    assert parse_arguments(recipe).run.weight_decay == 0
-    with pytest.raises(UserError, match="weight_decay=0.1 is not valid: it must be 0 with optimizer rmsprop"):
-        parse_arguments(["--optimizer", "rmsprop", "--weight_decay", "0.1"])
-
-
-@pytest.mark.parametrize(
-    ("words", "name", "needed"),
-    [
-        ("--optimizer rmsprop --adam_beta1 0.8", "adam_beta1=0.8", "optimizer adamw"),
-        ("--optimizer=rmsprop --adam-beta2=0.8", "adam_beta2=0.8", "optimizer adamw"),
-        ("--lr_scheduler_type constant --min_learning_rate_ratio 0.1", "min_learning_rate_ratio=0.1", ".* cosine"),
-        ("--max_steps 9 --num_train_epochs 2", "num_train_epochs=2.0", "max_steps -1"),
-        ("--plateau_factor 0.5", "plateau_factor=0.5", "lr_scheduler_type plateau"),
-        ("--architecture lstm --factor_learning_rate_scale 1", "factor_learning_rate_scale=1.0", "trained factors"),
-        ("--train_factors false --factor_learning_rate_scale 1", "factor_learning_rate_scale=1.0", "trained factors"),
-        ("--train_factors false --unitary_loss_coef 0.1", "unitary_loss_coef=0.1", "trained factors"),
-        ("--activation identity --bias_init 0.1", "bias_init=0.1", "activation modrelu"),
-        ("--architecture lstm --num_hidden_layers 1 --hidden_dropout 0.5", "hidden_dropout=0.5", ".*_layers 2 or more"),
-        ("jsb_chorales --architecture orthogonal --hidden_dropout 0.5", "hidden_dropout=0.5", ".*_layers 2 or more"),
-        ("ptb_char --tie_word_embeddings true --input_scale 1", "input_scale=1.0", "tie_word_embeddings false"),
-        ("ptb_char --readout_norm false --layer_norm_epsilon 1e-3", "layer_norm_epsilon=0.001", "readout_norm true"),
-        ("pixel_mnist --bidirectional true --use_cache true", "use_cache=True", "bidirectional false"),
-        ("--resume_from_checkpoint last --overwrite_output_dir true", "overwrite_output_dir=True", "a new run"),
-        ("--hub_model_id me/kru", "hub_model_id='me/kru'", "push_to_hub true"),
-        ("--hub_private_repo true", "hub_private_repo=True", "push_to_hub true"),
-    ],
-)
-def test_an_option_without_effect_is_an_error(words, name, needed):
-    with pytest.raises(UserError, match=f"{name} has no effect here: it works with {needed}"):
-        parse_arguments(words.split())
-
-
-def test_what_has_an_effect_or_is_off_is_none(tmp_path):
-    frozen = "--train_factors false --unitary_loss_coef 0 --hub_private_repo false --adam_beta1 0.8"
-    assert parse_arguments(frozen.split()).run.adam_beta1 == 0.8
-    pushed = parse_arguments(["--push_to_hub", "true", "--hub_model_id", "me/kru", "--hub_private_repo", "true"]).run
-    assert pushed.hub_private_repo
-    assert parse_arguments(["--num_train_epochs", "2"]).run.max_steps == -1  # the default recipe counts steps
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("adam_beta2: 0.9\nfactor_learning_rate_scale: 1.0\n")
-    assert parse_arguments([str(recipe), "--optimizer", "rmsprop"]).run.optimizer == "rmsprop"
-    assert parse_arguments([str(recipe), "--architecture", "lstm"]).run.factor_learning_rate_scale == 1.0
-    recipe.write_text("num_hidden_layers: 2\nhidden_dropout: 0.1\nbias_init: 0.0\n")
-    for words, layers, dropout in (
-        (["--architecture=lstm", "--num_hidden_layers=1"], 1, 0.1),  # the recipe's default, for its two layers
-        (["--architecture=lstm", "--num_hidden_layers=1", "--hidden_dropout=0"], 1, 0.0),
-        (["--architecture=lstm", "--hidden_dropout=0.2"], 2, 0.2),
-        (["--activation=identity", "--num_hidden_layers=1", "--hidden_dropout=0.2"], 1, 0.2),
-    ):
-        model = parse_arguments([str(recipe), *words]).model
-        assert (model.num_hidden_layers, model.hidden_dropout) == (layers, dropout)
-
-
-@pytest.mark.parametrize("cell", GATED_TYPES)
-@pytest.mark.parametrize("name", ["bias_init", "unitary_loss_coef", "max_recurrent_norm"])
-def test_options_of_the_complex_cell_are_refused_for_gated_ones(name, cell):
-    with pytest.raises(UserError, match=f"{name}=0.5 is not valid: it must be left out with cell_type {cell}"):
-        parse_arguments(["--cell_type", cell, f"--{name}", "0.5"])
 
 
 @pytest.mark.parametrize("head", ["sequence_classification", "token_classification", "piano_roll"])

@@ -30,36 +30,52 @@ from kru_hf.piano_roll import (
     write_wav,
 )
 
-from .arguments import check_seed, option, parse_words, require
 from .checkpoint import PRESENTED, RUN_FILES
 from .errors import UserError
 from .files import check_fields, read_json
 from .machine import shown_command
 from .models import check_device, load_model
 from .music_data import piece_figures
+from .options.fields import AT_LEAST_0, FINITE, SEED, Is, Options, option, require
+from .options.parser import parse_words
 from .records.run_record import RECIPE, RUN, read_record
 
 
 @dataclass
-class ComposeOptions:
+class ComposeOptions(Options):
     """What is composed, and where it is written."""
 
     model: str | None = option(None, "Trained folder or Hub id of a piano-roll model.")
     prime: str | None = option(None, "MIDI file that the piece begins with; without it the model begins by itself.")
-    prime_frames: int = option(0, "How many frames of the prime are used; 0: all.")
-    num_frames: int = option(64, "Frames that are composed.")
+    prime_frames: int = option(
+        0, "How many frames of the prime are used; 0: all.", only={"prime": Is.ON}, off=0, allowed=AT_LEAST_0
+    )
+    num_frames: int = option(
+        64,
+        "Frames that are composed.",
+        allowed=(f"between 1 and {MAX_FRAMES}", lambda value: 1 <= value <= MAX_FRAMES),
+    )
     output: str | None = option(None, "MIDI file to write; a .png and a .wav of the same name are written beside it.")
-    temperature: float = option(1.0, "Below 1 the model plays it safe, above 1 it dares more; 0 is no chance at all.")
-    max_voices: int = option(0, "At most that many keys at once; 0: no limit.")
-    min_voices: int = option(0, "At least that many keys at once: the most probable ones join those drawn.")
-    frames_per_quarter: int = option(0, "Grid of the piece; 0: that of the training data.")
-    tempo: float = option(0.0, "Quarter notes a minute; 0: that of the prime, or 90.")
-    seed: int = option(0, "Seed of the draws: the same seed gives the same files.")
+    temperature: float = option(
+        1.0, "Below 1 the model plays it safe, above 1 it dares more; 0 is no chance at all.", allowed=FINITE
+    )
+    max_voices: int = option(0, "At most that many keys at once; 0: no limit.", allowed=AT_LEAST_0)
+    min_voices: int = option(
+        0, "At least that many keys at once: the most probable ones join those drawn.", allowed=AT_LEAST_0
+    )
+    frames_per_quarter: int = option(0, "Grid of the piece; 0: that of the training data.", allowed=AT_LEAST_0)
+    tempo: float = option(
+        0.0,
+        "Quarter notes a minute; 0: that of the prime, or 90.",
+        allowed=("between 10 and 1000, or 0", lambda v: v == 0 or 10 <= v <= 1000),
+    )
+    seed: int = option(0, "Seed of the draws: the same seed gives the same files.", allowed=SEED)
     report: bool = option(
         False, "Compare density and pitch range with the training data: one line of JSON, kept beside the MIDI."
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model is None:
             raise UserError("model is missing: pass --model FOLDER or a Hub id")
         if self.output is None:
@@ -73,19 +89,12 @@ class ComposeOptions:
         require(own, "output", self.output, "another file than prime")
         for path in (Path(self.output), *files):
             require(not path.is_dir(), "output", self.output, f"a file, and {path.name} is a folder")
-        require(self.prime is not None or not self.prime_frames, "prime_frames", self.prime_frames, "0 without prime")
-        require(1 <= self.num_frames <= MAX_FRAMES, "num_frames", self.num_frames, f"between 1 and {MAX_FRAMES}")
-        require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more and finite")
-        for name in ("prime_frames", "max_voices", "min_voices", "frames_per_quarter"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(
             self.frames_per_quarter <= MAX_GRID, "frames_per_quarter", self.frames_per_quarter, f"at most {MAX_GRID}"
         )
         require(self.max_voices <= NUM_PITCHES, "max_voices", self.max_voices, f"at most {NUM_PITCHES}, or 0")
-        check_seed(self.seed)
         most = self.max_voices or NUM_PITCHES
         require(self.min_voices <= most, "min_voices", self.min_voices, f"at most {most}, the most voices allowed")
-        require(self.tempo == 0 or 10 <= self.tempo <= 1000, "tempo", self.tempo, "between 10 and 1000, or 0")
 
 
 def read_prime(options: ComposeOptions, frames_per_quarter: int) -> PianoRoll | None:

@@ -11,9 +11,9 @@ from typing import Any
 from datasets import Dataset, Value
 
 from .errors import UserError, printable
+from .options.data import DataOptions
 from .splits import SPLITS, Parts
 from .tables import TABLE_KINDS, TABLES, open_data, read_table, read_text
-from .tasks.base import DataOptions
 
 EMBEDDED = "python_docs"
 HELD_OUT = 0.05  # share of the characters in each of validation and test, where the data has no splits of its own

@@ -5,7 +5,6 @@ Prints a table, then one line of JSON with the figures.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -16,14 +15,15 @@ import transformers
 from accelerate import Accelerator
 
 from . import processes
-from .arguments import option, parse_words
 from .errors import UserError
 from .evaluation import evaluate
 from .files import check_fields
-from .idle_options import given_names
 from .models import check_device, check_fit, load_model
+from .options.data import DataOptions
+from .options.fields import option
+from .options.parser import parse_words
 from .records.run_record import RECIPE, RUN, RunRecord, read_record
-from .tasks import DataOptions, Task, get_task
+from .tasks import Task, get_task
 
 
 @dataclass
@@ -63,17 +63,6 @@ def choose_data(data: DataOptions, record: RunRecord) -> DataOptions:
     )
 
 
-def refuse_without_dataset(words: list[str], data: DataOptions) -> None:
-    """`UserError` if command-line words say how to read a data set, but not which: that of the training run is meant.
-
-    Its options are in the record, and other ones would be ignored.
-    """
-    names = sorted(given_names(words) & {f.name for f in dataclasses.fields(data)})
-    if data.dataset is None and names:
-        value = getattr(data, names[0])
-        raise UserError(f"{names[0]}={value!r} has no effect here: it works with dataset; pass --dataset or remove it")
-
-
 def load_task(options: EvaluateOptions, data: DataOptions, tokenizer: Any, record: RunRecord) -> Task:
     """The task with the data; an error if they are not those of the training run where they should be."""
     task_class = get_task(record.options["task"])
@@ -103,7 +92,6 @@ def load_task(options: EvaluateOptions, data: DataOptions, tokenizer: Any, recor
 def run(argv: list[str]) -> dict[str, float]:
     """Evaluate as the options say; returns the figures."""
     options, data = parse_words([EvaluateOptions, DataOptions], argv, "training.evaluate")
-    refuse_without_dataset(argv, data)
     record = read_record(options.model)
     task_class = get_task(record.options["task"])
     model, tokenizer = load_model(options.model, task_class.head)

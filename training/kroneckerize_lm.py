@@ -25,21 +25,26 @@ from kru_hf import kroneckerize
 
 from . import checkpoint as ckpt
 from . import processes
-from .arguments import Arguments, ModelOptions, RunOptions, option, parse_words, require
+from .arguments import Arguments
 from .baselines import TORCH_CELLS
 from .errors import Interrupted, UserError
-from .evaluate import EvaluateOptions, load_task, refuse_without_dataset
+from .evaluate import EvaluateOptions, load_task
 from .evaluation import evaluate
 from .lock import locked
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, shown_command
 from .models import load_model
+from .options.data import DataOptions
+from .options.fields import option, require
+from .options.model import ModelOptions
+from .options.parser import parse_words
+from .options.run import RunOptions
 from .records.results_page import table
 from .records.run_record import read_record
 from .records.runs import factors
 from .reporting import Progress
 from .stopping import StopRequest
-from .tasks import DataOptions, Task
+from .tasks import Task
 from .train import check_place, finish, open_folder, start_folder
 
 RESULT = "kroneckerize.json"
@@ -240,7 +245,6 @@ def render(rows: list[dict[str, Any]]) -> str:
 def run(argv: list[str]) -> list[dict[str, Any]]:
     """All rows; the table is written after each, so that an interrupted one is not lost."""
     options, data = parse_words([KroneckerizeOptions, DataOptions], argv, "training.kroneckerize_lm")
-    refuse_without_dataset(argv, data)
     folder = Path(options.output_dir)
     rows: list[dict[str, Any]] = []
     check_place(folder)

@@ -21,10 +21,10 @@ from kru_hf import scan_cpu, scan_gated_cpu, scan_triton
 
 from . import checkpoint as ckpt
 from . import processes
-from .arguments import ModelOptions
 from .baselines import CELLS, BaselineConfig
 from .errors import UserError
 from .files import check_fields, one_line, read, read_json
+from .options.model import ModelOptions
 from .sizing import fit_to_budget
 from .tasks import Task
 from .unitary import UnitaryKRUConfig
@@ -72,12 +72,6 @@ def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedMod
     if options.architecture in CELLS:
         config_type = BaselineConfig
         values["cell"] = options.architecture
-    allowed = {f.name for f in dataclasses.fields(config_type)}
-    foreign = sorted(name for name in options.config_values() if name not in allowed)
-    if foreign:
-        raise UserError(
-            f"{', '.join(foreign)} cannot be given with architecture={options.architecture!r}: only with others"
-        )
     if values.get("bidirectional") and head in STREAMED:
         raise UserError(f"bidirectional=True cannot be given for a {head} task: it would read what it is to predict")
     if values.get("tie_word_embeddings") and head != "causal_lm":

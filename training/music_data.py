@@ -19,9 +19,9 @@ from tqdm import tqdm
 from kru_hf.piano_roll import PROBLEMS, MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
 
 from .errors import UserError, printable
+from .options.data import DataOptions
 from .splits import SPLITS, Parts
 from .tables import TABLE_KINDS, open_data, read_tables
-from .tasks.base import DataOptions
 
 CHORALES = "bach_chorales"
 HELD_OUT = 0.1  # share of the pieces in each of validation and test, where the data has no splits of its own

@@ -10,11 +10,11 @@ import numpy as np
 from datasets import Dataset
 
 from .errors import UserError, printable
+from .options.data import DataOptions
 from .picture_columns import Block, joined_pictures, read_labels, read_pictures
 from .sequences import fingerprint
 from .splits import SPLITS, Parts
 from .tables import TABLE_KINDS, open_data, read_tables
-from .tasks.base import DataOptions
 
 DIGITS = "digits"
 HELD_OUT = 12  # one row of so many in each part that is cut from the training rows

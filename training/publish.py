@@ -7,8 +7,8 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from .arguments import parse_words
 from .errors import UserError
+from .options.parser import parse_words
 from .records.publishing import PublishOptions, publish_folder, said
 
 

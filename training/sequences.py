@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import UserError
-from .tasks.base import Batch, DataOptions, Layout, Task, TaskOutput
+from .options.data import DataOptions
+from .tasks.base import Batch, Layout, Task, TaskOutput
 
 # What can still be drawn and ordered in memory.
 MOST = {"sequence_length": 10**6, "train_samples": 10**8, "validation_samples": 10**8, "test_samples": 10**8}

@@ -19,8 +19,8 @@ from huggingface_hub import HfFileSystem
 
 from .errors import UserError, printable
 from .files import one_line, read
+from .options.data import DataOptions
 from .splits import SHARD, Parts, assign, describe, folder_parts, spelling
-from .tasks.base import DataOptions
 
 # By kind: of a folder that is a part, the files of one kind are read.
 TABLE_KINDS = ((".parquet",), (".arrow",), (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"))

@@ -21,7 +21,7 @@ import kru_hf
 
 from . import checkpoint as ckpt
 from . import processes
-from .arguments import Arguments, ModelOptions, parse_arguments
+from .arguments import Arguments, parse_arguments
 from .driver import Driver
 from .errors import Interrupted, UserError
 from .evaluation import evaluate
@@ -29,6 +29,7 @@ from .lock import locked
 from .loop import TrainingLoop
 from .machine import keep_freed_memory, machines_record
 from .models import build_model, check_device, check_fit, load_model
+from .options.model import ModelOptions
 from .records.publishing import check_before_training, publish_command, publish_folder, said
 from .records.run_record import RECIPE, RUN, read_fields, read_record, recipe_text, resolved
 from .reporting import Progress, results, trackers, write_results
@@ -57,6 +58,7 @@ def prepare_task(arguments: Arguments) -> tuple[Task, Any]:
         torch.manual_seed(arguments.run.seed)  # the same start on every rank
         return task, build_model(task.head, arguments.model, **task.model_kwargs())
     model, tokenizer = load_model(arguments.model.model, task.head)
+    arguments.model.check_turned_off(model.config)
     task.load(tokenizer)
     task.check_vocabulary()
     check_fit(arguments.model.model, model, task)

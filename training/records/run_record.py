@@ -20,10 +20,13 @@ import yaml
 from huggingface_hub import hf_hub_download
 
 from .. import checkpoint as ckpt
-from ..arguments import OFF_AT_ZERO, Arguments, ModelOptions, read_recipe
+from ..arguments import Arguments
 from ..errors import UserError
 from ..files import check_fields, one_line, read, read_json
 from ..machine import shown_path
+from ..options.model import OFF_AT_ZERO, ModelOptions
+from ..options.recipe import read_recipe
+from ..options.rule import idle, is_off
 from ..tasks import get_task
 
 if TYPE_CHECKING:
@@ -35,7 +38,6 @@ OCCASION = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
 }
-UNUSED_BY_GATES = ("bias_init", "unitary_loss_coef", "max_recurrent_norm", "activation")
 TRAINING = ("train_loss", "learning_rate")
 TRAINING_ROWS = 200
 MAPPING = dict[str, Any]
@@ -85,9 +87,9 @@ def resolved(arguments: Arguments, config: Any, precision: str) -> dict[str, Any
     values |= {"parameter_budget": None}
     if values.get("factor_shapes"):
         values |= {"factor_size": None, "factor_shapes": ",".join(f"{p}x{q}" for p, q in values["factor_shapes"])}
-    if getattr(config, "gated", False):
-        values |= dict.fromkeys(UNUSED_BY_GATES)
-    return values
+    own = {f.name: f for f in fields(ModelOptions)}
+    without_effect = idle({name: values[name] for name in own}, own)
+    return values | {name: None for name in without_effect if not is_off(own[name], values[name])}
 
 
 def recipe_text(values: Mapping[str, Any]) -> str:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint as ckpt
-from ..arguments import OFF_AT_ZERO
 from ..errors import UserError
 from ..files import check_fields, one_line, read, read_json
 from ..machine import shown_path
+from ..options.model import OFF_AT_ZERO
 from ..tasks import get_task, task_names
 from .card_text import shown
 from .paper_figures import ADDING, COPY, JSB, PERMUTED, PHONEMES, PIANO, PTB_LARGE, PTB_SMALL, SEQUENTIAL

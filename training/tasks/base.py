@@ -43,7 +43,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -51,6 +51,7 @@ from torch import Tensor
 from kru_hf import KRUCache
 
 from ..errors import UserError
+from ..options.data import DataOptions
 
 
 @dataclass(frozen=True)
@@ -100,52 +101,6 @@ class TaskOutput:
     sums: dict[str, Tensor]
     state: Any = None
     penalty: Tensor | None = None
-
-
-@dataclass
-class DataOptions:
-    """Where data comes from; the same fields for every task."""
-
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "A built-in name, a file, a folder of train/validation/test files or folders, or a Hub id."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision (tag, branch or commit) of it."})
-    text_column: str = field(
-        default="text", metadata={"help": "Column that holds the text, of a table or a data set of the Hub."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.dataset == "":
-            raise UserError("dataset='' is not valid: it must be a built-in name, a file, a folder or a Hub id")
-
-    def refuse_hub_options(self, texts: bool = False) -> None:
-        """For data that are not the Hub's.
-
-        Args:
-            texts: whether they may be tables of texts, for which `text_column` has a meaning.
-
-        Raises:
-            UserError: an option that only a data set of the Hub has; it would be recorded, and have no effect.
-        """
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name not in ("dataset", *(["text_column"] if texts else [])) and value != option.default:
-                raise UserError(
-                    f"{option.name}={value!r} is for a data set of the Hub, but dataset={self.dataset!r} is not one"
-                )
-
-    def refuse_text_column(self, columns: str) -> None:
-        """For data of the Hub without texts, which are read from `columns`.
-
-        Raises:
-            UserError: `text_column` is given; it would have no effect.
-        """
-        if self.text_column != "text":
-            raise UserError(
-                f"text_column={self.text_column!r} is for texts, but dataset={self.dataset!r} is read from {columns}"
-            )
 
 
 class Task(ABC):
