@@ -11,19 +11,18 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from . import compiled  # noqa: F401  (registers operators)
 from .cache_kru import KRUCache
-from .cells import KRURecurrence
 from .char_tokenizer import build_char_tokenizer
 from .configuration_kru import KRUConfig
-from .gated_cells import KRUGRURecurrence, KRUJANETRecurrence, KRULSTMRecurrence
 from .heads_kru import KRUForSequenceClassification, KRUForTokenClassification
 from .kronecker import kron_apply, kron_dense, plan_factor_shapes, random_unitary, unitary_penalty
 from .kroneckerize import KroneckerizeReport, dekroneckerize, kroneckerize
 from .layers import KRU, KRUGRU, KRUJANET, KRULSTM
 from .modeling_kru import KRUForCausalLM, KRUModel, KRUPreTrainedModel
 from .piano_roll_head import KRUForPianoRoll
-from .scan import kru_scan, scan_backend_report
-from .scan_gated import kru_gated_scan
+from .recurrence import KRURecurrence
+from .scan import backend_report, kron_scan, use_backend
 
 __version__ = "0.1.0"
 
@@ -45,22 +44,19 @@ __all__ = [
     "KRUForPianoRoll",
     "KRUForSequenceClassification",
     "KRUForTokenClassification",
-    "KRUGRURecurrence",
-    "KRUJANETRecurrence",
-    "KRULSTMRecurrence",
     "KRUModel",
     "KRUPreTrainedModel",
     "KRURecurrence",
     "KroneckerizeReport",
+    "backend_report",
     "build_char_tokenizer",
     "dekroneckerize",
     "kron_apply",
     "kron_dense",
+    "kron_scan",
     "kroneckerize",
-    "kru_gated_scan",
-    "kru_scan",
     "plan_factor_shapes",
     "random_unitary",
-    "scan_backend_report",
     "unitary_penalty",
+    "use_backend",
 ]

@@ -3,40 +3,34 @@
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .bidirectional import KRUBidirectional
-from .cells import KRURecurrence
 from .configuration_kru import KRUConfig
 from .documents import run_documents
 from .feed_forward import KRUFeedForward
-from .gated_cells import GATED_RECURRENCES, KRUGatedRecurrence
 from .kronecker_linear import linear, structured_linear
 from .readout import normed_linear, undropped
+from .recurrence import KRUBidirectional, KRURecurrence
 
 
-def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence | KRUBidirectional:
+def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUBidirectional:
     """The recurrence of a layer: the cell that ``config.cell_type`` names, or two of them."""
     if config.bidirectional:
         return KRUBidirectional(build_cell(config), build_cell(config))
     return build_cell(config)
 
 
-def build_cell(config: KRUConfig) -> KRURecurrence | KRUGatedRecurrence:
+def build_cell(config: KRUConfig) -> KRURecurrence:
     """The cell that ``config.cell_type`` names."""
-    if config.gated:
-        return GATED_RECURRENCES[config.cell_type](
-            config.factor_shapes,
-            init_scale=config.recurrent_init_scale,
-            chrono_max_length=config.chrono_max_length,
-            train_factors=config.train_factors,
-            backend=config.scan_backend,
-        )
+    reads_bias = config.recurrent_cell.complex and config.activation == "modrelu"
     return KRURecurrence(
         config.factor_shapes,
+        config.recurrent_cell.name,
+        terms=config.recurrent_terms,
         activation=config.activation,
         init=config.recurrent_init,
         init_scale=config.recurrent_init_scale,
         init_max_phase=config.recurrent_init_max_phase,
-        bias_init=config.bias_init if config.activation == "modrelu" else None,
+        bias_init=config.bias_init if reads_bias else None,
+        chrono_max_length=config.chrono_max_length,
         train_factors=config.train_factors,
         backend=config.scan_backend,
     )

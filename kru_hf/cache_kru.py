@@ -1,7 +1,7 @@
 """The recurrent state as a transformers cache: between steps of ``generate()``, between windows of truncated BPTT."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
@@ -135,3 +135,19 @@ def initial_state(cache: DynamicCache | None, layer_index: int, shape: tuple[int
             f"past_key_values holds a state of the shape {tuple(state.shape)}, this call needs {shape}{hint}"
         )
     return state
+
+
+def refuse_state(past_key_values: Any, use_cache: bool | None) -> None:
+    """A ValueError that names the argument with which a bidirectional model is asked to carry or return a state."""
+    name = "past_key_values" if past_key_values is not None else "use_cache=True" if use_cache else None
+    if name is not None:
+        raise ValueError(
+            f"{name} needs a model with bidirectional = False: the reverse direction of this one begins at the end of "
+            "the sequence, so there is no state to go on from"
+        )
+
+
+def refuse_bidirectional(config: Any, what: str) -> None:
+    """A ValueError that names the field if ``config.bidirectional``, for a head that predicts what comes next."""
+    if config.bidirectional:
+        raise ValueError(f"{what} must not read ahead: bidirectional must be False, got True")

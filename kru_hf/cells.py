@@ -1,173 +1,300 @@
-"""The recurrent cell as a module: the factors and the bias, on top of ``kru_scan``."""
+"""CELLS: what tells one recurrent cell from another, in one place. A new cell is one more entry and its functions.
+
+Letters: B samples, C steps of a chunk of time, N units; K planes of the inputs and the factors (the gates of a gated
+cell, real and imaginary part of the complex one); M matrices that multiply h_{t-1} (a gate each, or one complex one);
+S tensors of the state. Inside the functions a complex cell's tensors are complex, so that one code serves all cells.
+
+Each cell brings four functions:
+
+    step(products, u, b, state) -> state              the cell as its paper writes it. products W h_{t-1} and u = U x_t
+                                                      are (M, B, N), b is (rows, 1, N), a state is a tuple of (B, N)
+    derivatives(products, u, b, before, after)        of C steps at once: tensors (C, …, B, N), what the next one needs
+    step_backward(derivatives of a step, d_state) -> d_u (M, B, N), d_products (M, B, N), what reaches the state before
+                                                      by other ways than W (None: nothing)
+    bias_gradient(derivatives, d_h, d_u, d_products) -> (rows, N), summed over a chunk: d_h (C, B, N), the others
+                                                      (M, C, B, N)
+
+A step that is held (mask) gets a d_state of zero, and has to give zeros for it.
+"""
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .kronecker import (
-    at_least_fp32,
-    check_choice,
-    check_max_phase,
-    random_unitary,
-    slow_unitary,
-    to_complex,
-    unitary_penalty,
-)
-from .scan import BACKENDS, kru_scan
-from .scan_reference import ACTIVATIONS
-
-_warned_rectangular = False
+ACTIVATIONS = ("modrelu", "identity")  # of the complex cell
+State = tuple[Tensor, ...]
 
 
-def warn_rectangular(shapes: Sequence[Sequence[int]]) -> None:
-    """Say once that a non-square factor cannot be unitary."""
-    global _warned_rectangular
-    if not _warned_rectangular and any(p != q for p, q in shapes):
-        _warned_rectangular = True
-        rank = math.prod(min(p, q) for p, q in shapes)
-        warnings.warn(
-            f"factor_shapes {list(map(list, shapes))} has non-square factors: the recurrent matrix has rank {rank} of "
-            f"{math.prod(p for p, _ in shapes)} and is a partial isometry at best, never unitary",
-            stacklevel=3,
-        )
+@dataclass(frozen=True)
+class Cell:
+    """An entry of CELLS. ``gates`` names the K planes, ``states`` the S tensors of the state."""
+
+    name: str
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    bias_rows: int  # 0: the bias is (N,)
+    native: int  # number of its template in native/cells.inc; the complex one with activation "identity" is the next
+    step: Callable[..., State]
+    derivatives: Callable[..., tuple[Tensor, ...]]
+    step_backward: Callable[..., tuple[Tensor, Tensor, tuple[Tensor | None, ...]]]
+    bias_gradient: Callable[..., Tensor]
+    complex: bool = False
+    init_scale: float = 0.7  # spectral norm of each matrix at the start
+    input_scale: float = 1.0  # standard deviation of U x at the start: with less, gates start too near to constants
+    keeps: str | None = None  # the gate that keeps the state, whose bias says for how long
+    fills: str | None = None  # the gate that starts opposite to it
+    keep_bias: float = 0.0  # where the bias of ``keeps`` starts
+
+    @property
+    def type(self) -> str:
+        """The name by which a config's ``cell_type`` knows the cell."""
+        return "kru" if self.name == "kru" else f"kru_{self.name}"
+
+    @property
+    def planes(self) -> int:
+        """K: first axis of a factor (K, P, Q), third of the inputs (B, T, K, N)."""
+        return len(self.gates)
+
+    @property
+    def feature_planes(self) -> int:
+        """Width of the features h_t in multiples of N: both parts of a complex number, or one."""
+        return 2 if self.complex else 1
+
+    @property
+    def matrices(self) -> int:
+        """M: matrices that multiply h_{t-1}."""
+        return 1 if self.complex else self.planes
+
+    @property
+    def kept(self) -> int:
+        """Tensors of the state beside h: what ``states`` (B, T, …) does not hold."""
+        return 0 if self.complex else len(self.states) - 1
+
+    def bias_shape(self, units: int) -> tuple[int, ...]:
+        """(N,), or (rows, N)."""
+        return (self.bias_rows, units) if self.bias_rows else (units,)
+
+    def states_shape(self, inputs_shape: Any) -> tuple[int, ...]:
+        """Of h_t over time, for inputs (B, T, K, N): (B, T, 2, N) if complex, else (B, T, N)."""
+        batch, length, _, units = inputs_shape
+        return (batch, length, 2, units) if self.complex else (batch, length, units)
+
+    def to_matrices(self, planes: Tensor) -> Tensor:
+        """(K, …) to (M, …)."""
+        return torch.complex(planes[0], planes[1]).unsqueeze(0) if self.complex else planes
+
+    def to_planes(self, values: Tensor) -> Tensor:
+        """(M, …) to (K, …)."""
+        return torch.stack((values[0].real, values[0].imag)) if self.complex else values
+
+    def to_state(self, tensor: Tensor) -> State:
+        """(…, S, N) to tensors (…, N)."""
+        return (torch.complex(tensor[..., 0, :], tensor[..., 1, :]),) if self.complex else tensor.unbind(-2)
+
+    def from_state(self, state: State) -> Tensor:
+        """Tensors (…, N) to (…, S, N)."""
+        return torch.stack((state[0].real, state[0].imag) if self.complex else state, -2)
+
+
+# The paper's complex cell: z_t = W h_{t-1} + U x_t, h_t = σ(z_t) with σ = modReLU (Arjovsky et al. 2016, eq. 8).
+def modrelu(z: Tensor, b: Tensor) -> Tensor:
+    """σ(z) = z · max(|z| + b, 0) / |z|, σ(0) = 0; gradient 0 at z = 0 and where |z| + b ≤ 0. Complex z (…, N), b (N,).
+
+    Non-expansive for b ≤ 0.
+    """
+    modulus = z.abs()  # (…, N)
+    active = (modulus > 0) & (modulus + b > 0)  # (…, N)
+    # The inner where keeps 1/|z| and its gradient finite near z = 0, where the outer one selects the zero. z multiplies
+    # the scale even where that is zero, so that a NaN stays a NaN.
+    return z * torch.where(active, 1 + b / modulus.where(active, 1), 0)
+
+
+def kru_step(products: Tensor, u: Tensor, b: Tensor | None, state: State) -> State:
+    z = products[0] + u[0]
+    return (z if b is None else modrelu(z, b[0]),)  # without b: the linear network, σ = identity
+
+
+def kru_derivatives(products: Tensor, u: Tensor, b: Tensor | None, before: State, after: State) -> tuple[Tensor, ...]:
+    if b is None:
+        return ()
+    z = products[0] + u[0]  # (C, B, N): recomputed, never recovered from |h|; right for b > 0 too
+    modulus = z.abs()
+    active = (modulus > 0) & (modulus + b[0] > 0)
+    # A NaN is not active: 0 · z carries it into the gradients.
+    unit = torch.where(active, z / modulus, 0 * z)
+    ratio = torch.where(active, b[0] / modulus, 0)
+    return unit, torch.where(active, 1 + ratio, 0 * modulus), ratio
+
+
+def _radial(unit: Tensor, d: Tensor) -> Tensor:
+    return unit.real * d.real + unit.imag * d.imag
+
+
+def kru_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    d = d_state[0]  # (B, N)
+    if local:
+        # h = z + b·z/|z|: the radial part of the gradient passes as it is, the tangential one times 1 + b/|z|.
+        unit, gain, ratio = local
+        d = gain * d - (ratio * _radial(unit, d)) * unit
+    d = d.unsqueeze(0)
+    return d, d, (None,)
+
+
+def kru_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
+    return _radial(local[0], d_h).sum((0, 1)).unsqueeze(0) if local else d_u.new_zeros(1, d_u.shape[-1]).real
+
+
+# LSTM, gates i f g o (Hochreiter & Schmidhuber 1997; Gers et al. 2000):
+# a = W h_{t-1} + u_t + b,  c_t = σ(a_f) c_{t-1} + σ(a_i) tanh(a_g),  h_t = σ(a_o) tanh(c_t)
+def _lstm_gates(products: Tensor, u: Tensor, b: Tensor) -> State:
+    a = products + u + b
+    return a[0].sigmoid(), a[1].sigmoid(), a[2].tanh(), a[3].sigmoid()
+
+
+def lstm_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
+    i, f, g, o = _lstm_gates(products, u, b)
+    c = f * state[1] + i * g
+    return o * c.tanh(), c
+
+
+def lstm_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> tuple[Tensor, ...]:
+    i, f, g, o = _lstm_gates(products, u, b)
+    shown = after[1].tanh()
+    of_c = torch.stack(
+        (g * i * (1 - i), before[1] * f * (1 - f), i * (1 - g.square())), 1
+    )  # (C, 3, B, N): by a_i a_f a_g
+    return of_c, shown * o * (1 - o), o * (1 - shown.square()), f
+
+
+def lstm_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    of_c, by_o, by_c, f = local
+    dh, dc = d_state
+    dc = dc + dh * by_c
+    d = torch.cat((dc * of_c, (dh * by_o).unsqueeze(0)))
+    return d, d, (None, dc * f)
+
+
+def gate_sums(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
+    """The gradient of a bias that is added to u, a row a gate."""
+    return d_u.sum((1, 2))
+
+
+# GRU, gates r z n (Cho et al. 2014, with the reset inside as in torch); b_3 = b'_n is the candidate's recurrent bias:
+# n = tanh(u_n + b_n + r (W_n h_{t-1} + b'_n)),  h_t = (1 − z) n + z h_{t-1}
+def _gru_gates(products: Tensor, u: Tensor, b: Tensor) -> State:
+    r = (products[0] + u[0] + b[0]).sigmoid()
+    z = (products[1] + u[1] + b[1]).sigmoid()
+    inner = products[2] + b[3]
+    return r, z, (u[2] + b[2] + r * inner).tanh(), inner
+
+
+def gru_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
+    _, z, n, _ = _gru_gates(products, u, b)
+    return ((1 - z) * n + z * state[0],)
+
+
+def gru_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> tuple[Tensor, ...]:
+    r, z, n, inner = _gru_gates(products, u, b)
+    by_n = (1 - z) * (1 - n.square())
+    by_u = torch.stack((by_n * inner * r * (1 - r), (before[0] - n) * z * (1 - z), by_n), 1)  # (C, 3, B, N)
+    return by_u, r, z
+
+
+def gru_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    by_u, r, z = local
+    d_u = d_state[0] * by_u
+    return d_u, torch.cat((d_u[:2], (d_u[2] * r).unsqueeze(0))), (d_state[0] * z,)
+
+
+def gru_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
+    return torch.cat((d_u, d_products[2:])).sum((1, 2))
+
+
+# JANET, gates f g: the LSTM with a forget gate alone (van der Westhuizen & Lasenby 2018) with their β = 1:
+# a = W h_{t-1} + u_t + b,  h_t = σ(a_f) h_{t-1} + (1 − σ(a_f − 1)) tanh(a_g)
+def _janet_gates(products: Tensor, u: Tensor, b: Tensor) -> State:
+    a = products + u + b
+    # 1 − σ(a_f − 1) = σ(1 − a_f), without the digits that the difference loses
+    return a[0].sigmoid(), (1 - a[0]).sigmoid(), a[1].tanh()
+
+
+def janet_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
+    f, opened, g = _janet_gates(products, u, b)
+    return (f * state[0] + opened * g,)
+
+
+def janet_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> tuple[Tensor, ...]:
+    f, opened, g = _janet_gates(products, u, b)
+    by_f = before[0] * f * (1 - f) - g * opened * (1 - opened)
+    return torch.stack((by_f, opened * (1 - g.square())), 1), f  # (C, 2, B, N), (C, B, N)
+
+
+def janet_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    by_a, f = local
+    d = d_state[0] * by_a
+    return d, d, (d_state[0] * f,)
+
+
+_ENTRIES = (
+    Cell(
+        "kru", ("re", "im"), ("re", "im"), 0, 0,
+        kru_step, kru_derivatives, kru_step_backward, kru_bias_gradient,
+        complex=True, init_scale=0.95, input_scale=0.1,
+    ),
+    Cell(
+        "lstm", ("i", "f", "g", "o"), ("h", "c"), 4, 2,
+        lstm_step, lstm_derivatives, lstm_step_backward, gate_sums,
+        keeps="f", fills="i", keep_bias=1.0,
+    ),
+    Cell(
+        "gru", ("r", "z", "n"), ("h",), 4, 3,
+        gru_step, gru_derivatives, gru_step_backward, gru_bias_gradient,
+        keeps="z",
+    ),
+    Cell(
+        "janet", ("f", "g"), ("h",), 2, 4,
+        janet_step, janet_derivatives, janet_step_backward, gate_sums,
+        keeps="f", keep_bias=1.0,
+    ),
+)  # fmt: skip
+CELLS = {cell.name: cell for cell in _ENTRIES}
+BY_TYPE = {cell.type: cell for cell in _ENTRIES}
+
+
+def check_chrono(name: str, max_length: int) -> None:
+    """Raise `ValueError` unless [1, T_max − 1] is an interval."""
+    if max_length < 3:
+        raise ValueError(f"{name} must be None or at least 3 steps, got {max_length}")
+
+
+def gate_bias(
+    cell: Cell, size: int, max_length: int | None, keep_bias: float | None = None, rows: int | None = None
+) -> Tensor:
+    """Where the biases (rows, N) of a gated cell start; ``rows`` for torch's own layers, which have a row a gate.
+
+    The bias of the gate that keeps the state is log u with u ~ U[1, T_max − 1], so that σ(log u) = u / (1 + u) keeps
+    what a unit holds for about 1 + u steps, and an LSTM's input gate starts at −log u: the chrono initialisation of
+    Tallec & Ollivier, "Can recurrent neural networks warp time?" (ICLR 2018), equation 16. Without ``max_length``,
+    T_max in steps, that bias is ``keep_bias``, by default the cell's own. All others are zero.
+    """
+    bias = torch.zeros(rows or cell.bias_rows, size)
+    if cell.keeps is None:
+        return bias
+    keeps = cell.gates.index(cell.keeps)
+    if max_length is None:
+        bias[keeps] = cell.keep_bias if keep_bias is None else keep_bias
+        return bias
+    bias[keeps] = torch.empty(size).uniform_(1, max_length - 1).log()  # (N,)
+    if cell.fills is not None:
+        bias[cell.gates.index(cell.fills)] = -bias[keeps]  # (N,)
+    return bias
 
 
 def check_scale(init_scale: float) -> None:
     """Raise `ValueError` unless it can be the spectral norm that a recurrent matrix starts with."""
     if not 0 < init_scale < math.inf:
         raise ValueError(f"init_scale must be positive and finite, got {init_scale}")
-
-
-def own_bias(cell: nn.Module, bias: Tensor, trained: bool) -> None:
-    """Make ``bias`` the cell's: a parameter, or a buffer, which no optimizer and no requires_grad_() reaches."""
-    if trained:
-        cell.bias = nn.Parameter(bias)
-    else:
-        cell.register_buffer("bias", bias)
-
-
-class FactorList(nn.ParameterList):
-    """The factors of a cell. They are read by a call, which is when weights that are offloaded are brought in."""
-
-    __call__ = nn.Module.__call__  # ParameterList refuses calls
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """The factors, slowest index of the state first. Adapters in this place are called with an x, any tensor."""
-        return list(self)
-
-
-class KRURecurrence(nn.Module):
-    """h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t): factors (2, P_f, Q_f) and b (N,).
-
-    ``input_planes``, ``output_planes`` and ``state_planes`` give the width of inputs (B, T, ·, N), of the features
-    read from it and of its state (B, ·, N), in multiples of N.
-    """
-
-    input_planes = 2
-    output_planes = 2
-    state_planes = 2
-    bias: Tensor
-
-    def __init__(
-        self,
-        factor_shapes: Sequence[Sequence[int]],
-        *,
-        activation: str = "modrelu",
-        init: str = "random",
-        init_scale: float = 0.95,
-        init_max_phase: float | None = None,
-        bias_init: float | None = None,
-        bias: bool = True,
-        train_factors: bool = True,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        warn_rectangular(factor_shapes)
-        if init not in ("random", "identity"):
-            raise ValueError(f"init must be 'random' or 'identity', got {init!r}")
-        check_choice("activation", activation, ACTIVATIONS)
-        check_choice("backend", backend, BACKENDS)
-        check_scale(init_scale)
-        bias = bias and activation == "modrelu"  # the linear network reads none
-        if bias_init is not None and not bias:
-            raise ValueError(f"bias_init must be None without a bias, got {bias_init}")
-        bias_init = (-0.1 if bias else 0.0) if bias_init is None else bias_init
-        if not math.isfinite(bias_init):
-            raise ValueError(f"bias_init must be finite, got {bias_init}")
-        if init_max_phase is not None:
-            check_max_phase("init_max_phase", init_max_phase, init, factor_shapes)
-        self.factor_shapes = [(p, q) for p, q in factor_shapes]
-        self.state_size = math.prod(p for p, _ in self.factor_shapes)
-        self.activation = activation
-        self.init = init
-        self.init_scale = init_scale
-        self.init_max_phase = init_max_phase
-        self.bias_init = bias_init
-        self.backend = backend
-        self.factors = FactorList(
-            [nn.Parameter(torch.empty(2, p, q), requires_grad=train_factors) for p, q in self.factor_shapes]
-        )
-        own_bias(self, torch.empty(self.state_size), bias)  # (N,)
-        self.reset_parameters()
-
-    def initial_factors(self) -> list[Tensor]:
-        """Random unitary or identity factors (2, P_f, Q_f), times the F-th root of the spectral norm wanted of W."""
-        count = len(self.factor_shapes)
-        scale = self.init_scale ** (1 / count)
-        if self.init == "identity":
-            return [scale * torch.stack([torch.eye(p, q), torch.zeros(p, q)]) for p, q in self.factor_shapes]
-        if self.init_max_phase is not None:
-            # The phases of a Kronecker product are the sums of its factors' phases.
-            return [scale * slow_unitary(p, self.init_max_phase / count) for p, _ in self.factor_shapes]
-        return [scale * random_unitary(p, q) for p, q in self.factor_shapes]
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initial factors, constant bias. Parameters on the meta device are left for the loader to fill."""
-        if self.bias.is_meta:
-            return
-        for factor, start in zip(self.factors, self.initial_factors(), strict=True):
-            factor.copy_(start)  # (2, P, Q)
-        self.bias.fill_(self.bias_init)  # (N,)
-
-    def penalty(self) -> Tensor:
-        """Soft unitary penalty Σ_f ‖W_f^H W_f − I‖²: a scalar."""
-        return unitary_penalty(self.factors(torch.empty(0)))  # the bias may be offloaded: no x to call with
-
-    @torch.no_grad()
-    def bound_norm(self, limit: float) -> None:
-        """Scale the factors alike, so that the spectral norm of W, the product of theirs, is at most ``limit``.
-
-        The penalty keeps it near 1, on either side. Above 1 a state that is carried on and on can grow beyond float32.
-        """
-        if not all(bool(factor.isfinite().all()) for factor in self.factors):
-            return  # there is no norm to hold, and whoever looks at the loss sees it
-        norms = [torch.linalg.matrix_norm(to_complex(at_least_fp32(factor), 0), 2) for factor in self.factors]
-        scale = (limit / torch.stack(norms).prod()).clamp(max=1) ** (1 / len(norms))  # ()
-        for factor in self.factors:
-            factor.mul_(scale)  # (2, P, Q)
-
-    def forward(
-        self, inputs: Tensor, initial_state: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """inputs (B, T, 2, N) = U x_t, initial_state (B, 2, N), mask (B, T): states (B, T, 2, N), final (B, 2, N).
-
-        Computed in fp32 (fp64 for fp64 inputs) whatever the dtype of the inputs; that is also the dtype returned.
-        """
-        dtype = torch.promote_types(inputs.dtype, torch.float32)
-        return kru_scan(
-            inputs.to(dtype),
-            [factor.to(dtype) for factor in self.factors(inputs)],
-            self.bias.to(dtype),
-            None if initial_state is None else initial_state.to(dtype),
-            mask,
-            activation=self.activation,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        shapes = " ".join(f"{p}x{q}" for p, q in self.factor_shapes)
-        return f"state_size={self.state_size}, factors={shapes}, activation={self.activation}"

@@ -10,19 +10,16 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .gate_bias import check_chrono
+from .cells import ACTIVATIONS, BY_TYPE, CELLS, Cell, check_chrono
 from .kronecker import MOST_UNITS, check_choice, check_max_phase, plan_with_warning
+from .transforms import BACKENDS
 
 logger = logging.getLogger(__name__)
 
-# cell_type: planes of width N that the cell takes as input, and that it gives as features.
-CELL_PLANES = {"kru": (2, 2), "kru_lstm": (4, 1), "kru_gru": (3, 1), "kru_janet": (2, 1)}
-CELL_TYPES = tuple(CELL_PLANES)
-GATED_TYPES = CELL_TYPES[1:]
+CELL_TYPES = tuple(BY_TYPE)
+GATED_TYPES = tuple(name for name, cell in BY_TYPE.items() if not cell.complex)
 WIRINGS = ("residual", "plain")
-ACTIVATIONS = ("modrelu", "identity")
 RECURRENT_INITS = ("random", "identity")
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 
 # What transformers and the Hub read in a config.json without declaring it: no reason for a warning.
 _READ_ELSEWHERE = (
@@ -81,6 +78,8 @@ class KRUConfig(PreTrainedConfig):
             al. 2021). None: dense. n divides ``hidden_size``, the width of the states and ``intermediate_size``.
         intermediate_size: width of a gated feed-forward block after each recurrence (residual wiring); None for none.
         readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
+        recurrent_terms: R, terms of the recurrent matrix W = Σ_r ⊗_f W_f^(r), each with factors of its own. R > 1: the
+            terms start scaled by 1/√R, and the penalty is ‖W^H W − I‖² of W itself.
         recurrent_init: "random" (Haar-random unitary factors), or "identity": a memory that keeps what it reads
             where it is, the better start where a sum is asked for (Henaff, Szlam & LeCun 2016).
         recurrent_init_scale: spectral norm of W at the start (0.95; gated 0.7); each factor gets its F-th root.
@@ -98,7 +97,7 @@ class KRUConfig(PreTrainedConfig):
         unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
             1.5 on text and gradients through carried state explode within 500 steps; 0.1 holds it near 1.1.
         train_factors: False freezes W at its start (the paper's copy-memory setting).
-        scan_backend: engine of the recurrence, see ``kru_hf.scan_backend_report()``.
+        scan_backend: engine of the recurrence, see ``kru_hf.backend_report()``; "auto" follows ``use_backend()``.
         input_size: width of continuous frames given as ``input_values``; None for token ids alone.
         layer_norm_epsilon: of every RMS norm.
         initializer_range: standard deviation of the output head's weights at the start, and of the embedding if tied.
@@ -128,6 +127,7 @@ class KRUConfig(PreTrainedConfig):
     kronecker_terms: int | None = None
     intermediate_size: int | None = None
     readout_norm: bool = True
+    recurrent_terms: int = 1
     recurrent_init: str = "random"
     recurrent_init_scale: float | int | None = None
     recurrent_init_max_phase: float | int | None = None
@@ -232,8 +232,8 @@ class KRUConfig(PreTrainedConfig):
         return {
             "num_hidden_layers": 1 if plain else 2,
             "hidden_size": self.feature_planes * int(self.state_size or 0) if plain else 128,
-            "recurrent_init_scale": 0.7 if self.gated else 0.95,
-            "input_scale": 1.0 if self.gated else 0.1,
+            "recurrent_init_scale": self.recurrent_cell.init_scale,
+            "input_scale": self.recurrent_cell.input_scale,
         }
 
     def _resolve_shapes(self) -> None:
@@ -283,8 +283,9 @@ class KRUConfig(PreTrainedConfig):
         """Width of the token embedding: with the plain wiring that of U x or of its low-rank map, else D."""
         if self.wiring != "plain":
             return int(self.hidden_size or 0)
-        planes, _ = CELL_PLANES.get(self.cell_type, (2, 2))
-        return self.io_rank if self.io_rank is not None else self.directions * planes * int(self.state_size or 0)
+        return (
+            self.io_rank if self.io_rank is not None else self.directions * self.recurrent_cell.planes * int(self.state_size or 0)
+        )
 
     @property
     def feature_size(self) -> int:
@@ -292,9 +293,14 @@ class KRUConfig(PreTrainedConfig):
         return self.io_rank if self.wiring == "plain" and self.io_rank is not None else int(self.hidden_size or 0)
 
     @property
+    def recurrent_cell(self) -> Cell:
+        """The entry of CELLS that ``cell_type`` names."""
+        return BY_TYPE.get(self.cell_type, CELLS["kru"])  # read before the name is checked
+
+    @property
     def gated(self) -> bool:
         """Whether the cell is gated: real factors, no penalty."""
-        return self.cell_type in GATED_TYPES
+        return not self.recurrent_cell.complex
 
     @property
     def directions(self) -> int:
@@ -304,7 +310,7 @@ class KRUConfig(PreTrainedConfig):
     @property
     def feature_planes(self) -> int:
         """Width of a layer's states, of both directions if there are two, in multiples of N."""
-        return self.directions * CELL_PLANES.get(self.cell_type, (2, 2))[1]
+        return self.directions * self.recurrent_cell.feature_planes
 
     def validate_layer_type(self) -> None:
         """The stock check knows attention layers only; ``layer_types`` is computed here and always right."""
@@ -326,7 +332,7 @@ class KRUConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "kronecker_terms", "intermediate_size")
-        for name in (*sizes, "input_size"):
+        for name in (*sizes, "input_size", "recurrent_terms"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -352,6 +358,10 @@ class KRUConfig(PreTrainedConfig):
             raise ValueError(f"bias_init of activation 'identity' must stay -0.1 (unused), got {self.bias_init}")
         if self.gated and self.recurrent_init != "random":
             raise ValueError(f"recurrent_init of a gated cell must be 'random', got {self.recurrent_init!r}")
+        if self.recurrent_init == "identity" and self.recurrent_terms > 1:
+            raise ValueError(
+                f"recurrent_init 'identity' makes terms alike: recurrent_terms must be 1, got {self.recurrent_terms}"
+            )
         if self.chrono_max_length is not None:
             if not self.gated:
                 raise ValueError(f"chrono_max_length of an ungated cell must be None, got {self.chrono_max_length}")
@@ -367,8 +377,6 @@ class KRUConfig(PreTrainedConfig):
                 self.recurrent_init,
                 self.factor_shapes or [],
             )
-        if self.gated and self.scan_backend == "triton":
-            raise ValueError("scan_backend of a gated cell must be one of auto, reference, torch, cpu, got 'triton'")
         if self.tie_word_embeddings and self.embedding_size != self.feature_size:
             raise ValueError(
                 f"tie_word_embeddings needs an embedding as wide as what the head reads, got {self.embedding_size} and "
@@ -403,7 +411,7 @@ class KRUConfig(PreTrainedConfig):
             raise ValueError(f"wiring 'plain' has no such maps: kronecker_terms must be None, got {terms}")
         if self.io_rank is not None:
             raise ValueError(f"give io_rank or kronecker_terms, not both: got {self.io_rank} and {terms}")
-        inputs, outputs = CELL_PLANES.get(self.cell_type, (2, 2))
+        inputs, outputs = self.recurrent_cell.planes, self.recurrent_cell.feature_planes
         widths = {
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,

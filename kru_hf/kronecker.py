@@ -1,7 +1,8 @@
-"""Kronecker products of small complex factors: the algebra behind the recurrent matrix.
+"""Kronecker products of small factors: the algebra behind the recurrent matrix.
 
-A factor is a real tensor (2, P, Q): plane 0 is the real part, plane 1 the imaginary part. The matrix is
-``W = W_0 ⊗ … ⊗ W_{F-1}`` in the order of :func:`torch.kron`: factor 0 is the slowest index of the state.
+A complex factor is a real tensor (2, P, Q): plane 0 is the real part, plane 1 the imaginary part. The matrix is
+``W = W_0 ⊗ … ⊗ W_{F-1}`` in the order of :func:`torch.kron`: factor 0 is the slowest index of the state; or a sum of
+R such terms, whose factors are (R, 2, P, Q). Gated cells have real factors (K, P, Q) or (R, K, P, Q), a matrix a gate.
 Letters: F factors, factor f is P_f × Q_f, N = ∏ P_f = ∏ Q_f.
 """
 
@@ -26,7 +27,7 @@ def to_planes(values: Tensor, dim: int) -> Tensor:
     return torch.stack((values.real, values.imag), dim)
 
 
-def kron_apply_complex(factors: Sequence[Tensor], x: Tensor) -> Tensor:
+def kron_multiply(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     """(W_0 ⊗ … ⊗ W_{F-1}) x without building the matrix; complex or real factors (P_f, Q_f), x (…, ∏ Q_f).
 
     Factors act in the order of :func:`apply_order`, which keeps the intermediates small when some are rectangular.
@@ -48,21 +49,38 @@ def kron_apply_complex(factors: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def kron_apply(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     """Kronecker product of the complex ``factors``, each (2, P_f, Q_f), times ``x`` (…, 2, ∏ Q_f): (…, 2, ∏ P_f)."""
-    product = kron_apply_complex([to_complex(factor, 0) for factor in factors], to_complex(x, -2))
+    product = kron_multiply([to_complex(factor, 0) for factor in factors], to_complex(x, -2))
     return to_planes(product, -2)
 
 
-def kron(a: Tensor, b: Tensor) -> Tensor:
-    """:func:`torch.kron` of matrices (P, Q) and (P', Q') in any layout, some of which that function refuses."""
-    return (a[:, None, :, None] * b[:, None]).reshape(a.shape[0] * b.shape[0], -1)  # (P·P', Q·Q')
+def kron_product(matrices: Sequence[Tensor]) -> Tensor:
+    """⊗ of F stacks of real or complex matrices (…, P_f, Q_f), stack by stack: (…, ∏ P_f, ∏ Q_f). Differentiable."""
+    product = matrices[0]
+    for matrix in matrices[1:]:
+        rows, columns = product.shape[-2] * matrix.shape[-2], product.shape[-1] * matrix.shape[-1]
+        blocks = product[..., :, None, :, None] * matrix[..., None, :, None, :]  # (…, P, P', Q, Q')
+        product = blocks.reshape(*product.shape[:-2], rows, columns)
+    return product
 
 
 def kron_dense(factors: Sequence[Tensor]) -> Tensor:
-    """The whole matrix (2, ∏ P_f, ∏ Q_f) of the factors (2, P_f, Q_f), differentiable; O(N²) memory."""
-    matrix = to_complex(factors[0], 0)  # (P_0, Q_0)
-    for factor in factors[1:]:
-        matrix = kron(matrix, to_complex(factor, 0))  # (∏ P, ∏ Q)
-    return to_planes(matrix, 0)
+    """The whole matrix (2, ∏ P_f, ∏ Q_f) of complex factors (2, P_f, Q_f) or (R, 2, P_f, Q_f); O(N²) memory."""
+    product = kron_product([to_complex(factor, -3) for factor in factors])  # (∏ P, ∏ Q), or (R, ∏ P, ∏ Q)
+    return to_planes(product if product.dim() == 2 else product.sum(0), 0)
+
+
+def merge_terms(factors: list[Tensor], complex_planes: bool) -> list[Tensor]:
+    """Factors (R, K, P_f, Q_f) as they are, or one (1, K, N, N), the sum of their terms, where that is cheaper.
+
+    A term costs N · Σ P_f multiply-adds a step, the dense matrix N². Differentiable.
+    """
+    terms = len(factors[0])
+    units = math.prod(factor.shape[2] for factor in factors)
+    if terms == 1 or units > terms * sum(max(factor.shape[2:]) for factor in factors):
+        return factors
+    matrices = [to_complex(factor, 1) for factor in factors] if complex_planes else factors
+    dense = kron_product(matrices).sum(0, keepdim=True)  # (1, N, N), or (1, K, N, N)
+    return [to_planes(dense, 1) if complex_planes else dense]
 
 
 def apply_order(shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -87,12 +105,49 @@ def gram_residual(factor: Tensor) -> Tensor:
 
 
 def unitary_penalty(factors: Sequence[Tensor]) -> Tensor:
-    """The paper's soft unitary constraint Σ_f ‖W_f^H W_f − I‖²_F: a scalar, 0 exactly for unitary factors.
+    """The soft unitary constraint: a scalar, 0 exactly for a unitary W (of square factors).
 
-    A rectangular factor makes W a partial isometry at best: its penalty can vanish, yet W is never unitary.
+    One term, factors (2, P, Q): the paper's Σ_f ‖W_f^H W_f − I‖²_F. A rectangular factor makes W a partial isometry at
+    best: its penalty can vanish, yet W is never unitary. A sum of R terms, factors (R, 2, P, Q): ‖W^H W − I‖²_F.
     """
+    if factors[0].dim() == 4:
+        return _sum_penalty(factors)
     terms = [torch.view_as_real(gram_residual(factor)).square().sum() for factor in factors]
     return torch.stack(terms).sum()
+
+
+def _sum_penalty(factors: Sequence[Tensor]) -> Tensor:
+    """‖W^H W − I‖²_F = Σ_{rstu} ∏_f tr(G_f^rs G_f^tu) − 2 Σ_rs ∏_f tr(G_f^rs) + N with G_f^rs = W_f^(r)H W_f^(s).
+
+    Unitary terms do not make a unitary sum, so that W itself is held, without W: from the Gram matrices of the pairs.
+    In float64, for the terms cancel.
+    """
+    units = 1
+    traces = squares = torch.ones((), dtype=torch.complex128, device=factors[0].device)
+    for factor in factors:
+        matrices = to_complex(factor.double(), 1)  # (R, P, Q)
+        grams = torch.einsum("rpa,spb->rsab", matrices.conj(), matrices).flatten(0, 1)  # (R², Q, Q)
+        traces = traces * grams.diagonal(dim1=1, dim2=2).sum(1)  # (R²,)
+        squares = squares * (grams.flatten(1) @ grams.mT.flatten(1).mT)  # (R², R²): tr(G G')
+        units *= factor.shape[3]
+    return (squares.sum().real - 2 * traces.sum().real + units).to(at_least_fp32(factors[0]).dtype)
+
+
+def spectral_norm(factors: Sequence[Tensor]) -> Tensor:
+    """‖W‖_2 of complex factors (2, P, Q): the product of theirs; of a sum (R, 2, P, Q): by 50 power iterations."""
+    matrices = [to_complex(at_least_fp32(factor), -3) for factor in factors]
+    if factors[0].dim() == 3:
+        return torch.stack([torch.linalg.matrix_norm(matrix, 2) for matrix in matrices]).prod()  # ()
+    terms = list(zip(*matrices, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, math.prod(f.shape[-1] for f in factors), generator=generator).to(matrices[0])  # (1, N)
+    norm = x.new_ones((), dtype=x.real.dtype)
+    for _ in range(50):
+        x = x / torch.linalg.vector_norm(x)
+        x = torch.stack([kron_multiply(term, x) for term in terms]).sum(0)
+        norm = torch.linalg.vector_norm(x)
+        x = torch.stack([kron_multiply([matrix.mH for matrix in term], x) for term in terms]).sum(0)
+    return norm
 
 
 def random_unitary(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
@@ -216,18 +271,29 @@ def group_factors(shapes: Sequence[tuple[int, int]], max_groups: int = 3, overhe
     return [b - a for a, b in itertools.pairwise([0, *cuts, count])]
 
 
-def factor_gradients(factors: Sequence[Tensor], group_grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients (G, P_f, Q_f) of factors that were merged by :func:`group_factors`, from those of the merged matrices.
+def merge_groups(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Factors (G, P_f, Q_f), real or complex, to at most three groups (G, P, Q) with the same product in each of G."""
+    rest = iter(factors)
+    lengths = group_factors([(factor.shape[1], factor.shape[2]) for factor in factors])
+    return [kron_product(list(itertools.islice(rest, length))) for length in lengths]
+
+
+def factor_gradients(
+    factors: Sequence[Tensor], group_grads: Sequence[Tensor], lengths: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Gradients (G, P_f, Q_f) of factors that were merged in runs of ``lengths``, from those of the merged matrices.
+
+    The runs are by default those of :func:`merge_groups`.
 
     factors: G gates of real or complex (G, P_f, Q_f), each gate a product of its own. group_grads: (G, ∏ P, ∏ Q) a run.
     """
     result: list[Tensor] = []
-    for length, grad in zip(group_factors([(f.shape[1], f.shape[2]) for f in factors]), group_grads, strict=True):
+    lengths = lengths or group_factors([(f.shape[1], f.shape[2]) for f in factors])
+    for length, grad in zip(lengths, group_grads, strict=True):
         run = factors[len(result) : len(result) + length]
         merged = [run[0]]  # (G, P, Q): products of the first one, two, … factors
         for factor in run[1:-1]:
-            product = torch.einsum("gab,gcd->gacbd", merged[-1], factor)  # (G, P, P', Q, Q')
-            merged.append(product.flatten(3).flatten(1, 2))
+            merged.append(kron_product([merged[-1], factor]))
         grads = []
         for head, last in zip(reversed(merged[: length - 1]), reversed(run[1:]), strict=True):
             sizes = (head.shape[1], last.shape[1], head.shape[2], last.shape[2])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .kronecker import kron_product
 from .kronecker_rnn import fresh_factors, own_rnn_class
 
 GATES = {
@@ -80,16 +81,6 @@ class KroneckerizeReport:
             for gate in self.gates
         ]
         return "\n".join(lines)
-
-
-def kron_dense_real(factors: Sequence[Tensor]) -> Tensor:
-    """⊗ of real factors, each a stack of G gates (G, P_f, Q_f): (G, ∏ P_f, ∏ Q_f), in the order of ``torch.kron``."""
-    product = factors[0]  # (G, P, Q)
-    for factor in factors[1:]:
-        gates, rows, columns = product.shape
-        blocks = product[:, :, None, :, None] * factor[:, None, :, None, :]  # (G, P, P_f, Q, Q_f)
-        product = blocks.reshape(gates, rows * factor.shape[1], columns * factor.shape[2])  # (G, P·P_f, Q·Q_f)
-    return product
 
 
 def nearest_kronecker(weight: Tensor, factor_shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -173,7 +164,7 @@ class KroneckerWeight(nn.Module):
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Factors, each (G, P_f, Q_f), to the dense weight (G·N, N)."""
-        return kron_dense_real(factors).flatten(0, 1)  # (G·N, N)
+        return kron_product(factors).flatten(0, 1)  # (G·N, N)
 
     def right_inverse(self, weight: Tensor) -> list[Tensor]:
         """Dense weight (G·N, N) to the nearest factors, each (G, P_f, Q_f)."""

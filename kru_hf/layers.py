@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .cells import KRURecurrence
-from .gated_cells import KRUGatedRecurrence, KRUGRURecurrence, KRUJANETRecurrence, KRULSTMRecurrence
 from .kronecker import plan_with_warning
+from .recurrence import KRURecurrence
 
 
 class _KroneckerLayer(nn.Module):
@@ -37,8 +36,8 @@ class _KroneckerLayer(nn.Module):
     """
 
     proj_size = 0  # read by code that knows torch's layers
-    _cell: type[KRURecurrence] | type[KRUGatedRecurrence]
-    _cell_options: tuple[str, ...]  # what the cell takes beside the arguments here
+    _cell: str  # a name of CELLS
+    _cell_options: tuple[str, ...] = ("init_scale", "chrono_max_length", "terms")  # of KRURecurrence
 
     def __init__(
         self,
@@ -89,7 +88,9 @@ class _KroneckerLayer(nn.Module):
         width = input_size
         for _ in range(num_layers):
             for _ in range(self.num_directions):
-                cell = self._cell(shapes, bias=bool(bias), train_factors=train_factors, backend=backend, **cell_options)
+                cell = KRURecurrence(
+                    shapes, self._cell, bias=bool(bias), train_factors=train_factors, backend=backend, **cell_options
+                )
                 self.recurrences.append(cell)
                 self.input_maps.append(nn.Linear(width, cell.input_planes * state_size, bias=False))
             width = self.num_directions * cell.output_planes * state_size
@@ -99,7 +100,7 @@ class _KroneckerLayer(nn.Module):
 
     def _planes(self, hx: Any, batch: int | None) -> Tensor:
         """The caller's initial state, for ``batch`` sequences or one without a batch, to (L·directions, B, S, N)."""
-        return self._state_tensor("h_0", hx, self._cell.state_planes, batch)
+        return self._state_tensor("h_0", hx, cast(KRURecurrence, self.recurrences[0]).state_planes, batch)
 
     def _state(self, planes: Tensor) -> Any:
         """(L·directions, B, S, N) to what the caller gets."""
@@ -206,8 +207,8 @@ class KRU(_KroneckerLayer):
     Add :meth:`penalty`, times a coefficient, to the training loss.
     """
 
-    _cell = KRURecurrence
-    _cell_options = ("activation", "init", "init_scale", "init_max_phase", "bias_init")
+    _cell = "kru"
+    _cell_options = ("terms", "activation", "init", "init_scale", "init_max_phase", "bias_init")
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ ‖W_f^H W_f − I‖² over all factors: a scalar."""
@@ -217,11 +218,10 @@ class KRU(_KroneckerLayer):
 class KRULSTM(_KroneckerLayer):
     """LSTM with Kronecker recurrent matrices: features N wide a direction; state (h, c), (L·directions, B, N) each.
 
-    Further options: ``init_scale`` and ``chrono_max_length`` of ``KRULSTMRecurrence``.
+    Further options: ``init_scale`` and ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
     """
 
-    _cell = KRULSTMRecurrence
-    _cell_options = ("init_scale", "chrono_max_length")
+    _cell = "lstm"
 
     def _planes(self, hx: tuple[Tensor, Tensor], batch: int | None) -> Tensor:
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
@@ -238,19 +238,17 @@ class KRULSTM(_KroneckerLayer):
 class KRUGRU(_KroneckerLayer):
     """GRU with Kronecker recurrent matrices: features N wide a direction; state (L·directions, B, N).
 
-    Further options: ``init_scale`` and ``chrono_max_length`` of ``KRUGRURecurrence``.
+    Further options: ``init_scale`` and ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
     """
 
-    _cell = KRUGRURecurrence
-    _cell_options = ("init_scale", "chrono_max_length")
+    _cell = "gru"
 
 
 class KRUJANET(_KroneckerLayer):
     """JANET, the LSTM with a forget gate alone, with Kronecker recurrent matrices: half the parameters of ``KRULSTM``.
 
-    Features N wide a direction; state (L·directions, B, N). See ``scan_gated`` for its equation. Further options:
-    ``init_scale`` and ``chrono_max_length`` of ``KRUJANETRecurrence``.
+    Features N wide a direction; state (L·directions, B, N). See ``cells`` for its equation. Further options:
+    ``init_scale``, ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
     """
 
-    _cell = KRUJANETRecurrence
-    _cell_options = ("init_scale", "chrono_max_length")
+    _cell = "janet"

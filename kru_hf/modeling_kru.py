@@ -13,15 +13,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .bidirectional import refuse_bidirectional, refuse_state
 from .blocks import KRUPlainLayer, KRUResidualLayer
-from .cache_kru import KRUCache, check_cache, initial_state
-from .cells import KRURecurrence
+from .cache_kru import KRUCache, check_cache, initial_state, refuse_bidirectional, refuse_state
 from .configuration_kru import KRUConfig
 from .documents import read_batch
-from .gated_cells import KRUGatedRecurrence
 from .kronecker_linear import KroneckerLinear, linear
 from .readout import map_dtype, normed_linear, undropped
+from .recurrence import KRURecurrence
 from .transforms import can_look_at
 
 
@@ -78,12 +76,8 @@ class KRUPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, KRURecurrence):
             for factor, start in zip(module.factors, module.initial_factors(), strict=True):
-                init.copy_(factor, start)  # (2, P, Q)
-            init.constant_(module.bias, module.bias_init)  # (N,)
-        elif isinstance(module, KRUGatedRecurrence):
-            for factor, start in zip(module.factors, module.initial_factors(), strict=True):
-                init.copy_(factor, start)  # (G, P, Q)
-            init.copy_(module.bias, module.initial_bias())  # (·, N)
+                init.copy_(factor, start)
+            init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, KroneckerLinear):
             init.normal_(module.mixing, std=module.mixing_std)  # (n, n, n)
             init.normal_(module.blocks, std=module.blocks_std)  # (n, out/n, in/n)

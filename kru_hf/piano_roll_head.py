@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .bidirectional import refuse_bidirectional
-from .cache_kru import KRUCache
+from .cache_kru import KRUCache, refuse_bidirectional
 from .configuration_kru import KRUConfig
 from .modeling_kru import KRUModel, KRUPreTrainedModel
 from .transforms import can_look_at

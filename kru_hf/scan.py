@@ -1,115 +1,256 @@
-"""``kru_scan``: the recurrence with one signature and several engines, and the report of which one runs."""
+"""``kron_scan``: the recurrence of every cell with one signature and several engines, and which of them runs."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kronecker import check_choice
-from .scan_checks import check_scan
-from .scan_cpu import is_available as cpu_is_available
-from .scan_cpu import run_scan
-from .scan_cpu import supports as cpu_supports
+from .cells import ACTIVATIONS, CELLS, Cell
+from .kronecker import check_choice, merge_terms
+from .scan_cpu import backward as cpu_backward
+from .scan_cpu import forward as cpu_forward
+from .scan_cpu import obstacle as cpu_obstacle
+from .scan_cpu import saved_shape as cpu_saved_shape
 from .scan_cpu import unavailable_reason as cpu_unavailable_reason
-from .scan_gated import gated_backend_report
-from .scan_reference import ACTIVATIONS, kru_scan_reference
-from .scan_torch import kru_scan_torch
-from .scan_triton import is_available as triton_is_available
-from .scan_triton import kru_scan_triton
-from .scan_triton import supports as triton_supports
+from .scan_portable import backward as portable_backward
+from .scan_portable import forward as portable_forward
+from .scan_portable import obstacle as portable_obstacle
+from .scan_portable import saved_shape as portable_saved_shape
+from .scan_reference import scan_reference
+from .scan_triton import backward as triton_backward
+from .scan_triton import forward as triton_forward
+from .scan_triton import obstacle as triton_obstacle
+from .scan_triton import saved_shape as triton_saved_shape
 from .scan_triton import unavailable_reason as triton_unavailable_reason
-from .transforms import is_transformed, transformed_backend
+from .transforms import BACKENDS, differentiable_once, is_transformed, transformed_backend
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
-_ENGINES = {
-    "reference": kru_scan_reference,
-    "torch": kru_scan_torch,
-    "cpu": run_scan,  # not checked again: generation calls it for every token
-    "triton": kru_scan_triton,
+
+class Engine(NamedTuple):
+    """What an engine's module offers; factors are (R, K, P_f, Q_f), the cell is an entry of CELLS.
+
+    obstacle(inputs, factors, cell) -> why it cannot run these tensors, or None
+    forward(inputs, factors, bias, initial_state, mask, starts, cell, activation, save) -> states, final_state, saved:
+        one tensor, what backward needs beside states, empty without ``save``
+    backward(d_states, d_final, inputs, factors, bias, initial_state, mask, starts, states, saved, cell, activation)
+        -> gradients of inputs, factors (a list), bias and initial state; either of the first two may be None
+    saved_shape(inputs.shape, cell) -> shape of ``saved``
+    """
+
+    obstacle: Callable[..., str | None]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, list[Tensor], Tensor, Tensor]]
+    saved_shape: Callable[..., tuple[int, ...]]
+
+
+ENGINES = {
+    "cpu": Engine(cpu_obstacle, cpu_forward, cpu_backward, cpu_saved_shape),
+    "triton": Engine(triton_obstacle, triton_forward, triton_backward, triton_saved_shape),
+    "portable": Engine(portable_obstacle, portable_forward, portable_backward, portable_saved_shape),
 }
+# Engine -> its operator for compiled and traced code, with the arguments of forward and the cell's name for the cell.
+# The installed package fills it in; code that was loaded from a model's repository registers nothing with torch.
+COMPILED: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+_choice = "auto"
 _told: set[str] = set()
 
 
-def _obstacle(backend: str, inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
-    """Why ``backend`` cannot run these tensors, or None."""
-    if backend == "cpu":
-        return cpu_supports(inputs, factors) if cpu_is_available() else cpu_unavailable_reason()
-    if backend == "triton":
-        return triton_supports(inputs, factors) if triton_is_available() else triton_unavailable_reason()
-    return None
+class EngineScan(torch.autograd.Function):
+    """(states, final_state) by an engine, with its analytic backward."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, inputs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        bias, initial_state, mask, starts, cell, activation, *factors = rest
+        run = ENGINES[name].forward
+        states, final, saved = run(inputs, factors, bias, initial_state, mask, starts, cell, activation, True)
+        ctx.set_materialize_grads(False)
+        ctx.name, ctx.cell, ctx.activation = name, cell, activation
+        ctx.save_for_backward(inputs, bias, initial_state, mask, starts, states, saved, *factors)
+        return states, final
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, d_states: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, bias, initial_state, mask, starts, states, saved, *factors = ctx.saved_tensors
+        if d_states is None and d_final is None:
+            return (None,) * (8 + len(factors))
+        d_inputs, d_factors, d_bias, d_initial = ENGINES[ctx.name].backward(
+            d_states, d_final, inputs, factors, bias, initial_state, mask, starts, states, saved,
+            ctx.cell, ctx.activation,
+        )  # fmt: skip
+        d_state = None if initial_state is None else d_initial
+        return None, d_inputs, d_bias, d_state, None, None, None, None, *d_factors
 
 
-def choose_backend(inputs: Tensor, factors: Sequence[Tensor]) -> tuple[str, str]:
-    """The engine that "auto" takes for these tensors, and why: the device's own engine if it can, else "torch"."""
-    native = "cpu" if inputs.device.type == "cpu" else "triton"
-    obstacle = _obstacle(native, inputs, factors)
-    if obstacle is None:
-        return native, f"the {native} engine runs {inputs.dtype} on {inputs.device.type}"
-    return "torch", f"the {native} engine cannot run: {obstacle}"
+def use_backend(name: str) -> None:
+    """The engine of every call that names none: "auto" (the default), "reference", "portable", "cpu" or "triton"."""
+    global _choice
+    check_choice("backend", name, BACKENDS)
+    _choice = name
 
 
-def scan_backend_report() -> str:
+def unavailable_reason(name: str, cell: Cell | None = None) -> str | None:
+    """Why the engine of that name cannot run (the cell, if one is given) here, or None."""
+    if name == "triton":
+        return triton_unavailable_reason(cell)
+    return cpu_unavailable_reason() if name == "cpu" else None
+
+
+def backend_report() -> str:
     """Lines that say which engines can run here, and why the others cannot."""
     lines = []
-    for name, available, reason in (
-        ("cpu", cpu_is_available(), cpu_unavailable_reason()),
-        ("triton", triton_is_available(), triton_unavailable_reason()),
-    ):
-        lines.append(f"{name}: available" if available else f"{name}: not available ({reason})")
-    lines.append("torch: available")
-    lines.append("reference: available (slow: the definition)")
-    on_cpu = "cpu" if cpu_is_available() else "torch"
-    on_gpu = "triton" if triton_is_available() else "torch"
-    lines.append(f"auto: {on_cpu} for float32 on the CPU, {on_gpu} on a GPU, torch where those do not fit")
-    lines.append(gated_backend_report())
+    for name in ("cpu", "triton"):
+        reason = unavailable_reason(name)
+        lines.append(f"{name}: available" if reason is None else f"{name}: not available ({reason})")
+    lines += ["portable: available", "reference: available (slow: the definition)"]
+    on_cpu, on_gpu = ("portable" if unavailable_reason(name) else name for name in ("cpu", "triton"))
+    lines.append(f"auto: {on_cpu} for float32 on the CPU, {on_gpu} on a GPU, portable where those do not fit")
+    lines.append("gated cells on a GPU: portable")
     return "\n".join(lines)
 
 
-def kru_scan(
+def choose_backend(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> tuple[str, str]:
+    """The engine that "auto" takes for factors (R, K, P, Q), and why: the device's own if it can, else "portable"."""
+    native = "cpu" if inputs.device.type == "cpu" else "triton"
+    obstacle = ENGINES[native].obstacle(inputs, factors, cell)
+    if obstacle is None:
+        return native, f"the {native} engine runs {inputs.dtype} on {inputs.device.type}"
+    return "portable", f"the {native} engine cannot run: {obstacle}"
+
+
+def _tell(message: str) -> None:
+    """Log a message once."""
+    if not torch.compiler.is_compiling() and message not in _told:
+        _told.add(message)
+        logger.info(message)
+
+
+def _check_factors(factors: Sequence[Tensor], cell: Cell, units: int) -> None:
+    planes = cell.planes
+    if not factors:
+        raise ValueError(f"factors must hold at least one ({planes}, P, Q) tensor, got none")
+    for index, factor in enumerate(factors):
+        if factor.dim() not in (3, 4) or factor.shape[-3] != planes or 0 in factor.shape:
+            allowed = f"({planes}, P, Q) or (R, {planes}, P, Q)"
+            raise ValueError(f"factors[{index}] must have the shape {allowed}, got {tuple(factor.shape)}")
+        if factor.shape[:-3] != factors[0].shape[:-3]:
+            raise ValueError(
+                f"factors must have the same terms R, got {tuple(factors[0].shape)} and {tuple(factor.shape)}"
+            )
+    rows, columns = (math.prod([factor.shape[axis] for factor in factors]) for axis in (-2, -1))
+    if (rows, columns) != (units, units):
+        shapes = " ".join(f"{factor.shape[-2]}x{factor.shape[-1]}" for factor in factors)
+        raise ValueError(f"factors {shapes} multiply to {rows}x{columns}, but the inputs have N = {units} units")
+
+
+def _check(
     inputs: Tensor,
     factors: Sequence[Tensor],
-    bias: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    times: dict[str, Tensor | None],
+    cell: Cell,
+) -> None:
+    """Raise ValueError or TypeError naming the argument, its value and what is allowed."""
+    if inputs.dim() != 4 or inputs.shape[2] != cell.planes or 0 in inputs.shape:
+        shape = f"(B, T, {cell.planes}, N) with no empty axis"
+        raise ValueError(f"inputs of the cell {cell.name!r} must have the shape {shape}, got {tuple(inputs.shape)}")
+    if inputs.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"inputs must be float32 or float64 (the state is never kept in less), got {inputs.dtype}")
+    batch, length, _, units = inputs.shape
+    _check_factors(factors, cell, units)
+    state = (batch, len(cell.states), units)
+    for name, tensor, wanted in (("bias", bias, cell.bias_shape(units)), ("initial_state", initial_state, state)):
+        if tensor is not None and tuple(tensor.shape) != wanted:
+            raise ValueError(f"{name} must have the shape {wanted}, got {tuple(tensor.shape)}")
+    for name, tensor in times.items():
+        if tensor is not None and (tuple(tensor.shape) != (batch, length) or tensor.dtype != torch.bool):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} must be a bool tensor of the shape {(batch, length)}, got {found}")
+        if tensor is not None and tensor.device != inputs.device:
+            raise TypeError(f"{name} must be on {inputs.device} like the inputs, got {tensor.device}")
+    named = [("bias", bias), ("initial_state", initial_state), *((f"factors[{i}]", f) for i, f in enumerate(factors))]
+    for name, tensor in named:
+        if tensor is not None and (tensor.dtype != inputs.dtype or tensor.device != inputs.device):
+            raise TypeError(
+                f"{name} must be {inputs.dtype} on {inputs.device} like the inputs, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def kron_scan(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    cell: str = "kru",
+    starts: Tensor | None = None,
     activation: str = "modrelu",
-    backend: str = "auto",
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t) over a whole sequence.
+    """h_t = cell(W h_{t-1}, U x_t, b, h_{t-1}) over a whole sequence, W = Σ_r ⊗_f W_f^(r). See ``scan_reference``.
 
     Args:
-        inputs: U x_t (B, T, 2, N), float32 or float64; axis 2 holds the real and the imaginary plane.
-        factors: F tensors W_f (2, P_f, Q_f) with ∏ P_f = ∏ Q_f = N; factor 0 is the slowest index of the state.
-        bias: b of modReLU (N,). Not used by the "identity" activation.
-        initial_state: h_0 (B, 2, N); zeros if None.
+        inputs: U x_t (B, T, K, N), float32 or float64: K = 2 planes (real, imaginary) for "kru", else the cell's gates,
+            i f g o of "lstm", r z n of "gru", f g of "janet".
+        factors: F tensors W_f (K, P_f, Q_f) with ∏ P_f = ∏ Q_f = N, or (R, K, P_f, Q_f) for a sum of R terms; factor 0
+            is the slowest index of the state. Terms are merged into a dense W where that is cheaper.
+        bias: b of modReLU (N,), not used by the "identity" activation; (4, N) of "lstm", of "gru" (r, z, n and the
+            candidate's recurrent one, which the reset gate multiplies), (2, N) of "janet". None: zeros.
+        initial_state: h_0 (B, S, N): 2 planes for "kru", h and c for "lstm", else h; zeros if None.
         mask: (B, T) bool; False holds the state at that step, whatever the input.
-        activation: "modrelu", or "identity" for the linear network.
-        backend: "auto", or one of "reference", "torch", "cpu", "triton": an engine that cannot run is an error.
+        cell: "kru", "lstm", "gru" or "janet".
+        starts: (B, T) bool; True begins a new document: the state before that step is zero, and no gradient passes.
+            Then the mask decides whether the step is taken.
+        activation: of "kru": "modrelu", or "identity" for the linear network.
+        backend: an engine that cannot run is an error; None takes the choice of :func:`use_backend`.
 
     Returns:
-        states (B, T, 2, N) and final_state (B, 2, N), a copy. Differentiable once in inputs, factors, bias and
-        initial_state; more often, by forward mode and by torch.func's transforms with "reference", which "auto" takes
-        for the last two.
+        states h_t (B, T, 2, N) for "kru", (B, T, N) for the others, and final_state (B, S, N), a copy. Differentiable
+        once in inputs, factors, bias and initial_state; more often, by forward mode and by torch.func's transforms with
+        "reference", which "auto" takes for the last two.
 
     Raises:
         ValueError: a shape or an option that does not fit. TypeError: a dtype or device that does not.
         RuntimeError: the named backend cannot run here. NotImplementedError: it cannot be differentiated that way.
     """
+    backend = _choice if backend is None else backend
     check_choice("backend", backend, BACKENDS)
+    check_choice("cell", cell, tuple(CELLS))
     check_choice("activation", activation, ACTIVATIONS)
-    check_scan("kru", inputs, factors, bias, initial_state, mask)
-    if is_transformed((inputs, bias, initial_state, mask, *factors)):
+    entry = CELLS[cell]
+    if activation != ACTIVATIONS[0] and not entry.complex:
+        raise ValueError(f"activation of the cell {cell!r} must stay {ACTIVATIONS[0]!r}, got {activation!r}")
+    factors = list(factors)
+    _check(inputs, factors, bias, initial_state, {"mask": mask, "starts": starts}, entry)
+    if bias is None:
+        bias = inputs.new_zeros(entry.bias_shape(inputs.shape[3]))
+    if factors[0].dim() == 3:
+        factors = [factor.unsqueeze(0) for factor in factors]
+    elif len(merged := merge_terms(factors, entry.complex)) < len(factors):
+        _tell(f"kron_scan merges {len(factors[0])} terms of {len(factors)} factors: a dense product is cheaper")
+        factors = merged
+    if is_transformed((inputs, bias, initial_state, mask, starts, *factors)):
         backend = transformed_backend(backend)
-    elif inputs.is_meta and backend != "reference":
-        backend = "torch"  # nothing to compute: the shapes of any engine
     elif backend == "auto":
-        backend, reason = choose_backend(inputs, factors)
-        if not torch.compiler.is_compiling() and reason not in _told:
-            _told.add(reason)
-            logger.info("kru_scan uses the %s engine: %s", backend, reason)
-    elif (obstacle := _obstacle(backend, inputs, factors)) is not None:
+        backend, reason = choose_backend(inputs, factors, entry)
+        _tell(f"kron_scan uses the {backend} engine: {reason}")
+    elif backend != "reference" and (obstacle := ENGINES[backend].obstacle(inputs, factors, entry)) is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}")
-    return _ENGINES[backend](inputs, factors, bias, initial_state, mask, activation=activation)
+    if backend == "reference":
+        return scan_reference(inputs, factors, bias, initial_state, mask, starts, entry, activation)
+    leaves = [inputs, bias, *factors, *(() if initial_state is None else (initial_state,))]
+    save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    eager = type(inputs) in (Tensor, torch.nn.Parameter) and not torch.jit.is_tracing()
+    if backend in COMPILED and (torch.compiler.is_compiling() or not eager):
+        return COMPILED[backend](inputs, factors, bias, initial_state, mask, starts, cell, activation, save)[:2]
+    if not save:  # generation: no autograd in the way
+        run = ENGINES[backend].forward
+        return run(inputs, factors, bias, initial_state, mask, starts, entry, activation, False)[:2]
+    return EngineScan.apply(backend, inputs, bias, initial_state, mask, starts, entry, activation, *factors)

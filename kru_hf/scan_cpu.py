@@ -20,10 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scan_checks import check_scan
-from .transforms import differentiable_once, is_concrete, refuse_derivative
-
-__all__ = ["is_available", "kru_scan_cpu", "supports", "unavailable_reason"]
+from .cells import Cell
 
 ABI = 3  # KRU_ABI in native/kru_scan.c
 MAX_FACTORS = 64  # KRU_MAX_FACTORS in native/kru_plan.h
@@ -115,6 +112,37 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 _library, _reason = _load()
 
 
+def _declare(library: ctypes.CDLL | None) -> str | None:
+    """Give the functions of the gated cells their types; None, or why the library cannot run them."""
+    if library is None:
+        return _reason
+    try:
+        library.kru_gated_abi.restype = ctypes.c_int64
+        abi = library.kru_gated_abi()
+    except AttributeError:
+        return "the compiled library kru_hf/_native is older than the gated engine: install kru_hf again"
+    if abi != ABI:
+        return f"the compiled library kru_hf/_native has gated ABI {abi}, this file needs {ABI}: install its own kru_hf"
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("kru_gated_plan_new", pointer, [count, count, pointer, pointer, count]),
+        ("kru_gated_plan_packed_floats", count, [pointer]),
+        ("kru_gated_plan_dense_floats", count, [pointer]),
+        ("kru_gated_plan_work", ctypes.c_double, [pointer]),
+        ("kru_gated_pack", ctypes.c_int, [pointer, pointer, pointer]),
+        ("kru_gated_forward", ctypes.c_int, [pointer, pointer]),
+        ("kru_gated_backward", ctypes.c_int, [pointer, pointer]),
+        ("kru_gated_reduce", ctypes.c_int, [pointer, pointer, count, pointer, pointer, pointer]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return None
+
+
+if _reason is None:
+    _reason = _declare(_library)
+
+
 def is_available() -> bool:
     """Whether the native library is loaded."""
     return _reason is None
@@ -125,40 +153,25 @@ def unavailable_reason() -> str | None:
     return _reason
 
 
-def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
-    """None if the engine takes inputs (B, T, 2, N) and factors (2, P_f, Q_f), else the reason why not."""
+def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
+    """None if the engine takes inputs (B, T, K, N) and factors (1, K, P_f, Q_f), else the reason why not."""
+    if _reason is not None:
+        return _reason
     if inputs.device.type != "cpu":
         return f"inputs are on {inputs.device}, the native engine runs on the CPU"
     if inputs.dtype != torch.float32:
         return f"inputs are {inputs.dtype}, the native engine computes in float32"
     if len(factors) > MAX_FACTORS:
         return f"{len(factors)} factors, the native engine takes at most {MAX_FACTORS}"
-    return no_operator(inputs, factors)
+    if len(factors[0]) > 1:
+        return f"a sum of {len(factors[0])} terms"
+    return None
 
 
-def no_operator(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
-    """Why tensors without numbers cannot be run: pushed code has no operator that says what shapes come out."""
-    if __name__.startswith("kru_hf.") or torch.compiler.is_compiling() or is_concrete([inputs, *factors]):
-        return None
-    return "the native engine needs tensors with numbers in memory, outside of traces and torch's modes"
-
-
-def _check(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    d_states: Tensor | None = None,
-    d_final: Tensor | None = None,
-    states: Tensor | None = None,
-) -> None:
-    """Raise unless C can be given these tensors, the last three of them for the backward."""
-    full, end = tuple(inputs.shape), (inputs.shape[0], *inputs.shape[2:])
-    others = [("d_states", d_states, full), ("d_final", d_final, end), ("states", states, full)]
-    check_scan("kru", inputs, factors, bias, initial_state, mask, others)
-    if (obstacle := _reason or supports(inputs, factors)) is not None:
-        raise RuntimeError(f"the native CPU engine cannot run: {obstacle}")
+def saved_shape(inputs_shape: Sequence[int], cell: Cell) -> tuple[int, ...]:
+    """Of what forward keeps for backward beside the states: an LSTM's c_t."""
+    batch, length, _, units = inputs_shape
+    return (batch * length * units * cell.kept,)
 
 
 class _Plan:
@@ -337,143 +350,126 @@ def _split(row: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(factor.shape) for piece, factor in zip(pieces, factors, strict=True)]
 
 
-if __name__.startswith("kru_hf."):
-    # Only the installed package registers operators: a second registration of a name replaces the first, so two
-    # revisions of pushed code would run each other's kernel.
-    @torch.library.custom_op("kru_hf::scan_cpu", mutates_args=())
-    def _scan_op(
-        inputs: Tensor,
-        factors: Sequence[Tensor],
-        bias: Tensor,
-        initial_state: Tensor | None,
-        mask: Tensor | None,
-        modrelu: bool,
-    ) -> tuple[Tensor, Tensor]:
-        _check(inputs, factors, bias, initial_state, mask)
-        return _forward(inputs, factors, bias, initial_state, mask, modrelu)
+class _GatedArgs(ctypes.Structure):
+    """gated_args of native/kru_scan.c."""
 
-    @_scan_op.register_fake
-    def _(inputs, factors, bias, initial_state, mask, modrelu):
-        check_scan("kru", inputs, factors, bias, initial_state, mask)  # one tensor on meta brings the others here
-        batch, length, _, units = inputs.shape
-        return inputs.new_empty(batch, length, 2, units), inputs.new_empty(batch, 2, units)
-
-    @torch.library.custom_op("kru_hf::scan_cpu_backward", mutates_args=())
-    def _scan_backward_op(
-        d_states: Tensor | None,
-        d_final: Tensor | None,
-        inputs: Tensor,
-        factors: Sequence[Tensor],
-        bias: Tensor,
-        initial_state: Tensor | None,
-        mask: Tensor | None,
-        states: Tensor,
-        modrelu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _check(inputs, factors, bias, initial_state, mask, d_states, d_final, states)
-        return _backward(d_states, d_final, inputs, factors, bias, initial_state, mask, states, modrelu)
-
-    @_scan_backward_op.register_fake
-    def _(d_states, d_final, inputs, factors, bias, initial_state, mask, states, modrelu):
-        batch, length, _, units = inputs.shape
-        return (
-            inputs.new_empty(batch, length, 2, units),
-            inputs.new_empty(sum(factor.numel() for factor in factors)),
-            inputs.new_empty(units),
-            inputs.new_empty(batch, 2, units),
+    _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "lstm", "chunks")] + [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("packed", "inputs", "bias", "initial_state", "mask", "states", "final_state", "cells"),
+            *("d_states", "d_final", "d_inputs", "d_initial", "chunk_grads", "counter"),
         )
-
-    def _setup(ctx, inputs, output) -> None:
-        u, factors, bias, initial_state, mask, modrelu = inputs
-        ctx.set_materialize_grads(False)
-        ctx.modrelu = modrelu
-        ctx.save_for_backward(u, bias, initial_state, mask, output[0], *factors)
-
-    def _op_gradient(ctx, d_states, d_final):
-        inputs, bias, initial_state, mask, states, *factors = ctx.saved_tensors
-        if d_states is None and d_final is None:
-            return None, [None] * len(factors), None, None, None, None
-        d_inputs, row, d_bias, d_initial = _scan_backward_op(
-            d_states, d_final, inputs, factors, bias, initial_state, mask, states, ctx.modrelu
-        )
-        d_initial = None if initial_state is None else d_initial
-        return d_inputs, _split(row, factors), d_bias, d_initial, None, None
-
-    _scan_op.register_autograd(_op_gradient, setup_context=_setup)
-    _scan_backward_op.register_autograd(refuse_derivative)
-    _differentiable: Callable[..., tuple[Tensor, Tensor]] = _scan_op
-else:
-
-    class _Scan(torch.autograd.Function):
-        """The same for code that was loaded from a model's repository."""
-
-        @staticmethod
-        def forward(ctx, inputs, bias, initial_state, mask, modrelu, *factors):
-            states, final_state = _forward(inputs, factors, bias, initial_state, mask, modrelu)
-            ctx.set_materialize_grads(False)
-            ctx.modrelu = modrelu
-            ctx.save_for_backward(inputs, bias, initial_state, mask, states, *factors)
-            return states, final_state
-
-        @staticmethod
-        @differentiable_once
-        def backward(ctx, d_states, d_final):
-            inputs, bias, initial_state, mask, states, *factors = ctx.saved_tensors
-            if d_states is None and d_final is None:
-                return (None,) * (5 + len(factors))
-            d_inputs, row, d_bias, d_initial = _backward(
-                d_states, d_final, inputs, factors, bias, initial_state, mask, states, ctx.modrelu
-            )
-            d_initial = None if initial_state is None else d_initial
-            return d_inputs, d_bias, d_initial, None, None, *_split(row, factors)
-
-    def _differentiable(inputs, factors, bias, initial_state, mask, modrelu):
-        return _Scan.apply(inputs, bias, initial_state, mask, modrelu, *factors)
+    ]
 
 
-def kru_scan_cpu(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    activation: str = "modrelu",
-) -> tuple[Tensor, Tensor]:
-    """The recurrence h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t) by the native kernel, float32 on the CPU.
+class _GatedPlan:
+    """Merged stages and their order for G gates with factors of given shapes; owns the C object."""
 
-    Args:
-        inputs: U x_t (B, T, 2, N).
-        factors: F tensors W_f (2, P_f, Q_f) with ∏ P_f = ∏ Q_f = N.
-        bias: b of modReLU (N,). Not used by the "identity" activation.
-        initial_state: h_0 (B, 2, N); zeros if None.
-        mask: (B, T) bool; False holds the state.
-        activation: "modrelu" or "identity".
-
-    Returns:
-        states (B, T, 2, N) and final_state (B, 2, N), a copy. The same to the last bit for any number of threads.
-
-    Raises:
-        ValueError, TypeError: an argument that does not fit. RuntimeError: the engine cannot run here, or not these.
-        MemoryError: no memory for the workspace.
-    """
-    _check(inputs, factors, bias, initial_state, mask)
-    return run_scan(inputs, factors, bias, initial_state, mask, activation=activation)
+    def __init__(self, gates: int, shapes: tuple[tuple[int, int], ...], lanes: int) -> None:
+        sizes = ctypes.c_int64 * len(shapes)
+        rows, columns = zip(*shapes, strict=True)
+        self.handle = _library.kru_gated_plan_new(gates, len(shapes), sizes(*rows), sizes(*columns), lanes)
+        if not self.handle:
+            raise MemoryError(f"no plan for {len(shapes)} factors (at most {MAX_FACTORS}) with {lanes} lanes")
+        weakref.finalize(self, _library.kru_plan_free, self.handle).atexit = False
+        self.packed = _library.kru_gated_plan_packed_floats(self.handle)
+        self.dense = _library.kru_gated_plan_dense_floats(self.handle)
+        self.work = _library.kru_gated_plan_work(self.handle)
+        self.lanes = lanes
+        self.pointers = ctypes.c_void_p * len(shapes)
 
 
-def run_scan(
+@functools.lru_cache(maxsize=256)
+def _gated_plan_for(gates: int, shapes: tuple[tuple[int, int], ...], lanes: int | None) -> _GatedPlan:
+    return _GatedPlan(gates, shapes, _library.kru_lanes() if lanes is None else lanes)
+
+
+def _gated_prepare(factors: Sequence[Tensor]) -> tuple[_GatedPlan, list[Tensor], ctypes.Array, Tensor]:
+    """Plan, contiguous factors, their addresses and the weights packed for the kernels."""
+    shapes = tuple([(factor.shape[1], factor.shape[2]) for factor in factors])
+    plan = _gated_plan_for(factors[0].shape[0], shapes, _lanes)
+    kept = [factor.contiguous() for factor in factors]  # (G, P, Q) each
+    pointers = plan.pointers(*[factor.data_ptr() for factor in kept])
+    packed = _fresh(plan.packed)
+    if _library.kru_gated_pack(plan.handle, pointers, packed.data_ptr()):
+        raise MemoryError("the native engine could not allocate its workspace")
+    return plan, kept, pointers, packed
+
+
+def _gated_forward(
     inputs: Tensor,
     factors: Sequence[Tensor],
     bias: Tensor,
     initial_state: Tensor | None,
     mask: Tensor | None,
-    *,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """:func:`kru_scan_cpu` of arguments that are checked already."""
-    modrelu = activation == "modrelu"
-    leaves = [inputs, bias, *factors] if initial_state is None else [inputs, bias, initial_state, *factors]
-    plain = not torch.compiler.is_compiling() and is_concrete(leaves if mask is None else [*leaves, mask])
-    if plain and not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
-        return _forward(inputs, factors, bias, initial_state, mask, modrelu)  # generation: no dispatcher in the way
-    return _differentiable(inputs, list(factors), bias, initial_state, mask, modrelu)
+    keep_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """states (B, T, N), final state (B, S, N), and the LSTM's cells for the backward, B·T·N numbers or none."""
+    batch, length, gates, units = inputs.shape
+    lstm = gates == 4
+    plan, _, _, packed = _gated_prepare(factors)
+    inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
+    states = _fresh(batch, length, units)  # (B, T, N)
+    final_state = _fresh(batch, 2 if lstm else 1, units)  # (B, S, N)
+    cells = _fresh(batch * length * units if lstm and keep_cells else 0)
+    groups = -(-batch // plan.lanes)
+    args = _GatedArgs(batch, length, lstm, min(groups, 4 * MAX_CHUNKS))
+    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask)
+    _point(args, states=states, final_state=final_state, cells=cells if cells.numel() else None)
+    _run(_library.kru_gated_forward, plan.handle, args, plan.work * groups * length)
+    return states, final_state, cells
+
+
+def _gated_backward(
+    d_states: Tensor | None,
+    d_final: Tensor | None,
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    states: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_inputs (B, T, G, N), the factors' gradients in one row, d_bias (4 or 2, N), d_initial (B, S, N)."""
+    batch, length, gates, units = inputs.shape
+    lstm = gates == 4
+    plan, kept, pointers, packed = _gated_prepare(factors)
+    d_states, d_final, states = _dense(d_states), _dense(d_final), states.contiguous()
+    inputs, bias, initial_state, mask = inputs.contiguous(), _dense(bias), _dense(initial_state), _dense(mask)
+    groups = -(-batch // plan.lanes)
+    # Gradient buffers of at most a quarter of the states' bytes.
+    rows = bias.shape[0]
+    affordable = batch * length * units // (4 * (plan.dense + rows * units))
+    chunks = min(groups, MAX_CHUNKS, max(affordable, 4))
+    chunk_grads = _fresh(chunks, plan.dense + rows * units)
+    d_inputs = _fresh(batch, length, gates, units)  # (B, T, G, N)
+    d_initial = _fresh(batch, 2 if lstm else 1, units)  # (B, S, N)
+    d_factors = _fresh(sum(factor.numel() for factor in kept))
+    d_bias = _fresh(rows, units)  # (4 or 2, N)
+    args = _GatedArgs(batch, length, lstm, chunks)
+    _point(args, packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, states=states)
+    _point(args, d_states=d_states, d_final=d_final, d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
+    _point(args, cells=cells if lstm else None)
+    _run(_library.kru_gated_backward, plan.handle, args, 4 * plan.work * groups * length)
+    places = plan.pointers(*[piece.data_ptr() for piece in _split(d_factors, kept)])
+    if _library.kru_gated_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()):
+        raise MemoryError("the native engine could not allocate its workspace")
+    return d_inputs, d_factors, d_bias, d_initial
+
+
+def forward(inputs, factors, bias, initial_state, mask, starts, cell, activation, save):
+    """A stand-in until the native engine has terms and starts of its own."""
+    factors = [factor[0] for factor in factors]
+    if cell.complex:
+        return *_forward(inputs, factors, bias, initial_state, mask, activation == "modrelu"), inputs.new_empty(0)
+    return _gated_forward(inputs, factors, bias, initial_state, mask, save)
+
+
+def backward(d_states, d_final, inputs, factors, bias, initial_state, mask, starts, states, saved, cell, activation):
+    """See forward."""
+    factors = [factor[0] for factor in factors]
+    read = (d_states, d_final, inputs, factors, bias, initial_state, mask, states)
+    found = _backward(*read, activation == "modrelu") if cell.complex else _gated_backward(*read, saved)
+    d_inputs, row, d_bias, d_initial = found
+    return d_inputs, [piece.unsqueeze(0).clone() for piece in _split(row, factors)], d_bias, d_initial

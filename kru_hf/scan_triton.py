@@ -7,23 +7,24 @@ dH = A^H dZ conj(C), with |z| of each unit saved by forward; dA and dC are sums 
 torch computes afterwards. No atomics: results repeat to the last bit.
 
 Precision: fp32 storage and sums. Products are as exact as fp32's: computed in fp32 for tiles up to 512 units and as
-six bf16 products each (bf16x6) for larger ones, whose operands do not fit the registers in fp32. ``precision`` asks for
-another: "tf32" rounds the operands to 10 bits of mantissa. No global flag switches the kernels; dA and dC of the larger
-tiles are torch's matrix products and follow torch.set_float32_matmul_precision.
+six bf16 products each (bf16x6) for larger ones, whose operands do not fit the registers in fp32. No global flag
+switches the kernels; dA and dC of the larger tiles are torch's products: torch.set_float32_matmul_precision.
 
-Letters: B samples, T steps, N units, P and R the sizes of the two groups.
+A sum of terms, W = Σ_e A_e ⊗ C_e, reads the groups of a term anew in every step.
+
+Letters: B samples, T steps, N units, E terms, P and R the sizes of the two groups. The complex cell alone: the gated
+ones have no kernels here yet.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .kronecker import kron_dense
-from .scan_checks import Named, check_scan
-from .transforms import differentiable_once, refuse_derivative
+from .cells import Cell
+from .kronecker import factor_gradients, kron_product, to_complex, to_planes
 
 try:
     import triton
@@ -33,7 +34,6 @@ except ImportError as error:
     triton = None
     _import_error = f"triton cannot be imported: {error}"
 
-PRECISIONS = ("fp32", "tf32")
 # Shared memory allowed for a program over the bytes of its tiles A, C and H. Compiled for sm_90 it takes 1.0 to 1.54;
 # the larger tiles that this keeps out lose their registers to memory and have not been run on a GPU.
 _SHARED_RATIO = 3.5
@@ -50,8 +50,10 @@ def is_interpreted() -> bool:
     return triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
 
 
-def unavailable_reason() -> str | None:
-    """Why the engine cannot run in this process, or None."""
+def unavailable_reason(cell: Cell | None = None) -> str | None:
+    """Why the engine cannot run (the cell, if one is given) in this process, or None."""
+    if cell is not None and not cell.complex:
+        return f"the triton engine has no kernel for the cell {cell.name!r}"
     if triton is None:
         return _import_error
     if not is_interpreted() and not torch.cuda.is_available():
@@ -93,14 +95,16 @@ def plan_groups(shapes: Sequence[tuple[int, int]], shared: int = SHARED_BYTES) -
     return None if best is None else (best[1], best[2], units // best[2])
 
 
-def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
-    """None if the engine can run ``inputs`` (B, T, 2, N) with ``factors`` (2, P_f, Q_f), else the reason."""
+def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
+    """Why the engine cannot run these tensors, or None."""
+    if (reason := unavailable_reason(cell)) is not None:
+        return reason
     if inputs.dtype != torch.float32:
         return f"the triton engine computes in float32, got {inputs.dtype}"
     device = "cpu" if is_interpreted() else "cuda"
     if inputs.device.type != device:
         return f"the triton engine runs on {device} tensors here, got {inputs.device}"
-    shapes = [(factor.shape[1], factor.shape[2]) for factor in factors]
+    shapes = [(factor.shape[2], factor.shape[3]) for factor in factors]
     if plan_groups(shapes, _shared_limit(inputs.device)) is None:
         listed = " ".join(f"{rows}x{columns}" for rows, columns in shapes)
         return (
@@ -110,34 +114,20 @@ def supports(inputs: Tensor, factors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _check(
-    inputs: Tensor, group_a: Tensor, group_c: Tensor, bias: Tensor, initial_state: Tensor, mask: Tensor | None,
-    others: Sequence[Named] = (),
-) -> None:  # fmt: skip
-    """Raise unless the kernels can be given these tensors."""
-    check_scan("kru", inputs, [group_a, group_c], bias, initial_state, mask, others)
-    if (obstacle := unavailable_reason() or supports(inputs, [group_a, group_c])) is not None:
-        raise RuntimeError(f"the triton engine cannot run: {obstacle}")
-    for name, group in (("group_a", group_a), ("group_c", group_c)):
-        if group.shape[1] != group.shape[2]:
-            raise ValueError(f"{name} must have the shape (2, P, P), got {tuple(group.shape)}")
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, with its numbers in memory in the order of the indices, signs included."""
-    return tensor.resolve_neg().contiguous()
-
-
 def _inner(left: Tensor, right: Tensor, slices: int) -> Tensor:
     """left^T right of (K, M) and (K, L), cut into ``slices`` along K: M and L alone are too small for a GPU."""
     pieces = [tensor.unflatten(0, (slices, -1)) for tensor in (left, right)]  # (slices, K / slices, M or L)
     return (pieces[0].mT @ pieces[1]).sum(0)  # (M, L)
 
 
-def group_gradients(
-    d_inputs: Tensor, states: Tensor, initial_state: Tensor, group_a: Tensor, group_c: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dA (2, P, P) and dC (2, R, R) from dZ (B, T, 2, N) and the states, as products over all steps at once.
+def saved_shape(inputs_shape: Sequence[int], cell: Cell) -> tuple[int, ...]:
+    """Of what forward keeps for backward: |z| (B, T, N)."""
+    batch, length, _, units = inputs_shape
+    return (batch, length, units)
+
+
+def group_gradients(d_inputs: Tensor, before: Tensor, group_a: Tensor, group_c: Tensor) -> tuple[Tensor, Tensor]:
+    """dA (2, P, P) and dC (2, R, R) from dZ (B, T, 2, N) and h_{t-1} (B, T, 2, N), as products over all steps at once.
 
     dA = Σ dZ conj(C) H^H and dC = Σ dZ^T conj(A H), with H = h_{t-1}.
     """
@@ -146,10 +136,7 @@ def group_gradients(
     steps = d_inputs.shape[0] * d_inputs.shape[1]
     slices = next(count for count in range(min(steps, _SLICES), 0, -1) if steps % count == 0)
     by_row = (2, 3, 0, 1, 4)  # (B, T, 2, P, R) -> (2, P, B, T, R)
-    d = d_inputs.unflatten(3, units).permute(by_row).contiguous()  # (2, P, B, T, R)
-    h = torch.empty_like(d)
-    h[:, :, :, :1] = initial_state[:, None].unflatten(3, units).permute(by_row)  # (2, P, B, 1, R)
-    h[:, :, :, 1:] = states[:, :-1].unflatten(3, units).permute(by_row)  # (2, P, B, T - 1, R)
+    d, h = (x.unflatten(3, units).permute(by_row).contiguous() for x in (d_inputs, before))  # (2, P, B, T, R)
     d, h = d.view(2, -1, units[1]), h.view(2 * units[0], -1)  # (2, P·B·T, R), (2P, B·T·R)
     form = torch.cat((torch.cat((ar, -ai), 1), torch.cat((ai, ar), 1)))  # (2P, 2P): A on both planes
     y = (form @ h).view(d.shape)  # (2, P·B·T, R) = A H
@@ -163,202 +150,134 @@ def group_gradients(
 
 
 def _launch(
-    kernel, inputs: Tensor, tensors: Sequence[Tensor], sizes: tuple[int, int], warps: int, flags: dict, chunks: int = 1
+    kernel, inputs: Tensor, tensors: Sequence[Tensor], groups: Sequence[Tensor], warps: int, flags: dict, *grid: int
 ) -> None:
-    rows, columns = sizes
+    """One program a sample, times ``grid``; ``groups`` (E, 2, P, P) and (E, 2, R, R) say the sizes."""
+    rows, columns = groups[0].shape[2], groups[1].shape[2]
+    # Triton's interpreter computes in fp32 and does not know the other name.
+    small = is_interpreted() or _tile(rows) * _tile(columns) <= _IEEE_TILE
     device = torch.cuda.device(inputs.device) if inputs.is_cuda else contextlib.nullcontext()
     with device:
-        kernel[(inputs.shape[0], chunks)](
+        kernel[(inputs.shape[0], *grid)](
             *tensors,
             inputs.shape[1],
+            TERMS=len(groups[0]),
             P=rows,
             R=columns,
             TILE_P=_tile(rows),
             TILE_R=_tile(columns),
+            PRECISION="ieee" if small else "bf16x6",
             num_warps=warps,
             **flags,
         )
 
 
-def _flags(sizes: tuple[int, int], modrelu: bool, mask: Tensor | None, precision: str) -> dict:
-    """The kernels' options; "fp32" is what computes products as exact as fp32's fastest for these tiles."""
-    if precision == "fp32":
-        # Triton's interpreter computes in fp32 and does not know the other name.
-        small = is_interpreted() or _tile(sizes[0]) * _tile(sizes[1]) <= _IEEE_TILE
-        precision = "ieee" if small else "bf16x6"
-    return {"MODRELU": modrelu, "MASKED": mask is not None, "PRECISION": precision}
+def _bytes(times: Tensor | None, inputs: Tensor) -> Tensor:
+    """A mask (B, T) as bytes; any tensor where there is none and the kernel reads none."""
+    return inputs if times is None else times.contiguous().view(torch.uint8)
 
 
-def _mask_bytes(mask: Tensor | None, inputs: Tensor) -> Tensor:
-    """The mask as bytes (B, T); any tensor where there is none and the kernel reads none."""
-    return inputs if mask is None else mask.contiguous().view(torch.uint8)
+def _groups(factors: Sequence[Tensor], device: torch.device) -> tuple[int, list[Tensor], list[Tensor]]:
+    """The cut, complex factors (E, P_f, Q_f), and A (E, 2, P, P) and C (E, 2, R, R), whose product is theirs."""
+    plan = plan_groups([(factor.shape[2], factor.shape[3]) for factor in factors], _shared_limit(device))
+    assert plan is not None, "obstacle() has refused these factors"
+    matrices = [to_complex(factor, 1) for factor in factors]
+    one = matrices[0].new_ones(len(matrices[0]), 1, 1)  # what A is where C holds all factors
+    # In complex arithmetic: with real planes the launches for nine small factors took longer than the recurrence.
+    groups = [kron_product(matrices[: plan[0]] or [one]), kron_product(matrices[plan[0] :])]
+    return plan[0], matrices, [to_planes(group, 1) for group in groups]
 
 
-def _forward(
-    inputs: Tensor, group_a: Tensor, group_c: Tensor, bias: Tensor, initial_state: Tensor, mask: Tensor | None,
-    modrelu: bool, save: bool, precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """States (B, T, 2, N), final state (B, 2, N) and what backward needs with ``save``: |z| (B, T, N), else empty."""
-    _check(inputs, group_a, group_c, bias, initial_state, mask)
-    batch, length, _, units = inputs.shape
-    inputs, sizes = _dense(inputs), (group_a.shape[1], group_c.shape[1])
+def _warps(groups: Sequence[Tensor], units: int) -> int:
+    return 4 if _tile(groups[0].shape[2]) * _tile(groups[1].shape[2]) <= units else 8
+
+
+def forward(
+    inputs: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    cell: Cell,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """states, final_state and, with ``save``, |z| (B, T, N). See ``kron_scan`` for the contract."""
+    batch, _, _, units = inputs.shape
+    inputs = inputs.contiguous()
+    _, _, groups = _groups(factors, inputs.device)
+    if initial_state is None:
+        initial_state = inputs.new_zeros(batch, 2, units)  # (B, 2, N)
     states, final = torch.empty_like(inputs), inputs.new_empty(batch, 2, units)  # (B, T, 2, N), (B, 2, N)
-    moduli = inputs.new_empty((batch, length, units) if save and modrelu else (0,))  # (B, T, N)
-    right = group_c.mT  # (2, R, R): C^T
-    read = [_dense(tensor) for tensor in (group_a, right, bias, initial_state)]
-    flags = _flags(sizes, modrelu, mask, precision) | {"SAVE": save}
-    tile = _tile(sizes[0]) * _tile(sizes[1])
-    tensors = [inputs, *read, _mask_bytes(mask, inputs), states, final, moduli]
-    _launch(forward_kernel, inputs, tensors, sizes, 4 if tile <= 2 * _IEEE_TILE else 8, flags)
+    moduli = inputs.new_empty(saved_shape(inputs.shape, cell) if save else (0,))  # (B, T, N)
+    read = [tensor.contiguous() for tensor in (groups[0], groups[1].mT, bias, initial_state)]  # A, C^T
+    times = [_bytes(mask, inputs), _bytes(starts, inputs)]
+    flags = {"MODRELU": activation == "modrelu", "MASKED": mask is not None, "STARTS": starts is not None, "SAVE": save}
+    tensors = [inputs, *read, *times, states, final, moduli]
+    _launch(forward_kernel, inputs, tensors, groups, _warps(groups, 2 * _IEEE_TILE), flags)
     return states, final, moduli
 
 
 def _group_gradients(
-    d_inputs: Tensor, states: Tensor, initial_state: Tensor, group_a: Tensor, group_c: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
-    """dA (2, P, P) and dC (2, R, R), by a kernel where its sums fit the registers, else by torch, in parts."""
-    sizes = (group_a.shape[1], group_c.shape[1])
+    d_inputs: Tensor, states: Tensor, initial_state: Tensor, starts: Tensor | None, groups: Sequence[Tensor]
+) -> list[Tensor]:
+    """dA (E, 2, P, P) and dC (E, 2, R, R), by a kernel where its sums fit the registers, else by torch, in parts."""
     batch, length = d_inputs.shape[:2]
-    if _tile(sizes[0]) * _tile(sizes[1]) <= _IEEE_TILE:
+    if _tile(groups[0].shape[2]) * _tile(groups[1].shape[2]) <= _IEEE_TILE:
         chunks = -(-length // _CHUNK)
-        d_a = d_inputs.new_empty(batch, chunks, *group_a.shape)  # (B, chunks, 2, P, P)
-        d_c = d_inputs.new_empty(batch, chunks, *group_c.shape)  # (B, chunks, 2, R, R)
-        read = [_dense(tensor) for tensor in (d_inputs, group_a, group_c, initial_state, states)]
-        flags = {"CHUNK": _CHUNK, "PRECISION": precision}
-        _launch(gradient_kernel, d_inputs, [*read, d_a, d_c], sizes, 4, flags, chunks)
-        return d_a.sum((0, 1)), d_c.sum((0, 1))
-    d_a, d_c = torch.zeros_like(group_a), torch.zeros_like(group_c)  # (2, P, P), (2, R, R)
+        parts = [d_inputs.new_empty(batch, chunks, *group.shape) for group in groups]  # (B, chunks, E, 2, ·, ·)
+        read = [tensor.contiguous() for tensor in (d_inputs, *groups, initial_state, states)]
+        flags = {"CHUNK": _CHUNK, "STARTS": starts is not None}
+        tensors = [*read, _bytes(starts, states), *parts]
+        _launch(gradient_kernel, d_inputs, tensors, groups, 4, flags, chunks, len(groups[0]))
+        return [part.sum((0, 1)) for part in parts]
+    totals = [torch.zeros_like(group) for group in groups]
     samples = max(1, _GRADIENT_ELEMENTS // states[0].numel())
     for start in range(0, batch, samples):
         some = slice(start, start + samples)
-        share_a, share_c = group_gradients(d_inputs[some], states[some], initial_state[some], group_a, group_c)
-        d_a += share_a
-        d_c += share_c
-    return d_a, d_c
+        before = torch.cat((initial_state[some, None], states[some, :-1]), 1)  # (·, T, 2, N)
+        if starts is not None:
+            before = before.where(~starts[some, :, None, None], 0)
+        for term in range(len(groups[0])):
+            for total, part in zip(
+                totals, group_gradients(d_inputs[some], before, *(g[term] for g in groups)), strict=True
+            ):
+                total[term] += part
+    return totals
 
 
-def _conjugate(group: Tensor) -> Tensor:
-    """conj(A) of a complex matrix A (2, P, Q)."""
-    return torch.stack((group[0], -group[1]))
-
-
-def _backward(
-    d_states: Tensor, d_final: Tensor, group_a: Tensor, group_c: Tensor, bias: Tensor, initial_state: Tensor,
-    mask: Tensor | None, states: Tensor, moduli: Tensor, modrelu: bool, precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of inputs (B, T, 2, N), A (2, P, P), C (2, R, R), bias (N,) and initial_state (B, 2, N)."""
-    full, end = tuple(states.shape), tuple(initial_state.shape)
-    others: list[Named] = [("d_states", d_states, full), ("d_final", d_final, end)]
-    others.append(("moduli", moduli, (*full[:2], full[3]) if modrelu else (0,)))
-    _check(states, group_a, group_c, bias, initial_state, mask, others)
-    states, sizes = _dense(states), (group_a.shape[1], group_c.shape[1])
-    left, right = _conjugate(group_a).mT, _conjugate(group_c)  # (2, P, P): A^H, (2, R, R): conj(C)
-    read = [_dense(tensor) for tensor in (d_states, d_final, left, right, bias)]
-    d_inputs, d_initial = torch.empty_like(states), states.new_empty(initial_state.shape)  # (B, T, 2, N), (B, 2, N)
-    d_bias = states.new_empty(states.shape[0], *bias.shape)  # (B, N)
-    tensors = [*read, _mask_bytes(mask, states), states, moduli, d_inputs, d_bias, d_initial]
-    flags = _flags(sizes, modrelu, mask, precision)
-    tile = _tile(sizes[0]) * _tile(sizes[1])
-    _launch(backward_kernel, states, tensors, sizes, 4 if tile <= _IEEE_TILE else 8, flags)
-    d_a, d_c = _group_gradients(d_inputs, states, initial_state, group_a, group_c, flags["PRECISION"])
-    return d_inputs, d_a, d_c, d_bias.sum(0), d_initial
-
-
-if __name__.startswith("kru_hf."):
-    # Only the installed package registers operators: a second registration of a name replaces the first, so two
-    # revisions of pushed code would run each other's kernel.
-    _scan_op = torch.library.custom_op("kru_hf::scan_triton", _forward, mutates_args=())
-    _scan_backward_op = torch.library.custom_op("kru_hf::scan_triton_backward", _backward, mutates_args=())
-
-    @_scan_op.register_fake
-    def _(inputs, group_a, group_c, bias, initial_state, mask, modrelu, save, precision):
-        check_scan("kru", inputs, [group_a, group_c], bias, initial_state, mask)
-        batch, length, _, units = inputs.shape
-        moduli = inputs.new_empty((batch, length, units) if save and modrelu else (0,))
-        return inputs.new_empty(batch, length, 2, units), inputs.new_empty(batch, 2, units), moduli
-
-    @_scan_backward_op.register_fake
-    def _(d_states, d_final, group_a, group_c, bias, initial_state, mask, states, moduli, modrelu, precision):
-        read = (states, group_a, group_c, bias, initial_state)
-        return tuple(tensor.new_empty(tensor.shape) for tensor in read)
-
-    def _setup(ctx, inputs, output) -> None:
-        _, *tensors, modrelu, _, precision = inputs
-        ctx.flags = modrelu, precision
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*tensors, output[0], output[2])
-
-    def _op_gradient(ctx, d_states, d_final, _):
-        gradients = _scan_backward_op(d_states, d_final, *ctx.saved_tensors, *ctx.flags)
-        return *gradients, None, None, None, None
-
-    _scan_op.register_autograd(_op_gradient, setup_context=_setup)
-    _scan_backward_op.register_autograd(refuse_derivative)
-    _differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]] = _scan_op
-else:
-
-    class _Scan(torch.autograd.Function):
-        """The same for code that was loaded from a model's repository."""
-
-        @staticmethod
-        def forward(ctx, *arguments):
-            _, *tensors, modrelu, _, precision = arguments
-            states, final, moduli = _forward(*arguments)
-            ctx.flags = modrelu, precision
-            ctx.mark_non_differentiable(moduli)
-            ctx.save_for_backward(*tensors, states, moduli)
-            return states, final, moduli
-
-        @staticmethod
-        @differentiable_once
-        def backward(ctx, d_states, d_final, _):
-            return *_backward(d_states, d_final, *ctx.saved_tensors, *ctx.flags), None, None, None, None
-
-    _differentiable = _Scan.apply
-
-
-def kru_scan_triton(
+def backward(
+    d_states: Tensor | None,
+    d_final: Tensor | None,
     inputs: Tensor,
     factors: Sequence[Tensor],
     bias: Tensor,
-    initial_state: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    activation: str = "modrelu",
-    precision: str = "fp32",
-) -> tuple[Tensor, Tensor]:
-    """The recurrence h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t) in one GPU kernel, float32.
-
-    Args:
-        inputs: U x_t (B, T, 2, N).
-        factors: F tensors W_f (2, P_f, Q_f) with ∏ P_f = ∏ Q_f = N.
-        bias: b of modReLU (N,). Not used by the "identity" activation.
-        initial_state: h_0 (B, 2, N); zeros if None.
-        mask: (B, T) bool; False holds the state.
-        activation: "modrelu" or "identity".
-        precision: "fp32", or "tf32" (the operands of the kernels' products rounded to 10 bits of mantissa, fp32 sums).
-
-    Returns:
-        states (B, T, 2, N) and final_state (B, 2, N), a copy. The same to the last bit from run to run.
-
-    Raises:
-        RuntimeError: no triton, no GPU, or tensors that :func:`supports` refuses. ValueError: an unknown precision.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    check_scan("kru", inputs, factors, bias, initial_state, mask)
-    shapes = [(factor.shape[1], factor.shape[2]) for factor in factors]
-    obstacle = unavailable_reason() or supports(inputs, factors)
-    plan = None if obstacle else plan_groups(shapes, _shared_limit(inputs.device))
-    if obstacle is not None or plan is None:
-        raise RuntimeError(f"the triton engine cannot run: {obstacle}")
-    cut = plan[0]
-    one = torch.tensor([[[1.0]], [[0.0]]], device=inputs.device)  # (2, 1, 1): what A is where C holds all factors
-    # In complex arithmetic: with real planes the launches for nine small factors took longer than the recurrence.
-    group_a, group_c = kron_dense(factors[:cut] or [one]), kron_dense(factors[cut:])  # (2, P, P), (2, R, R)
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    states: Tensor,
+    saved: Tensor,
+    cell: Cell,
+    activation: str,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Gradients of inputs (B, T, 2, N), factors (E, 2, P, Q), bias (N,) and initial state (B, 2, N)."""
+    states = states.contiguous()
+    cut, matrices, groups = _groups(factors, states.device)
     if initial_state is None:
-        initial_state = inputs.new_zeros(inputs.shape[0], 2, inputs.shape[3])  # (B, 2, N)
-    read = (inputs, group_a, group_c, bias, initial_state)
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read)
-    states, final, _ = _differentiable(*read, mask, activation == "modrelu", save, precision)
-    return states, final
+        initial_state = states.new_zeros(states.shape[0], 2, states.shape[3])  # (B, 2, N)
+    d_states = torch.zeros_like(states) if d_states is None else d_states
+    d_final = torch.zeros_like(initial_state) if d_final is None else d_final
+    left, right = (torch.stack((group[:, 0], -group[:, 1]), 1) for group in groups)  # conj(A), conj(C)
+    read = [tensor.contiguous() for tensor in (d_states, d_final, left.mT, right, bias)]
+    d_inputs, d_initial = torch.empty_like(states), torch.empty_like(d_final)  # (B, T, 2, N), (B, 2, N)
+    d_bias = states.new_empty(states.shape[0], *bias.shape)  # (B, N)
+    times = [_bytes(mask, states), _bytes(starts, states)]
+    flags = {"MODRELU": activation == "modrelu", "MASKED": mask is not None, "STARTS": starts is not None}
+    tensors = [*read, *times, states, saved, d_inputs, d_bias, d_initial]
+    _launch(backward_kernel, states, tensors, groups, _warps(groups, _IEEE_TILE), flags)
+    d_groups = [to_complex(grad, 1) for grad in _group_gradients(d_inputs, states, initial_state, starts, groups)]
+    d_factors = []
+    for run, grad in ((matrices[:cut], d_groups[0]), (matrices[cut:], d_groups[1])):
+        d_factors += factor_gradients(run, [grad], [len(run)]) if run else []
+    return d_inputs, [to_planes(grad, 1) for grad in d_factors], d_bias.sum(0), d_initial

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import Parameter
 
+BACKENDS = ("auto", "reference", "portable", "cpu", "triton")  # engines of the recurrence; "auto" chooses one
+
 
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a tensor carries a tangent, or stands inside ``torch.func.grad``, ``jvp``, ``vmap`` and their like."""

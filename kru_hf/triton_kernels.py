@@ -1,7 +1,8 @@
 """The Triton kernels of the GPU engine, a program a sample: what one step of the recurrence needs from the step before.
 
-Letters: T steps, N units as a matrix H (P, R) of the two groups W = A ⊗ C, so that W h = A H C^T; tiles are padded with
-zeros to powers of two. Complex tensors are pairs of planes, names ending in r and i.
+Letters: T steps, N units as a matrix H (P, R) of the two groups W = A ⊗ C, so that W h = A H C^T, or of TERMS pairs of
+groups whose products add up; tiles are padded with zeros to powers of two. Complex tensors are pairs of planes, names
+ending in r and i. Where STARTS are given, a step may begin with a state of zero.
 """
 
 try:  # transformers demands what pushed code imports of everyone who loads it, except what stands in a try
@@ -42,26 +43,28 @@ def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _modulus(zr, zi):
-    """(power, inverse, zero): 1/|z · power| with a power of two that keeps |z|² in float32, 1 if z = 0; whether z = 0.
-
-    NaN for an infinite z.
-    """
-    squared = zr * zr + zi * zi
-    large, small = squared > 1.2676506002282294e30, squared < 7.888609052210118e-31  # 2^100, 2^-100
-    power = tl.where(large, 1.262177448353619e-29, tl.where(small, 7.922816251426434e28, 1.0))  # 2^-96, 2^96
-    zr, zi = zr * power, zi * power
-    squared = zr * zr + zi * zi
-    zero = squared == 0
-    squared = tl.where(zero, 1.0, squared)
-    return power, tl.rsqrt(squared) + 0.0 * squared, zero
+def _apply(
+    hr, hi, ar, ai, cr, ci, left, right, TERMS: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    TILE_P: tl.constexpr, TILE_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ A H C (P, R) over the terms: the first one's A and C are given, the others read."""
+    xr, xi = _product(hr, hi, cr, ci, PRECISION)  # (P, R) = H C
+    zr, zi = _product(ar, ai, xr, xi, PRECISION)  # (P, R) = A H C
+    for term in range(1, TERMS):
+        br, bi = _load_square(left + term * 2 * P * P, P, TILE_P)  # (P, P)
+        dr, di = _load_square(right + term * 2 * R * R, R, TILE_R)  # (R, R)
+        xr, xi = _product(hr, hi, dr, di, PRECISION)  # (P, R)
+        yr, yi = _product(br, bi, xr, xi, PRECISION)  # (P, R)
+        zr += yr
+        zi += yi
+    return zr, zi
 
 
 @triton.jit
 def forward_kernel(
-    inputs, left, right, bias, initial, mask, states, final, moduli, length,
-    P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
-    MODRELU: tl.constexpr, MASKED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    inputs, left, right, bias, initial, mask, starts, states, final, moduli, length,
+    TERMS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
+    MODRELU: tl.constexpr, MASKED: tl.constexpr, STARTS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = P * R
     sample = tl.program_id(0).to(tl.int64)
@@ -80,26 +83,25 @@ def forward_kernel(
         # The next input is asked for before this step's products, which hide the way to memory.
         u_at += tl.where(t + 1 < length, 2 * N, 0)
         next_r, next_i = _load(u_at, tile, inside, N)  # (P, R)
-        xr, xi = _product(hr, hi, cr, ci, PRECISION)  # (P, R) = H C^T
-        zr, zi = _product(ar, ai, xr, xi, PRECISION)  # (P, R) = A H C^T
+        if STARTS:
+            fresh = tl.load(starts + sample * length + t) != 0
+            hr = tl.where(fresh, 0.0, hr)  # (P, R)
+            hi = tl.where(fresh, 0.0, hi)  # (P, R)
+        zr, zi = _apply(hr, hi, ar, ai, cr, ci, left, right, TERMS, P, R, TILE_P, TILE_R, PRECISION)  # (P, R) = A H C^T
         zr += ur
         zi += ui
         if MODRELU:
-            power, inverse, zero = _modulus(zr, zi)  # (P, R)
-            modulus = 1.0 / inverse / power  # (P, R): |z|, where z is not 0
-            modulus = tl.where(zero, 0.0, modulus)  # (P, R)
+            squared = zr * zr + zi * zi  # (P, R)
+            inverse = tl.rsqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
+            modulus = squared * inverse  # (P, R): |z|
             if SAVE:
                 tl.store(m_at + tile, modulus, mask=inside)
                 m_at += N
-            # Idle, not active, is what is asked for: a NaN stays a NaN.
-            idle = tl.where(zero, b < float("inf"), modulus + b <= 0)  # (P, R)
-            scale = tl.where(idle, 0.0, 1.0 + b * inverse * power + 0.0 * modulus)  # (P, R)
+            # Idle, not active, is what is asked for, and z multiplies the scale even where that is zero: a NaN stays a
+            # NaN, and a |z|² beyond float32 passes z on.
+            scale = tl.where((squared == 0) | (modulus + b <= 0), 0.0, 1.0 + b * inverse)  # (P, R)
             zr *= scale
             zi *= scale
-        else:  # an infinity becomes NaN
-            nothing = 0.0 * zr + 0.0 * zi  # (P, R)
-            zr += nothing
-            zi += nothing
         if MASKED:
             keep = tl.load(mask_at) != 0
             mask_at += 1
@@ -114,9 +116,9 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    d_states, d_final, left, right, bias, mask, states, moduli, d_inputs, d_bias, d_initial, length,
-    P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
-    MODRELU: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    d_states, d_final, left, right, bias, mask, starts, states, moduli, d_inputs, d_bias, d_initial, length,
+    TERMS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
+    MODRELU: tl.constexpr, MASKED: tl.constexpr, STARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = P * R
     sample = tl.program_id(0).to(tl.int64)
@@ -140,10 +142,11 @@ def backward_kernel(
         if MODRELU:
             next_hr, next_hi = _load(states + earlier * 2 * N, tile, inside, N)  # (P, R)
             next_m = tl.load(moduli + earlier * N + tile, mask=inside, other=0.0)  # (P, R)
-            power, inverse, _ = _modulus(hr, hi)  # (P, R)
-            idle = tl.where(m == 0, b < float("inf"), m + b <= 0)  # (P, R)
+            squared = hr * hr + hi * hi  # (P, R)
+            inverse = tl.rsqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
+            idle = (m == 0) | (m + b <= 0)  # (P, R)
             # h = z + b·z/|z|: the radial part of the gradient passes as it is, the tangential one times 1 + b/|z|.
-            nr, ni = hr * power * inverse, hi * power * inverse  # (P, R): h/|h| = z/|z|
+            nr, ni = hr * inverse, hi * inverse  # (P, R): h/|h| = z/|z|
             radial = nr * gr + ni * gi  # (P, R)
             ratio = b / tl.where(idle, 1.0, m)  # (P, R)
             # A NaN is not idle, and goes into the gradients.
@@ -160,11 +163,15 @@ def backward_kernel(
             radial = tl.where(keep, radial, 0.0)  # (P, R)
         db += radial
         _store(d_inputs + step * 2 * N, tile, inside, N, dr, di)
-        yr, yi = _product(dr, di, cr, ci, PRECISION)  # (P, R) = dZ conj(C)
-        yr, yi = _product(ar, ai, yr, yi, PRECISION)  # (P, R) = dH = A^H dZ conj(C)
+        # dH = A^H dZ conj(C)
+        yr, yi = _apply(dr, di, ar, ai, cr, ci, left, right, TERMS, P, R, TILE_P, TILE_R, PRECISION)  # (P, R)
         if MASKED:
             yr = tl.where(keep, yr, gr)  # (P, R)
             yi = tl.where(keep, yi, gi)  # (P, R)
+        if STARTS:
+            fresh = tl.load(starts + step) != 0
+            yr = tl.where(fresh, 0.0, yr)  # (P, R)
+            yi = tl.where(fresh, 0.0, yi)  # (P, R)
         gr, gi = yr, yi  # (P, R)
         er, ei = next_er, next_ei  # (P, R)
         step = earlier
@@ -174,19 +181,20 @@ def backward_kernel(
 
 @triton.jit
 def gradient_kernel(
-    d_inputs, group_a, group_c, initial, states, d_a, d_c, length,
-    P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    d_inputs, group_a, group_c, initial, states, starts, d_a, d_c, length,
+    TERMS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, TILE_P: tl.constexpr, TILE_R: tl.constexpr,
+    CHUNK: tl.constexpr, STARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of dA and dC over CHUNK steps of a sample, a program each: these do not wait for one another."""
+    """Partial sums of a term's dA and dC over CHUNK steps of a sample, a program each: none waits for another."""
     N: tl.constexpr = P * R
     sample, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p, r = tl.arange(0, TILE_P), tl.arange(0, TILE_R)
     tile, inside = p[:, None] * R + r[None, :], (p[:, None] < P) & (r[None, :] < R)  # (P, R)
     a_tile, a_inside = p[:, None] * P + p[None, :], (p[:, None] < P) & (p[None, :] < P)  # (P, P)
     c_tile, c_inside = r[:, None] * R + r[None, :], (r[:, None] < R) & (r[None, :] < R)  # (R, R)
-    ar, ai = _load(group_a, a_tile, a_inside, P * P)  # (P, P)
-    cr, ci = _load(group_c, c_tile, c_inside, R * R)  # (R, R)
+    term = tl.program_id(2)
+    ar, ai = _load(group_a + term * 2 * P * P, a_tile, a_inside, P * P)  # (P, P)
+    cr, ci = _load(group_c + term * 2 * R * R, c_tile, c_inside, R * R)  # (R, R)
     da_r = tl.zeros((TILE_P, TILE_P), tl.float32)
     da_i = tl.zeros((TILE_P, TILE_P), tl.float32)
     dc_r = tl.zeros((TILE_R, TILE_R), tl.float32)
@@ -196,6 +204,10 @@ def gradient_kernel(
         dr, di = _load(d_inputs + at, tile, inside, N)  # (P, R)
         before = tl.where(t > 0, states + at - 2 * N, initial + sample * 2 * N)
         hr, hi = _load(before, tile, inside, N)  # (P, R): h_{t-1}
+        if STARTS:
+            fresh = tl.load(starts + sample * length + t) != 0
+            hr = tl.where(fresh, 0.0, hr)  # (P, R)
+            hi = tl.where(fresh, 0.0, hi)  # (P, R)
         yr, yi = _product(ar, ai, hr, hi, PRECISION)  # (P, R) = A H
         wr, wi = _product(tl.trans(dr), tl.trans(di), yr, -yi, PRECISION)  # (R, R) = dZ^T conj(A H)
         dc_r += wr
@@ -204,6 +216,6 @@ def gradient_kernel(
         wr, wi = _product(yr, yi, tl.trans(hr), -tl.trans(hi), PRECISION)  # (P, P) = dZ conj(C) H^H
         da_r += wr
         da_i += wi
-    slot = sample * tl.num_programs(1) + chunk
+    slot = (sample * tl.num_programs(1) + chunk) * TERMS + term
     _store(d_a + slot * 2 * P * P, a_tile, a_inside, P * P, da_r, da_i)
     _store(d_c + slot * 2 * R * R, c_tile, c_inside, R * R, dc_r, dc_i)

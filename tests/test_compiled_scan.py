@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from helpers import LOGITS, RELATIVE, assert_near, random_problem, run_engine, tiny_config
+from kru_hf.scan_gated import GATED_CELLS
+from kru_hf.scan_gated_torch import kru_gated_scan_torch
+from kru_hf.scan_torch import kru_scan_torch
 from torch.utils._pytree import tree_map_only
 
 from kru_hf import KRUForCausalLM, KRUForTokenClassification, scan_gated_torch, scan_torch
 from kru_hf.configuration_kru import CELL_TYPES
-from kru_hf.scan_gated import GATED_CELLS
-from kru_hf.scan_gated_torch import kru_gated_scan_torch
-from kru_hf.scan_torch import kru_scan_torch
 
 CELLS = list(CELL_TYPES)
 GATED = list(GATED_CELLS)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kru_hf.gate_bias import gate_bias
 
 from kru_hf import KRUGRU, KRUJANET, KRULSTM, KRUConfig, KRUForCausalLM
-from kru_hf.gate_bias import gate_bias
 from training.baselines import BaselineConfig, BaselineForCausalLM
 
 ROWS = {"lstm": 4, "gru": 4, "janet": 2}  # a GRU's fourth is the bias b'_n inside the reset gate

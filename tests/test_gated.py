@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from kru_hf.configuration_kru import GATED_TYPES
 from kru_hf.gated_cells import GATED_RECURRENCES
 from kru_hf.scan_gated import GATED_CELLS, kru_gated_scan
+
+from kru_hf.configuration_kru import GATED_TYPES
 
 # Largest absolute difference, with values and gradients of the order of 1 to 100.
 FLOAT64_TOLERANCE = 1e-10

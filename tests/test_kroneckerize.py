@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kru_hf.kronecker import kron_product
 from kru_hf.kroneckerize import (
     GATES,
     dekroneckerize,
-    kron_dense_real,
     kroneckerize,
     nearest_kronecker,
     plan_target_shapes,
@@ -59,17 +59,17 @@ def hidden(state):
 
 def test_dense_product_is_torch_kron():
     factors = random_factors([(2, 3), (4, 1), (3, 5)], gates=3)
-    for gate, dense in enumerate(kron_dense_real(factors)):
+    for gate, dense in enumerate(kron_product(factors)):
         expected = torch.kron(torch.kron(factors[0][gate], factors[1][gate]), factors[2][gate])
         torch.testing.assert_close(dense, expected, rtol=0, atol=FIT_TOLERANCE)
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
 def test_kronecker_weights_are_recovered(shapes):
-    weight = kron_dense_real(random_factors(shapes))[0]
+    weight = kron_product(random_factors(shapes))[0]
     factors = nearest_kronecker(weight, shapes)
     assert [tuple(factor.shape) for factor in factors] == shapes
-    assert relative(kron_dense_real([factor[None] for factor in factors])[0], weight) < FIT_TOLERANCE
+    assert relative(kron_product([factor[None] for factor in factors])[0], weight) < FIT_TOLERANCE
     norms = [float(factor.norm()) for factor in factors]
     assert norms == pytest.approx([norms[0]] * len(norms), rel=FIT_TOLERANCE)
 
@@ -78,7 +78,7 @@ def test_two_factors_are_the_global_optimum():
     shapes = [(3, 2), (2, 4)]
     weight = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     factors = [factor[None] for factor in nearest_kronecker(weight, shapes)]
-    best = float((weight - kron_dense_real(factors)[0]).square().sum())
+    best = float((weight - kron_product(factors)[0]).square().sum())
     # Eckart-Young: what is left are the other singular values of the rearranged matrix, here built entry by entry.
     rearranged = torch.stack(
         [weight[2 * i : 2 * i + 2, 4 * j : 4 * j + 4].flatten() for i in range(3) for j in range(2)]
@@ -88,7 +88,7 @@ def test_two_factors_are_the_global_optimum():
     for spread in (1.0, 0.1, 0.001):
         noise = random_factors(shapes, seed=2, gates=2000)
         start = [torch.zeros_like(f) if spread == 1.0 else f for f in factors]
-        candidates = kron_dense_real([a + spread * b for a, b in zip(start, noise, strict=True)])
+        candidates = kron_product([a + spread * b for a, b in zip(start, noise, strict=True)])
         overlap = (candidates * weight).sum((1, 2)).square() / candidates.square().sum((1, 2))
         assert best <= float(weight.square().sum() - overlap.max())
 
@@ -97,8 +97,8 @@ def test_three_factors_are_a_stationary_point_and_beat_random_search():
     shapes = [(2, 2), (3, 3), (2, 2)]
     weight = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     factors = [factor[None].requires_grad_() for factor in nearest_kronecker(weight, shapes)]
-    error = (weight - kron_dense_real(factors)[0]).square().sum()
-    candidates = kron_dense_real(random_factors(shapes, seed=4, gates=2000))
+    error = (weight - kron_product(factors)[0]).square().sum()
+    candidates = kron_product(random_factors(shapes, seed=4, gates=2000))
     overlap = (candidates * weight).sum((1, 2)).square() / candidates.square().sum((1, 2))
     assert error.detach().item() < float(weight.square().sum() - overlap.max())
     gradients = torch.autograd.grad(error, factors)
@@ -109,7 +109,7 @@ def test_three_factors_are_a_stationary_point_and_beat_random_search():
 def test_zero_weight_keeps_a_gradient():
     for shapes in SHAPES.values():
         factors = [factor[None].requires_grad_() for factor in nearest_kronecker(torch.zeros(12, 12), shapes)]
-        dense = kron_dense_real(factors)
+        dense = kron_product(factors)
         assert not dense.detach().any()
         gradients = torch.autograd.grad((dense * torch.randn(dense.shape)).sum(), factors)
         assert max(float(gradient.abs().max()) for gradient in gradients) > 0
@@ -140,7 +140,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_weights(cell, bidirectiona
     assert len(names) == 2 * (1 + bidirectional)
     for name in names:
         stacks = [getattr(module.parametrizations[name], f"original{f}") for f in range(2)]
-        wanted = torch.autograd.grad(kron_dense_real(stacks).flatten(0, 1), stacks, getattr(plain, name).grad)
+        wanted = torch.autograd.grad(kron_product(stacks).flatten(0, 1), stacks, getattr(plain, name).grad)
         for stack, gradient in zip(stacks, wanted, strict=True):
             assert float(gradient.norm()) > 0
             assert relative(stack.grad, gradient) < 10 * FLOAT32_TOLERANCE
@@ -256,7 +256,7 @@ def test_module_conversions_and_assignment():
     functional = torch.func.functional_call(module, doubled, (x,))[0]
     module.load_state_dict(doubled)
     assert relative(functional, module(x)[0]) < FLOAT32_TOLERANCE
-    dense = kron_dense_real([f.float() for f in random_factors([(3, 3), (4, 4)], gates=4)]).flatten(0, 1)
+    dense = kron_product([f.float() for f in random_factors([(3, 3), (4, 4)], gates=4)]).flatten(0, 1)
     module.weight_hh_l0 = dense
     assert relative(module.weight_hh_l0, dense) < FLOAT32_TOLERANCE
 

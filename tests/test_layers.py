@@ -120,7 +120,7 @@ def test_bad_arguments_are_named():
         KRULSTM(3, 4)(torch.zeros(2, 2, 3), torch.zeros(1, 2, 4))
     for options, message in (
         ({"activation": "tanh"}, "activation must be one of modrelu, identity, got 'tanh'"),
-        ({"backend": "cuda"}, "backend must be one of auto, reference, torch, cpu, triton, got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of auto, reference, portable, cpu, triton, got 'cuda'"),
         ({"init_scale": -1.0}, "init_scale must be positive and finite, got -1.0"),
         ({"bias_init": math.nan}, "bias_init must be finite, got nan"),
     ):

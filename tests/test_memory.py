@@ -19,7 +19,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from kru_hf import kru_scan
+from kru_hf import kron_scan
 
 status = Path("/proc/self/status")
 
@@ -34,7 +34,7 @@ def case(sizes, batch, length):
     return inputs, factors, torch.full((units,), -0.1).requires_grad_(), torch.randn(batch, length, 2, units)
 
 def run(inputs, factors, bias, cotangent):
-    states, _ = kru_scan(inputs, factors, bias, backend=sys.argv[1])
+    states, _ = kron_scan(inputs, factors, bias, backend=sys.argv[1])
     return states, torch.autograd.grad(states, [inputs, bias, *factors], cotangent)
 
 def measure(sizes):
@@ -50,7 +50,7 @@ print(json.dumps([measure(sizes) for sizes in json.loads(sys.argv[2])]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", "portable"])
 def test_forward_and_backward_need_little_beside_inputs_and_outputs(backend):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, backend, json.dumps(SHAPES)],

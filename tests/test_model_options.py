@@ -68,7 +68,7 @@ def cases(draw) -> Case:
         "io_rank": draw(st.sampled_from([None, 3])),
         "readout_norm": draw(st.booleans()),
         "train_factors": draw(st.booleans()),
-        "scan_backend": draw(st.sampled_from(["auto", "torch"])),
+        "scan_backend": draw(st.sampled_from(["auto", "portable"])),
         "input_size": WIDTH if frames else None,
         "num_labels": CLASSES,
     }

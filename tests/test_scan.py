@@ -9,10 +9,10 @@ import torch
 from helpers import RELATIVE, assert_near, random_problem, run_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kru_hf.scan_torch import kru_scan_torch
 
 from kru_hf import kron_dense, kru_scan, random_unitary
 from kru_hf.scan_reference import kru_scan_reference
-from kru_hf.scan_torch import kru_scan_torch
 
 ENGINES = pytest.mark.parametrize("engine", [kru_scan_reference, kru_scan_torch], ids=["reference", "torch"])
 SHAPES = [

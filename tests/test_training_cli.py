@@ -13,7 +13,7 @@ import torch
 from finished_run import edit
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from kru_hf import KRUConfig, scan_triton
+from kru_hf import KRUConfig, scan, scan_triton
 from training.errors import UserError
 from training.evaluate import main as evaluate
 from training.models import check_device
@@ -99,7 +99,7 @@ def test_an_engine_of_another_device_is_refused(engine, device):
 
 def test_commands_ask_on_which_device_the_engine_runs(text_file, trained, tmp_path, capsys, monkeypatch):
     """As on a machine with a GPU, where --use_cpu leaves it idle."""
-    monkeypatch.setattr(scan_triton, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(scan, "triton_unavailable_reason", lambda cell: None)
     monkeypatch.setattr(scan_triton, "is_interpreted", lambda: False)
     words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, "--scan_backend=triton"]
     assert main(words) == 1
@@ -120,7 +120,7 @@ def test_an_engine_that_cannot_run_is_refused_before_anything_is_written(text_fi
     assert "error: scan_backend='triton' cannot run here: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*words, "--cell_type=kru_gru"]) == 1
-    assert "scan_backend of a gated cell must be one of" in capsys.readouterr().err
+    assert "the triton engine has no kernel for the cell 'gru'" in capsys.readouterr().err
     shutil.copytree(trained, tmp_path / "gpu")
     config = json.loads((tmp_path / "gpu" / "config.json").read_text())
     (tmp_path / "gpu" / "config.json").write_text(json.dumps({**config, "scan_backend": "triton"}))

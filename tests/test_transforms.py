@@ -5,7 +5,7 @@ import torch
 from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, random_problem, tiny_config, tiny_model
 from torch.autograd import forward_ad
 
-from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, kru_gated_scan, kru_scan
+from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, kron_scan
 from kru_hf.readout import normed_linear
 
 IDS = torch.randint(1, 11, (2, 5), generator=torch.Generator().manual_seed(0))
@@ -14,20 +14,20 @@ PROBLEM = random_problem([(2, 2), (3, 3)], 2, 4)
 
 def scan(inputs, backend):
     """States of the complex cell with factors that are not trained."""
-    return kru_scan(inputs, [f.detach() for f in PROBLEM.factors], PROBLEM.bias.detach(), backend=backend)[0]
+    return kron_scan(inputs, [f.detach() for f in PROBLEM.factors], PROBLEM.bias.detach(), backend=backend)[0]
 
 
 def janet_scan(inputs, backend):
     """The same for JANET, whose two gates read the planes of the inputs."""
     factors = [f.detach() for f in PROBLEM.factors]
-    return kru_gated_scan(inputs, factors, PROBLEM.bias.detach().expand(2, -1), cell="janet", backend=backend)[0]
+    return kron_scan(inputs, factors, PROBLEM.bias.detach().expand(2, -1), cell="janet", backend=backend)[0]
 
 
 def gated_scan(inputs, backend):
     """The same for the GRU, whose three gates read the planes of the inputs and their sum."""
     planes = torch.cat((inputs, inputs.sum(2, keepdim=True)), 2)
     factors = [torch.cat((f, f[:1])).detach() for f in PROBLEM.factors]
-    return kru_gated_scan(planes, factors, PROBLEM.bias.detach().expand(4, -1), cell="gru", backend=backend)[0]
+    return kron_scan(planes, factors, PROBLEM.bias.detach().expand(4, -1), cell="gru", backend=backend)[0]
 
 
 @pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
@@ -45,7 +45,7 @@ def test_forward_mode_equals_reverse_mode(function):
     assert_near(found, expected, RELATIVE[torch.float32])
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["portable", "cpu"])
 @pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
 def test_other_engines_refuse(function, backend):
     inputs = PROBLEM.inputs.detach()
@@ -98,13 +98,13 @@ def test_samples_of_a_model_by_vmap():
 def test_vmap_over_masks():
     masks = torch.tensor([[[1, 1, 0, 1]] * 2, [[0, 1, 1, 0]] * 2]).bool()
     inputs, factors, bias = (PROBLEM.inputs.detach(), [f.detach() for f in PROBLEM.factors], PROBLEM.bias.detach())
-    found = torch.func.vmap(lambda mask: kru_scan(inputs, factors, bias, None, mask)[0])(masks)
+    found = torch.func.vmap(lambda mask: kron_scan(inputs, factors, bias, None, mask)[0])(masks)
     for mask, states in zip(masks, found, strict=True):
-        assert_near(states, kru_scan(inputs, factors, bias, None, mask)[0], RELATIVE[torch.float32])
+        assert_near(states, kron_scan(inputs, factors, bias, None, mask)[0], RELATIVE[torch.float32])
 
 
 @pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["portable", "cpu"])
 @pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
 def test_second_derivatives_are_refused(function, backend, power):
     """Also those of a sum, whose gradient is a constant that nothing differentiates on the way in."""

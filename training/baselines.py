@@ -12,8 +12,9 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
 from kru_hf.cache_kru import KRUCache, check_cache, initial_state
+from kru_hf.cells import CELLS as KRONECKER_CELLS
+from kru_hf.cells import check_chrono, gate_bias
 from kru_hf.configuration_kru import LIMITS
-from kru_hf.gate_bias import check_chrono, gate_bias
 from kru_hf.kroneckerize import kroneckerize
 from kru_hf.modeling_kru import KRUCausalLMOutput, KRUModelOutput
 
@@ -144,7 +145,8 @@ class BaselinePreTrainedModel(PreTrainedModel):
                 if "bias_ih" in name and not isinstance(module, nn.RNN):
                     config, size = self.config, module.hidden_size
                     rows = parameter.numel() // size  # gates in torch's order: i f g o, and r z n
-                    start = gate_bias(config.cell, rows, size, config.chrono_max_length, config.forget_bias)
+                    keep_bias = config.forget_bias if config.cell == "lstm" else None
+                    start = gate_bias(KRONECKER_CELLS[config.cell], size, config.chrono_max_length, keep_bias, rows)
                     init.copy_(parameter, start.flatten())  # (rows·H,)
 
     def recurrent_parameters(self) -> list[tuple[str, nn.Parameter]]:

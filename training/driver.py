@@ -342,7 +342,7 @@ def bounded_cells(model: Any, limit: float | None) -> list[KRURecurrence]:
     """The recurrences whose spectral norm `--max_recurrent_norm` holds; an error where there is none to hold."""
     if not limit:
         return []
-    cells = [m for m in model.modules() if isinstance(m, KRURecurrence)]
+    cells = [m for m in model.modules() if isinstance(m, KRURecurrence) and m.cell.complex]
     if model.config.model_type != "kru" or not cells or not model.config.train_factors:
         raise UserError(f"max_recurrent_norm={limit!r} is for trained factors of cell_type kru alone: leave it out")
     return cells

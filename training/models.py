@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import logging
 
 import kru_hf
-from kru_hf import scan_cpu, scan_gated_cpu, scan_triton
+from kru_hf import scan, scan_triton
 
 from . import checkpoint as ckpt
 from . import processes
@@ -100,9 +100,7 @@ def make_config(config_type: Any, values: dict[str, Any]) -> PreTrainedConfig:
 def check_engine(config: PreTrainedConfig) -> None:
     """`UserError` if the config names an engine that cannot run here: else the first step would find out."""
     engine = getattr(config, "scan_backend", "auto")
-    native = scan_gated_cpu if getattr(config, "gated", False) else scan_cpu
-    module = {"cpu": native, "triton": scan_triton}.get(engine)
-    reason = module.unavailable_reason() if module is not None else None
+    reason = scan.unavailable_reason(engine, getattr(config, "recurrent_cell", None))
     if reason is not None:
         raise UserError(f"scan_backend={engine!r} cannot run here: {reason}; 'auto' takes what can")
 

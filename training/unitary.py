@@ -28,8 +28,8 @@ from kru_hf import (
     KRUForSequenceClassification,
     KRUForTokenClassification,
 )
-from kru_hf.cells import KRURecurrence
 from kru_hf.kronecker import to_complex, to_planes
+from kru_hf.recurrence import KRURecurrence
 
 # Options of the soft model that mean nothing here.
 SOFT_ONLY = frozenset(["unitary_loss_coef", "recurrent_init_scale", "cell_type"])
@@ -48,7 +48,12 @@ class UnitaryKRUConfig(KRUConfig):
         """What a strictly unitary recurrence cannot have."""
         if any(p != q for p, q in self.factor_shapes or []):
             raise ValueError(f"factor_shapes of a unitary model must be square, got {self.factor_shapes}")
-        for name, allowed in (("unitary_loss_coef", 0), ("recurrent_init_scale", 1), ("cell_type", "kru")):
+        for name, allowed in (
+            ("unitary_loss_coef", 0),
+            ("recurrent_init_scale", 1),
+            ("cell_type", "kru"),
+            ("recurrent_terms", 1),
+        ):
             if getattr(self, name) != allowed:
                 raise ValueError(f"{name} of a strictly unitary model must be {allowed!r}, got {getattr(self, name)!r}")
 

@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from kru_hf.scan_gated import GATED_CELLS
 from torch import Tensor, nn
 
 import kru_hf
 from kru_hf.kronecker import random_orthogonal, random_unitary
-from kru_hf.scan_gated import GATED_CELLS
 
 # name: B, T, N, factor sizes, whether the backward is measured too
 CASES = {

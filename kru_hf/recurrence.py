@@ -1,0 +1,266 @@
+"""The recurrence as a module: the factors and the bias of any cell, in one or two directions."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .cells import ACTIVATIONS, CELLS, check_chrono, check_scale, gate_bias
+from .kronecker import (
+    check_choice,
+    check_max_phase,
+    random_orthogonal,
+    random_unitary,
+    slow_unitary,
+    spectral_norm,
+    unitary_penalty,
+)
+from .scan import kron_scan
+from .transforms import BACKENDS
+
+INITS = ("random", "identity")
+_warned_rectangular = False
+
+
+def warn_rectangular(shapes: Sequence[Sequence[int]]) -> None:
+    """Say once that a non-square factor cannot be unitary."""
+    global _warned_rectangular
+    if not _warned_rectangular and any(p != q for p, q in shapes):
+        _warned_rectangular = True
+        rank = math.prod(min(p, q) for p, q in shapes)
+        warnings.warn(
+            f"factor_shapes {list(map(list, shapes))} has non-square factors: the recurrent matrix has rank {rank} of "
+            f"{math.prod(p for p, _ in shapes)} and is a partial isometry at best, never unitary",
+            stacklevel=3,
+        )
+
+
+class FactorList(nn.ParameterList):
+    """The factors of a cell. They are read by a call, which is when weights that are offloaded are brought in."""
+
+    __call__ = nn.Module.__call__  # ParameterList refuses calls
+
+    def forward(self) -> list[Tensor]:
+        """The factors, slowest index of the state first."""
+        return list(self)
+
+
+class KRURecurrence(nn.Module):
+    """h_t = cell(W h_{t-1}, U x_t, b, h_{t-1}): factors (K, P_f, Q_f), or (R, K, P_f, Q_f) with R > 1 terms, and b.
+
+    Args:
+        factor_shapes: [[P_0, Q_0], …]. cell: a name of ``cells.CELLS``. terms: R, of which W is the sum.
+        init_scale: spectral norm of each matrix at the start, by default the cell's own; of a sum, each term's is 1/√R
+            of it. bias: False fixes b at zero. train_factors: False freezes W.
+        backend: engine, see ``kron_scan``; "auto" follows ``use_backend``.
+        activation, init, init_max_phase, bias_init: of the complex cell. activation: "modrelu" or "identity"; init:
+            "random" (unitary), or "identity"; init_max_phase: the phases of W's eigenvalues at the start lie within ±
+            this, in radians; bias_init: modReLU's b at the start, -0.1.
+        chrono_max_length: of gated cells, the longest memory, in steps, that they start with: see ``gate_bias``.
+
+    Raises:
+        ValueError: an option outside what is allowed, or one of another cell.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self,
+        factor_shapes: Sequence[Sequence[int]],
+        cell: str = "kru",
+        *,
+        terms: int = 1,
+        init_scale: float | None = None,
+        bias: bool = True,
+        train_factors: bool = True,
+        backend: str = "auto",
+        activation: str = "modrelu",
+        init: str = "random",
+        init_max_phase: float | None = None,
+        bias_init: float | None = None,
+        chrono_max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("cell", cell, tuple(CELLS))
+        warn_rectangular(factor_shapes)
+        self.cell = CELLS[cell]
+        self.factor_shapes = [(p, q) for p, q in factor_shapes]
+        self.state_size = math.prod(p for p, _ in self.factor_shapes)
+        self.terms, self.activation, self.init, self.init_max_phase = terms, activation, init, init_max_phase
+        self.init_scale = self.cell.init_scale if init_scale is None else init_scale
+        self.chrono_max_length, self.backend = chrono_max_length, backend
+        self.has_bias = bias and activation == "modrelu"  # the linear network reads none
+        self._check(bias_init)
+        self.bias_init = (-0.1 if self.has_bias else 0.0) if bias_init is None else bias_init
+        lead = (terms, self.cell.planes) if terms > 1 else (self.cell.planes,)
+        self.factors = FactorList(
+            [nn.Parameter(torch.empty(*lead, p, q), requires_grad=train_factors) for p, q in self.factor_shapes]
+        )
+        start = torch.empty(self.cell.bias_shape(self.state_size))  # (N,), or (rows, N)
+        if self.has_bias:
+            self.bias = nn.Parameter(start)
+        else:  # a buffer: no optimizer and no requires_grad_() reaches it
+            self.register_buffer("bias", start)
+        self.reset_parameters()
+
+    def _check(self, bias_init: float | None) -> None:
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        if self.init not in INITS:
+            raise ValueError(f"init must be 'random' or 'identity', got {self.init!r}")
+        check_scale(self.init_scale)
+        if self.terms < 1 or (self.terms > 1 and self.init == "identity"):
+            allowed = "at least 1" if self.terms < 1 else "1 with init 'identity', which makes all terms alike"
+            raise ValueError(f"terms must be {allowed}, got {self.terms}")
+        if bias_init is not None and not (self.has_bias and math.isfinite(bias_init)):
+            allowed = "finite" if self.has_bias else "None without a bias"
+            raise ValueError(f"bias_init must be {allowed}, got {bias_init}")
+        if not self.cell.complex:
+            own = {"activation": "modrelu", "init": "random", "init_max_phase": None}
+            given = {name: getattr(self, name) for name in own} | {"bias_init": bias_init}
+            for name, value in given.items():
+                if value != own.get(name):
+                    raise ValueError(f"{name} of a gated cell must be {own.get(name)!r}, got {value!r}")
+        elif self.init_max_phase is not None:
+            check_max_phase("init_max_phase", self.init_max_phase, self.init, self.factor_shapes)
+        if self.chrono_max_length is not None:
+            check_chrono("chrono_max_length", self.chrono_max_length)
+            if self.cell.keeps is None or not self.has_bias:
+                place = "without a bias" if self.cell.keeps else f"with the cell {self.cell.name!r}"
+                raise ValueError(f"chrono_max_length must be None {place}, got {self.chrono_max_length}")
+
+    @property
+    def input_planes(self) -> int:
+        """Width of the inputs (B, T, ·, N), in multiples of N."""
+        return self.cell.planes
+
+    @property
+    def output_planes(self) -> int:
+        """Width of the features (B, T, ·, N)."""
+        return self.cell.feature_planes
+
+    @property
+    def state_planes(self) -> int:
+        """Width of the state (B, ·, N)."""
+        return len(self.cell.states)
+
+    def _initial_factor(self, rows: int, columns: int) -> Tensor:
+        """One term's random unitary, identity or orthogonal factor (K, P, Q)."""
+        if not self.cell.complex:
+            return torch.stack([random_orthogonal(rows, columns) for _ in range(self.cell.planes)])
+        if self.init == "identity":
+            return torch.stack([torch.eye(rows, columns), torch.zeros(rows, columns)])
+        if self.init_max_phase is not None:
+            # The phases of a Kronecker product are the sums of its factors' phases.
+            return slow_unitary(rows, self.init_max_phase / len(self.factor_shapes))
+        return random_unitary(rows, columns)
+
+    def initial_factors(self) -> list[Tensor]:
+        """Where the factors start: each times the F-th root of the spectral norm that its term is to have."""
+        scale = (self.init_scale / math.sqrt(self.terms)) ** (1 / len(self.factor_shapes))
+        starts = [torch.stack([self._initial_factor(p, q) for _ in range(self.terms)]) for p, q in self.factor_shapes]
+        return [scale * (start if self.terms > 1 else start[0]) for start in starts]
+
+    def initial_bias(self) -> Tensor:
+        """Where the bias starts: (N,), or (rows, N)."""
+        if self.cell.keeps is not None and self.has_bias:
+            return gate_bias(self.cell, self.state_size, self.chrono_max_length)
+        return torch.full(self.bias.shape, self.bias_init if self.cell.complex else 0.0)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the start. Parameters on the meta device are left for the loader to fill."""
+        if self.bias.is_meta:
+            return
+        for factor, start in zip(self.factors, self.initial_factors(), strict=True):
+            factor.copy_(start)
+        self.bias.copy_(self.initial_bias())
+
+    def penalty(self) -> Tensor:
+        """Soft unitary penalty of the complex cell, see ``unitary_penalty``: a scalar; zero for gated cells."""
+        return unitary_penalty(self.factors()) if self.cell.complex else self.bias.new_zeros(())
+
+    @torch.no_grad()
+    def bound_norm(self, limit: float) -> None:
+        """Scale the factors of the complex cell alike, so that the spectral norm of W is at most ``limit``.
+
+        The penalty keeps it near 1, on either side. Above 1 a state that is carried on and on can grow beyond float32.
+        """
+        if not all(bool(factor.isfinite().all()) for factor in self.factors):
+            return  # there is no norm to hold, and whoever looks at the loss sees it
+        scale = (limit / spectral_norm(list(self.factors))).clamp(max=1) ** (1 / len(self.factors))  # ()
+        for factor in self.factors:
+            factor.mul_(scale)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        initial_state: Tensor | None = None,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """inputs (B, T, K, N) = U x_t, initial_state (B, S, N), mask and starts (B, T): states (B, T, ·, N), final.
+
+        Computed in fp32 (fp64 for fp64 inputs) whatever the dtype of the inputs; that is also the dtype returned.
+        """
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        states, final = kron_scan(
+            inputs.to(dtype),
+            [factor.to(dtype) for factor in self.factors()],
+            self.bias.to(dtype),
+            None if initial_state is None else initial_state.to(dtype),
+            mask,
+            cell=self.cell.name,
+            starts=starts,
+            activation=self.activation,
+            backend=None if self.backend == "auto" else self.backend,
+        )
+        return states if self.cell.complex else states.unsqueeze(2), final  # (B, T, ·, N), (B, S, N)
+
+    def extra_repr(self) -> str:
+        shapes = " ".join(f"{p}x{q}" for p, q in self.factor_shapes)
+        options = f", activation={self.activation}" if self.cell.complex else ""
+        terms = f", terms={self.terms}" if self.terms > 1 else ""
+        return f"{self.cell.name}, state_size={self.state_size}, factors={shapes}{terms}{options}"
+
+
+class KRUBidirectional(nn.Module):
+    """Two recurrences of a kind over one sequence, from its start and from its end, with the interface of a single one.
+
+    Inputs (B, T, 2·K, N) to features (B, T, 2·O, N): the forward cell has the first half of the planes of inputs,
+    features and state, the reverse cell the second.
+    """
+
+    def __init__(self, forward_cell: KRURecurrence, reverse_cell: KRURecurrence) -> None:
+        super().__init__()
+        self.forward_cell = forward_cell
+        self.reverse_cell = reverse_cell
+        self.state_size = forward_cell.state_size
+        self.input_planes = 2 * forward_cell.input_planes
+        self.output_planes = 2 * forward_cell.output_planes
+        self.state_planes = 2 * forward_cell.state_planes
+
+    def forward(
+        self,
+        inputs: Tensor,
+        initial_state: Tensor | None = None,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``KRURecurrence``, in the order of the inputs; a document's end is where the reverse direction starts.
+
+        Raises:
+            ValueError: an initial state is given. The reverse direction begins after the last step: nothing that was
+                read before can be carried into it.
+        """
+        if initial_state is not None:
+            raise ValueError("a bidirectional recurrence reads the whole sequence: initial_state must be None")
+        ahead, behind = inputs.chunk(2, 2)  # (B, T, K, N) each
+        ahead, ahead_final = self.forward_cell(ahead, None, mask, starts)  # (B, T, O, N), (B, S, N)
+        # Flipped, padding that followed comes first: the mask holds the zero state until the sequence begins.
+        flipped = None if mask is None else mask.flip(1)  # (B, T)
+        ends = None if starts is None else starts.roll(-1, 1).flip(1)  # (B, T): the last step of each document
+        behind, behind_final = self.reverse_cell(behind.flip(1), None, flipped, ends)
+        return torch.cat((ahead, behind.flip(1)), 2), torch.cat((ahead_final, behind_final), 1)
