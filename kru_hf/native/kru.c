@@ -1,0 +1,223 @@
+/* Native CPU engine of the Kronecker recurrences: whole sequences in one call, forward and backward, of every cell of
+ * cells.inc: h_t = cell((sum over terms of W_0 x ... x W_{F-1}) h_{t-1}, inputs_t, bias, state).
+ *
+ * Called from kru_hf/scan_cpu.py through ctypes: no torch headers, no Python API, no threads of its own (each calling
+ * thread takes chunks of the batch from a shared counter). One object holds every vector width; the widest that the
+ * processor has is chosen at run time.
+ *
+ *   plan.h       shapes: stages, their order and layout, weights packed, gradients back to the factors
+ *   workspace.h  a thread's memory by name;  fetch.h: what the next step reads, fetched in time
+ *   width.inc    all that depends on the vectors' width: vector.inc, then for each of two layouts (units.inc: complex cells,
+ *                samples.inc: real ones) the cells (cells.inc) and the time loop (sequence.inc) */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#define KRU_X86 1
+#endif
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "fetch.h"
+#include "plan.h"
+#include "workspace.h"
+
+#define KRU_ABI 4
+#define KRU_EXPORT __attribute__((visibility("default")))
+
+/* K planes of the inputs, S of the state, O of the returned states: see kru_cell in cells.inc. */
+typedef struct {
+    int64_t B, T, chunks;
+    const float *packed, *inputs, *bias, *initial_state; /* from kru_pack, (B,T,K,N), (rows,N), (B,S,N) or NULL: zeros */
+    const uint8_t *mask;   /* (B,T), 0 holds the state; NULL: none */
+    const uint8_t *starts; /* (B,T), 1: the state before the step is zero; NULL: none */
+    float *states;         /* (B,T,O,N): written by the forward, read by the backward */
+    float *final_state;    /* (B,S,N) */
+    float *saved; /* B T (S-O) N: states beside h, in the engine's order; NULL in a forward that no backward follows */
+    const float *d_states, *d_final; /* NULL: zero */
+    float *d_inputs, *d_initial;
+    float *chunk_grads;     /* (chunks, dense + rows N): stage gradients, then the bias's */
+    int64_t *progress;      /* shared by the calling threads: see next_chunk */
+} kru_args;
+
+/* progress[0]: the next chunk, starts at 0. progress[1]: not 0 asks all threads to end at their next time step. */
+static int stopped(const int64_t *progress) { return __atomic_load_n(progress + 1, __ATOMIC_RELAXED) != 0; }
+static int64_t next_chunk(int64_t *progress, int64_t chunks) {
+    return stopped(progress) ? chunks : __atomic_fetch_add(progress, 1, __ATOMIC_RELAXED);
+}
+
+/* Whether a flag of n samples at one step is 0, or (`set`) is not. */
+static int any_flag(const uint8_t *flags, int64_t T, int n, int set) {
+    for (int s = 0; s < n; s++)
+        if ((flags[s * T] != 0) == set) return 1;
+    return 0;
+}
+
+#define CAT_(a, b) a##b
+#define CAT(a, b) CAT_(a, b)
+
+#if KRU_X86
+#define LANES 16
+#include "width.inc"
+#undef LANES
+#define LANES 8
+#include "width.inc"
+#undef LANES
+#endif
+#define LANES 4
+#include "width.inc"
+
+static int best_lanes(void) {
+#if KRU_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) return 16;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
+#endif
+    return 4;
+}
+
+/* One group of samples through the sequence, by the code of the plan's width and layout. */
+typedef void group_function(const kru_plan *, const kru_args *, const kru_workspace *, int64_t, int, float *);
+static group_function *group_of(const kru_plan *plan) {
+    int units = plan->c == 2;
+#if KRU_X86
+    if (plan->lanes == 16) return units ? units_group_avx512 : samples_group_avx512;
+    if (plan->lanes == 8) return units ? units_group_avx2 : samples_group_avx2;
+#endif
+    return units ? units_group_generic : samples_group_generic;
+}
+
+static int64_t bias_floats(const kru_plan *plan) { return CELLS[plan->cell].bias * plan->N; }
+
+/* Decaying states end in subnormal numbers, which cost a hundred cycles each: flush them, for one call only. */
+static unsigned int flush_subnormals(void) {
+#if KRU_X86
+    unsigned int mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040);
+    return mode;
+#else
+    return 0;
+#endif
+}
+static void restore_mode(unsigned int mode) {
+#if KRU_X86
+    _mm_setcsr(mode);
+#else
+    (void)mode;
+#endif
+}
+
+/* Takes chunks of the batch until none is left. A chunk's result does not depend on who computed it. */
+static int run(const kru_plan *plan, const kru_args *a, int backward) {
+    kru_workspace ws = workspace(plan, backward, NULL);
+    group_function *group = group_of(plan);
+    int64_t groups = ceil_div(a->B, plan->group), stride = plan->dense_floats + bias_floats(plan);
+    float *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, sizeof(float) * ws.floats)) return -1;
+    ws = workspace(plan, backward, memory);
+    unsigned int mode = flush_subnormals();
+    for (int64_t c; (c = next_chunk(a->progress, a->chunks)) < a->chunks;) {
+        float *dense = backward ? a->chunk_grads + c * stride : NULL, *db = backward ? dense + plan->dense_floats : NULL;
+        if (backward) {
+            memset(ws.acc, 0, sizeof(float) * plan->acc_floats);
+            memset(db, 0, sizeof(float) * bias_floats(plan));
+        }
+        for (int64_t k = c * groups / a->chunks; k < (c + 1) * groups / a->chunks; k++) {
+            int64_t b0 = k * a->B / groups, n = (k + 1) * a->B / groups - b0;
+            group(plan, a, &ws, b0, (int)n, db);
+        }
+        if (backward) collect(plan, ws.acc, dense);
+    }
+    restore_mode(mode);
+    free(memory);
+    return 0;
+}
+
+KRU_EXPORT int64_t kru_abi(void) { return KRU_ABI; }
+
+/* Vector lanes of this processor; a plan may ask for fewer, which the tests do. */
+KRU_EXPORT int64_t kru_lanes(void) { return best_lanes(); }
+
+/* A cell's planes of inputs, rows of the bias, planes of the state and of the returned states, for a check; 0: none such. */
+KRU_EXPORT int kru_cell_facts(int64_t cell, int64_t *out) {
+    if (cell < 0 || cell >= CELL_COUNT) return 0;
+    const kru_cell *facts = &CELLS[cell];
+    int64_t values[4] = {facts->gates, facts->bias, facts->states, facts->outputs};
+    memcpy(out, values, sizeof values);
+    return 1;
+}
+
+/* Opaque, for as many threads as wanted, freed by kru_plan_free. NULL: out of memory or too many factors. */
+KRU_EXPORT void *kru_plan_new(int64_t cell, int64_t R, int64_t F, const int64_t *P, const int64_t *Q, int64_t lanes) {
+    if (lanes > best_lanes() || (lanes != 4 && lanes != 8 && lanes != 16)) return NULL;
+    return plan_new(cell, R, F, P, Q, lanes);
+}
+KRU_EXPORT void kru_plan_free(void *plan) { free(plan); }
+
+/* Floats of the packed weights and of one chunk's gradients, samples of a group; returns the estimated vector operations
+ * of a group's step. */
+KRU_EXPORT double kru_plan_sizes(const kru_plan *plan, int64_t *out) {
+    out[0] = plan->packed_floats;
+    out[1] = plan->dense_floats + bias_floats(plan);
+    out[2] = plan->group;
+    return plan->work;
+}
+
+/* Merges the factors (R,K,P_f,Q_f) of each stage and lays the stages out for the kernels. */
+KRU_EXPORT int kru_pack(const kru_plan *plan, const float *const *factors, float *packed) {
+    float *dense = malloc(sizeof(float) * (plan->dense_floats + 2));
+    if (!dense) return -1;
+    for (int s = 0; s < plan->S; s++)
+        for (int64_t m = 0; m < plan->R * plan->M; m++) {
+            const kru_stage *st = &plan->stage[s];
+            merge(plan, st->first, st->last, m, factors, dense);
+            pack(plan, st, dense, packed + st->w + m * st->step, packed + st->adjoint + m * st->step);
+        }
+    free(dense);
+    return 0;
+}
+
+/* 0, or -1: no memory for the workspace. */
+KRU_EXPORT int kru_forward(const kru_plan *plan, const kru_args *args) { return run(plan, args, 0); }
+KRU_EXPORT int kru_backward(const kru_plan *plan, const kru_args *args) { return run(plan, args, 1); }
+
+/* Sums the chunks in order and takes merged gradients back: d_factors[f] is (R,K,P_f,Q_f), d_bias (rows,N). */
+KRU_EXPORT int kru_reduce(const kru_plan *plan, const float *const *factors, int64_t chunks, const float *chunk_grads,
+                          float *const *d_factors, float *d_bias) {
+    int64_t W = plan->dense_floats, rows = bias_floats(plan);
+    float *sum = calloc(3 * W + 8, sizeof(float));
+    if (!sum) return -1;
+    memset(d_bias, 0, sizeof(float) * rows);
+    for (int64_t c = 0; c < chunks; c++) {
+        const float *from = chunk_grads + c * (W + rows);
+        for (int64_t i = 0; i < W; i++) sum[i] += from[i];
+        for (int64_t i = 0; i < rows; i++) d_bias[i] += from[W + i];
+    }
+    for (int s = 0; s < plan->S; s++)
+        for (int64_t m = 0; m < plan->R * plan->M; m++) {
+            const kru_stage *st = &plan->stage[s];
+            project(plan, st, m, factors, sum + st->dense + m * st->P * st->Q * plan->c, sum + W, d_factors);
+        }
+    free(sum);
+    return 0;
+}
+
+/* Asks for huge pages under a large fresh output: its first write would otherwise cost a page fault each 4 KiB, which
+ * took longer than the recurrence itself. Only a hint: nothing happens where the system does not know it. */
+KRU_EXPORT void kru_advise(void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t huge = (uintptr_t)1 << 21;
+    uintptr_t first = ((uintptr_t)memory + huge - 1) & ~(huge - 1), last = ((uintptr_t)memory + bytes) & ~(huge - 1);
+    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)memory;
+    (void)bytes;
+#endif
+}
+
+/* setuptools' extension build on some platforms demands this symbol; the library is never imported as a module. */
+KRU_EXPORT void *PyInit__native(void) { return NULL; }

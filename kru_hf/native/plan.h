@@ -1,0 +1,306 @@
+/* What the engine decides before it computes: which neighbouring factors are merged into one dense stage, in which
+ * order the stages are applied, which kernel runs each, and where each keeps its weights. Depends on shapes only.
+ *
+ * Letters: R terms, M matrices (one complex, or a real one a gate), c numbers an entry (2: complex, 1: real), K = M c
+ * planes of the products, F factors (R,K,P_f,Q_f), VL lanes of a vector. */
+#ifndef KRU_PLAN_H
+#define KRU_PLAN_H
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cells.inc" /* the facts of the cells */
+
+#define MAX_FACTORS 64
+#define MAX_STAGES MAX_FACTORS
+#define MERGE_LIMIT 64 /* a merged stage never grows past this: its cost would outrun what merging saves */
+#define LARGE 1024     /* from this many entries on, a real stage's gradient is summed over samples at once */
+
+/* Kernels of a stage. Complex matrices, lanes over units: over r (DIRECT), or over p, and q in the backward (ROWS).
+ * Real matrices, lanes over samples: SAMPLES, or SAMPLES_LARGE where the gradient has no lanes of its own. */
+enum { DIRECT, ROWS, SAMPLES, SAMPLES_LARGE };
+
+typedef struct {
+    int64_t P, Q, left, right; /* y[l,p,r] = sum_q W[p,q] x[l,q,r] for one sample */
+    int first, last;           /* merged factors [first, last) */
+    int kind;
+    int64_t tile;            /* columns at a time, of kernels with lanes over samples */
+    int64_t w, adjoint, step; /* packed weights of the first matrix, their adjoint, and the step to the next matrix */
+    int64_t acc, acc_step;   /* the same of the gradient's accumulator in a thread's workspace */
+    int64_t dense;           /* the dense (R,M,P,Q,c) stage in a chunk's gradients */
+} kru_stage;
+
+typedef struct {
+    int cell, F, S;       /* factors, stages */
+    int64_t N, R, M, c;   /* as above */
+    int64_t lanes, group; /* group: samples that advance in lockstep */
+    int64_t P[MAX_FACTORS], Q[MAX_FACTORS];
+    kru_stage stage[MAX_STAGES];
+    int64_t dense_floats, packed_floats, acc_floats, tmp_floats, tiles;
+    double work; /* estimated vector operations of one step of one group */
+} kru_plan;
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/* Rows of one register block of the kernels with lanes over samples; P rows are cut into blocks of nearly equal size,
+ * and weights are packed in this order. */
+#if defined(__aarch64__)
+static int64_t block_rows(int64_t lanes) { return lanes > 0 ? 12 : 0; }
+#else
+static int64_t block_rows(int64_t lanes) { return lanes == 16 ? 12 : 6; }
+#endif
+
+/* Vector operations of one stage. Over units: multiply-adds at full or padded lanes, loads and stores, and the scalar
+ * transposition that lanes over p need when the stage is not the innermost one. Over samples, where the place of a stage
+ * does not matter: multiply-adds, and what goes through the caches. */
+static double stage_cost(const kru_plan *plan, int64_t P, int64_t Q, int64_t left, int64_t right, int *kind) {
+    int64_t VL = plan->lanes;
+    if (plan->c == 1) {
+        *kind = P * Q > LARGE ? SAMPLES_LARGE : SAMPLES;
+        return (double)left * right * (P * Q + 3.0 * (P + Q)) + 60.0;
+    }
+    double direct = (double)left * ceil_div(right, VL) * (4.0 * P * Q + 3.0 * (P + Q));
+    double rows = (double)left * right * ceil_div(P, VL) * (4.0 * Q + 6.0);
+    if (right > 1) rows += 4.0 * left * right * (P + Q);
+    *kind = rows < direct ? ROWS : DIRECT;
+    return (rows < direct ? rows : direct) + 60.0;
+}
+
+/* Groups the factors into stages, by the cheapest sum of costs, and orders the stages. */
+static void plan_stages(kru_plan *plan) {
+    int F = plan->F, kind, from[MAX_FACTORS + 1];
+    double best[MAX_FACTORS + 1];
+    int64_t before[MAX_FACTORS + 1];
+    before[0] = 1;
+    for (int f = 0; f < F; f++) before[f + 1] = before[f] * plan->Q[f];
+    best[0] = 0;
+    for (int e = 1; e <= F; e++) { /* best grouping of factors [0, e): the last group is [s, e) */
+        int64_t P = 1, Q = 1;
+        best[e] = -1;
+        for (int s = e - 1; s >= 0; s--) {
+            P *= plan->P[s];
+            Q *= plan->Q[s];
+            if (e - s > 1 && (P > MERGE_LIMIT || Q > MERGE_LIMIT)) break;
+            double cost = best[s] + stage_cost(plan, P, Q, before[s], before[F] / before[e], &kind);
+            if (best[e] < 0 || cost < best[e]) {
+                best[e] = cost;
+                from[e] = s;
+            }
+        }
+    }
+    plan->work = best[F];
+    for (int e = F; e > 0; e = from[e]) { /* innermost group first */
+        kru_stage *st = &plan->stage[plan->S++];
+        st->first = from[e];
+        st->last = e;
+        st->P = st->Q = 1;
+        for (int f = st->first; f < e; f++) {
+            st->P *= plan->P[f];
+            st->Q *= plan->Q[f];
+        }
+    }
+    /* Shrinking stages first, growing ones last: no intermediate is larger than N (insertion sort, stable). */
+    for (int i = 1; i < plan->S; i++)
+        for (int j = i; j > 0; j--) {
+            kru_stage a = plan->stage[j - 1], b = plan->stage[j];
+            if (a.P * b.Q <= b.P * a.Q) break;
+            plan->stage[j - 1] = b;
+            plan->stage[j] = a;
+        }
+}
+
+/* Where stage i stands in the product, which kernel runs it and where its weights and gradients lie. */
+static void place_stage(kru_plan *plan, int i) {
+    kru_stage *st = &plan->stage[i];
+    int64_t VL = plan->lanes, matrices = plan->R * plan->M, size = st->P * st->Q, columns;
+    st->left = st->right = 1;
+    for (int j = 0; j < plan->S; j++) {
+        if (j == i) continue;
+        int64_t other = j < i ? plan->stage[j].P : plan->stage[j].Q; /* already applied, or not yet */
+        if (plan->stage[j].first < st->first)
+            st->left *= other;
+        else
+            st->right *= other;
+    }
+    stage_cost(plan, st->P, st->Q, st->left, st->right, &st->kind);
+    int64_t Pp = round_up(st->P, VL), Qp = round_up(st->Q, VL), rows = st->Q * Pp > st->P * Qp ? st->Q * Pp : st->P * Qp;
+    st->step = round_up(st->kind == ROWS ? 2 * rows : plan->c * size, 16);
+    st->w = plan->packed_floats;
+    st->adjoint = st->w + matrices * st->step;
+    plan->packed_floats = st->adjoint + matrices * st->step;
+    int64_t acc = st->kind == ROWS ? 2 * st->Q * Pp : st->kind == SAMPLES_LARGE ? st->P * Qp : plan->c * size * VL;
+    st->acc_step = round_up(acc, 16);
+    st->acc = plan->acc_floats;
+    plan->acc_floats += matrices * st->acc_step;
+    st->dense = plan->dense_floats;
+    plan->dense_floats += matrices * plan->c * size;
+    st->tile = 512 / (st->P + st->Q) / 12 * 12; /* what several register blocks read again stays in the first cache */
+    if (st->tile < 12) st->tile = 12;
+    columns = st->right == 1 ? st->left : st->right;
+    plan->tiles += matrices * (st->right == 1 ? 1 : st->left) * ceil_div(columns, st->tile);
+}
+
+/* NULL: out of memory, or no such cell or number of factors. */
+static kru_plan *plan_new(int64_t cell, int64_t R, int64_t F, const int64_t *P, const int64_t *Q, int64_t lanes) {
+    kru_plan *plan = calloc(1, sizeof *plan);
+    if (!plan || cell < 0 || cell >= CELL_COUNT || R < 1 || F < 1 || F > MAX_FACTORS) {
+        free(plan);
+        return NULL;
+    }
+    plan->cell = (int)cell;
+    plan->c = CELLS[cell].complex ? 2 : 1;
+    plan->M = CELLS[cell].gates / plan->c;
+    plan->R = R;
+    plan->F = (int)F;
+    plan->lanes = lanes;
+    plan->N = 1;
+    for (int f = 0; f < F; f++) {
+        plan->P[f] = P[f];
+        plan->Q[f] = Q[f];
+        plan->N *= Q[f];
+    }
+    plan_stages(plan);
+    int64_t largest = 1;
+    for (int i = 0; i < plan->S; i++) {
+        place_stage(plan, i);
+        int64_t size = plan->stage[i].P * plan->stage[i].Q;
+        if (size > largest) largest = size;
+    }
+    if (plan->c == 1)
+        plan->group = lanes;
+    else { /* large weights are read once for several samples */
+        plan->group = largest >= 1024 || plan->N <= 64 ? 4 : 1;
+        plan->tiles = 1; /* a step is so short that all is fetched at once */
+    }
+    for (int i = 0; i < plan->S; i++) { /* what kernels with lanes over p transpose */
+        kru_stage *st = &plan->stage[i];
+        int64_t most = round_up(st->P > st->Q ? st->P : st->Q, lanes);
+        int64_t need = 2 * plan->group * st->left * st->right * most + 32 * most;
+        if (st->kind == ROWS && need > plan->tmp_floats) plan->tmp_floats = need;
+    }
+    plan->work = plan->work * R * plan->M * (plan->c == 1 ? 1 : plan->group) + 60.0 * plan->N * plan->group / lanes;
+    return plan;
+}
+
+/* The dense (P,Q,c) product of the factors [first, last) of matrix m of all R M; factor f is (R M,c,P_f,Q_f). */
+static void merge(const kru_plan *plan, int first, int last, int64_t m, const float *const *factors, float *out) {
+    int64_t P = 1, Q = 1, c = plan->c;
+    out[0] = 1;
+    out[c - 1] = c == 2 ? 0 : 1;
+    for (int f = first; f < last; f++) {
+        int64_t p = plan->P[f], q = plan->Q[f];
+        const float *re = factors[f] + m * c * p * q, *im = re + (c - 1) * p * q;
+        /* in place, from the end: entry (i*p+a, j*q+b) lies at or after (i, j) */
+        for (int64_t i = P - 1; i >= 0; i--)
+            for (int64_t j = Q - 1; j >= 0; j--) {
+                float kr = out[c * (i * Q + j)], ki = out[c * (i * Q + j) + c - 1];
+                for (int64_t a = p - 1; a >= 0; a--)
+                    for (int64_t b = q - 1; b >= 0; b--) {
+                        float *o = out + c * ((i * p + a) * Q * q + j * q + b);
+                        float fr = re[a * q + b], fi = im[a * q + b];
+                        o[0] = c == 2 ? kr * fr - ki * fi : kr * fr;
+                        if (c == 2) o[1] = kr * fi + ki * fr;
+                    }
+            }
+        P *= p;
+        Q *= q;
+    }
+}
+
+/* The gradient `grad` (P,Q,c) of a stage of matrix m, destroyed, back to its factors: out[f] is (R M,c,P_f,Q_f). */
+static void project(const kru_plan *plan, const kru_stage *st, int64_t m, const float *const *factors, float *grad,
+                    float *scratch, float *const *out) {
+    int64_t c = plan->c;
+    for (int f = st->last - 1; f >= st->first; f--) {
+        int64_t p = plan->P[f], q = plan->Q[f], P = 1, Q = 1;
+        for (int g = st->first; g < f; g++) {
+            P *= plan->P[g];
+            Q *= plan->Q[g];
+        }
+        const float *re = factors[f] + m * c * p * q, *im = re + (c - 1) * p * q;
+        float *gr = out[f] + m * c * p * q, *gi = gr + (c - 1) * p * q, *rest = scratch + c * P * Q;
+        merge(plan, st->first, f, m, factors, scratch); /* what stands left of factor f: (P,Q,c) */
+        memset(gr, 0, sizeof(float) * c * p * q);
+        for (int64_t i = 0; i < P; i++)
+            for (int64_t j = 0; j < Q; j++) {
+                const float kr = scratch[c * (i * Q + j)], ki = scratch[c * (i * Q + j) + c - 1];
+                float rr = 0, ri = 0;
+                for (int64_t a = 0; a < p; a++)
+                    for (int64_t b = 0; b < q; b++) {
+                        const float *d = grad + c * ((i * p + a) * Q * q + j * q + b);
+                        float fr = re[a * q + b], fi = im[a * q + b];
+                        gr[a * q + b] += c == 2 ? kr * d[0] + ki * d[1] : kr * d[0];
+                        rr += c == 2 ? fr * d[0] + fi * d[1] : fr * d[0];
+                        if (c == 1) continue;
+                        gi[a * q + b] += kr * d[1] - ki * d[0];
+                        ri += fr * d[1] - fi * d[0];
+                    }
+                rest[c * (i * Q + j) + c - 1] = ri;
+                rest[c * (i * Q + j)] = rr;
+            }
+        memcpy(grad, rest, sizeof(float) * c * P * Q);
+    }
+}
+
+/* (P,Q) of steps (sp, sq) to blocks of rows, each block (Q, rows). */
+static void pack_blocks(int64_t P, int64_t Q, int64_t sp, int64_t sq, int64_t rows, const float *from, float *to) {
+    int64_t blocks = ceil_div(P, rows);
+    for (int64_t k = 0; k < blocks; k++)
+        for (int64_t q = 0; q < Q; q++)
+            for (int64_t p = k * P / blocks; p < (k + 1) * P / blocks; p++) *to++ = from[p * sp + q * sq];
+}
+
+/* A dense stage (P,Q,c) laid out for its kernel: w, and its adjoint (the transpose of a real one). */
+static void pack(const kru_plan *plan, const kru_stage *st, const float *dense, float *w, float *adjoint) {
+    int64_t P = st->P, Q = st->Q, VL = plan->lanes, Pp = round_up(P, VL), Qp = round_up(Q, VL);
+    if (plan->c == 1) { /* blocks of rows, each block (Q, rows), and the same of the transpose */
+        pack_blocks(P, Q, Q, 1, block_rows(VL), dense, w);
+        pack_blocks(Q, P, 1, Q, block_rows(VL), dense, adjoint);
+        return;
+    }
+    if (st->kind == ROWS) {
+        memset(w, 0, sizeof(float) * 2 * Q * Pp);
+        memset(adjoint, 0, sizeof(float) * 2 * P * Qp);
+    }
+    for (int64_t p = 0; p < P; p++)
+        for (int64_t q = 0; q < Q; q++) {
+            float re = dense[2 * (p * Q + q)], im = dense[2 * (p * Q + q) + 1];
+            if (st->kind == DIRECT) { /* (P,Q,2) and its adjoint (Q,P,2) */
+                w[2 * (p * Q + q)] = re;
+                w[2 * (p * Q + q) + 1] = im;
+                adjoint[2 * (q * P + p)] = re;
+                adjoint[2 * (q * P + p) + 1] = -im;
+            } else { /* (Q,2,P padded) and its adjoint (P,2,Q padded) */
+                w[2 * q * Pp + p] = re;
+                w[2 * q * Pp + Pp + p] = im;
+                adjoint[2 * p * Qp + q] = re;
+                adjoint[2 * p * Qp + Qp + q] = -im;
+            }
+        }
+}
+
+/* A thread's accumulators to the dense (R,M,P,Q,c) gradient of each stage. */
+static void collect(const kru_plan *plan, const float *acc, float *dense) {
+    int64_t VL = plan->lanes, c = plan->c;
+    for (int s = 0; s < plan->S; s++) {
+        const kru_stage *st = &plan->stage[s];
+        int64_t P = st->P, Q = st->Q, Pp = round_up(P, VL), Qp = round_up(Q, VL);
+        for (int64_t m = 0; m < plan->R * plan->M; m++) {
+            const float *from = acc + st->acc + m * st->acc_step;
+            float *to = dense + st->dense + m * P * Q * c;
+            for (int64_t p = 0; p < P; p++)
+                for (int64_t q = 0; q < Q; q++)
+                    for (int64_t k = 0; k < c; k++, to++) {
+                        *to = 0;
+                        if (st->kind == ROWS)
+                            *to = from[(2 * q + k) * Pp + p];
+                        else if (st->kind == SAMPLES_LARGE)
+                            *to = from[p * Qp + q];
+                        else /* a vector an entry */
+                            for (int64_t v = 0; v < VL; v++) *to += from[((p * Q + q) * c + k) * VL + v];
+                    }
+        }
+    }
+}
+#endif

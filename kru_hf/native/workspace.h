@@ -1,0 +1,51 @@
+/* The memory of one thread: planes of floats by name, filled by one function for the forward and for the backward.
+ * A plane holds one number for each unit of a group's samples: (group, N) with lanes over units, (N, VL) with lanes over
+ * samples. Letters as in plan.h; S states and O outputs of the cell (its h), of which c planes are multiplied. */
+#ifndef KRU_WORKSPACE_H
+#define KRU_WORKSPACE_H
+#include "plan.h"
+
+typedef struct {
+    int64_t plane;  /* floats from plane to plane */
+    float *state;   /* (S, plane): the state before the step; the forward replaces it by the one after */
+    float *product; /* (K, plane): W h of every matrix; the backward replaces it by its gradient */
+    float *swap;    /* (2, c, plane): what passes from stage to stage and is not kept */
+    float *sum;     /* (c, plane): a product that is added to another */
+    float *tmp;     /* transpositions of a kernel */
+    /* the backward alone */
+    float *d_state; /* (S, plane): gradient of the state after the step, then of the one before */
+    float *inner;   /* (R, M, stages - 1, c, plane): inputs of the stages after the first */
+    float *acc;     /* accumulators of the weights' gradients */
+    int64_t floats; /* size of it all */
+} kru_workspace;
+
+/* Floats of a plane: whole cache lines, and never near a multiple of 4 KiB, at which streams get in each other's way. */
+static int64_t plane_floats(const kru_plan *plan) {
+    int64_t floats = round_up(plan->group * plan->N, 16) + 16, off = (floats + 80) % 1024;
+    return off < 160 ? floats + 160 - off : floats;
+}
+
+static float *take(float **memory, int64_t *total, int64_t floats) {
+    float *at = *memory ? *memory + *total : NULL;
+    *total += round_up(floats, 16);
+    return at;
+}
+
+/* Names for parts of `memory`, 64-byte aligned; NULL: only the size is asked for. */
+static kru_workspace workspace(const kru_plan *plan, int backward, float *memory) {
+    const kru_cell *cell = &CELLS[plan->cell];
+    kru_workspace ws = {.plane = plane_floats(plan)};
+    int64_t plane = ws.plane, c = plan->c, *n = &ws.floats;
+    ws.state = take(&memory, n, cell->states * plane);
+    ws.product = take(&memory, n, cell->gates * plane);
+    ws.swap = take(&memory, n, 2 * c * plane);
+    ws.sum = take(&memory, n, c == 2 ? c * plane : 0);
+    ws.tmp = take(&memory, n, plan->tmp_floats);
+    if (backward) {
+        ws.d_state = take(&memory, n, cell->states * plane);
+        ws.inner = take(&memory, n, plan->R * plan->M * (plan->S - 1) * c * plane);
+        ws.acc = take(&memory, n, plan->acc_floats);
+    }
+    return ws;
+}
+#endif
