@@ -4,7 +4,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_kru import KRUConfig
-from .documents import run_documents
 from .feed_forward import KRUFeedForward
 from .kronecker_linear import linear, structured_linear
 from .readout import normed_linear, undropped
@@ -57,7 +56,7 @@ class KRUPlainLayer(GradientCheckpointingLayer):
         cell = self.recurrence
         inputs = hidden_states if self.in_proj is None else self.in_proj(hidden_states)  # (B, T, 2N)
         inputs = self.input_dropout(inputs).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
-        states, final = run_documents(cell, inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
+        states, final = cell(inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         return self.state_dropout(states.flatten(-2)), final
 
 
@@ -96,7 +95,7 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         if self.down is not None:
             x = self.down(x)  # (B, T, r)
         inputs = self.input_dropout(self.in_proj(x)).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
-        states, final = run_documents(cell, inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
+        states, final = cell(inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         features = self.state_dropout(states.flatten(-2)).to(x.dtype)  # (B, T, 2N)
         epsilon = self.epsilon if self.readout_norm else None
         scale = undropped(self.state_dropout.p, self.training)

@@ -284,7 +284,9 @@ class KRUConfig(PreTrainedConfig):
         if self.wiring != "plain":
             return int(self.hidden_size or 0)
         return (
-            self.io_rank if self.io_rank is not None else self.directions * self.recurrent_cell.planes * int(self.state_size or 0)
+            self.io_rank
+            if self.io_rank is not None
+            else self.directions * self.recurrent_cell.planes * int(self.state_size or 0)
         )
 
     @property

@@ -4,7 +4,6 @@ Packed batches put documents behind each other in one row and mark where each be
 again, ``seq_idx``, ``cu_seq_lens_q``, or an attention mask that numbers its segments.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,7 +130,6 @@ def read_batch(
 
     Raises:
         ValueError: shapes or values that do not fit.
-        RuntimeError: a document begins where code must not depend on values (compiled, traced), when that is run.
     """
     mask, numbers = None, None
     if attention_mask is not None:
@@ -146,25 +144,17 @@ def read_batch(
     if not found:
         return mask, None
     starts = torch.stack(found).any(0)  # (B, T)
-    if can_look_at(starts):
-        return mask, starts if bool(starts.any()) else None
-    mask = torch.ones_like(starts) if mask is None else mask  # (B, T)
-    message = "packed documents cannot be compiled, traced or transformed: give each a row of its own"
-    return _require(~starts.any(), message, mask), None
+    return mask, None if can_look_at(starts) and not bool(starts.any()) else starts
 
 
 class DocumentRows:
-    """Each document of a batch as a row of its own, padded on the right: (B, T, …) to (documents, longest, …) and back.
-
-    ``first`` and ``last`` (B,) are the rows of the first and the last document of each row of the batch.
-    """
+    """Each document of a batch as a row of its own, padded on the right: (B, T, …) to (documents, longest, …)."""
 
     def __init__(self, starts: Tensor) -> None:
         columns = torch.arange(starts.shape[1], device=starts.device)  # (T,)
         number = starts.cumsum(1)  # (B, T)
         ends = (number[:, -1] + 1).cumsum(0)  # (B,)
-        self.first, self.last = ends - number[:, -1] - 1, ends - 1  # (B,) each
-        self.row = self.first[:, None] + number  # (B, T)
+        self.row = (ends - number[:, -1] - 1)[:, None] + number  # (B, T)
         self.column = columns - torch.where(starts, columns, 0).cummax(1).values  # (B, T)
         self.count, self.longest = int(ends[-1]), int(self.column.max()) + 1
 
@@ -177,27 +167,18 @@ class DocumentRows:
         """Which steps of the documents count, (documents, longest), from those of the batch (B, T) or None."""
         return self.unpack(torch.ones_like(self.row, dtype=torch.bool) if mask is None else mask)
 
-    def pack(self, x: Tensor) -> Tensor:
-        """(documents, longest, …) to (B, T, …)."""
-        return x[self.row, self.column]
 
+def per_document(features: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """features (B, T, D) and mask (B, T) by documents: (documents, longest, D) and (documents, longest).
 
-def run_documents(
-    cell: Callable[..., tuple[Tensor, Tensor]],
-    inputs: Tensor,
-    state: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """``cell(inputs, state, mask)``, each document that ``starts`` (B, T) marks from a zero state of its own.
-
-    inputs (B, T, ·, N), mask (B, T): states (B, T, ·, N). ``state`` (B, S, N) belongs to the first document of a row,
-    the final state (B, S, N) is that of the last.
+    Raises:
+        RuntimeError: a document begins where code must not depend on values (compiled, traced), when that is run: the
+            number of rows would.
     """
     if starts is None:
-        return cell(inputs, state, mask)
-    rows = DocumentRows(starts)
-    if state is not None:
-        state = state.new_zeros(rows.count, *state.shape[1:]).index_put((rows.first,), state)
-    states, final = cell(rows.unpack(inputs), state, rows.steps(mask))
-    return rows.pack(states), final[rows.last]
+        return features, mask
+    if can_look_at(starts):
+        rows = DocumentRows(starts)
+        return rows.unpack(features), rows.steps(mask)
+    message = "packed documents cannot be compiled, traced or transformed: give each a row of its own"
+    return _require(~starts.any(), message, features), mask

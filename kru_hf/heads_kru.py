@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
-from .documents import DocumentRows
+from .documents import per_document
 from .modeling_kru import KRUModel, KRUModelOutput, KRUPreTrainedModel, step_targets, target_share
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -192,9 +192,7 @@ class KRUForSequenceClassification(_Classifier):
             **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
         features = outputs.last_hidden_state  # (B, T, D)
-        if starts is not None:
-            rows = DocumentRows(starts)
-            features, mask = rows.unpack(features), rows.steps(mask)  # (documents, longest, D), (documents, longest)
+        features, mask = per_document(features, mask, starts)
         pooled = self.pool(features, mask)  # (B, D)
         return self._finish(outputs, self.read(pooled, self.score), labels, None, num_items_in_batch)
 

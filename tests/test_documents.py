@@ -259,14 +259,15 @@ def test_generate_reads_one_document_a_row():
         model.generate(ROW, attention_mask=NUMBERS + 1, max_new_tokens=2)
 
 
-def test_compiled_models_refuse_documents_and_read_masks():
+def test_compiled_models_read_documents_and_masks():
     torch.compiler.reset()
     model = build(KRUForCausalLM).float()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for marks in ({"attention_mask": torch.tensor([[0] * 5 + [1] * 10])}, {"position_ids": torch.arange(TOTAL)[None]}):
+    masks = [{"attention_mask": mask} for mask in (torch.tensor([[0] * 5 + [1] * 10]), NUMBERS + 1)]
+    for marks in (*masks, {"position_ids": torch.arange(TOTAL)[None]}, {"position_ids": POSITIONS}):
         assert_near(compiled(ROW, **marks).logits, model(ROW, **marks).logits, LOGITS)
-    for marks in ({"attention_mask": NUMBERS + 1}, {"position_ids": POSITIONS}):
-        with pytest.raises(RuntimeError, match="packed documents cannot be compiled"):
-            compiled(ROW, **marks)
+    pooled = torch.compile(build(KRUForSequenceClassification).float(), backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="packed documents cannot be compiled"):
+        pooled(ROW, position_ids=POSITIONS)
     with pytest.raises(RuntimeError, match="attention_mask must hold 0 and 1"):
         compiled(ROW, attention_mask=-NUMBERS)

@@ -95,5 +95,9 @@ def test_jit_trace_keeps_the_mask(head, options):
         for found, expected in zip(traced(x, other), run(x, other), strict=True):
             assert_near(found, expected, LOGITS)
     packed = torch.tensor([[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]])
-    with pytest.raises(RuntimeError, match="packed documents cannot be compiled, traced"):
-        traced(x, packed)
+    if HEADS[head][0] is KRUForSequenceClassification:  # a row of logits a document: their number is not known
+        with pytest.raises(RuntimeError, match="packed documents cannot be compiled, traced"):
+            traced(x, packed)
+    else:
+        for found, expected in zip(traced(x, packed), run(x, packed), strict=True):
+            assert_near(found, expected, LOGITS)
