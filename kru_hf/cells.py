@@ -101,16 +101,20 @@ class Cell:
 
 
 # The paper's complex cell: z_t = W h_{t-1} + U x_t, h_t = σ(z_t) with σ = modReLU (Arjovsky et al. 2016, eq. 8).
+def _active(modulus: Tensor, b: Tensor) -> Tensor:
+    """Where modReLU is not zero. What is less than a normal number counts as zero: it has no reliable phase."""
+    return (modulus >= torch.finfo(modulus.dtype).tiny) & (modulus + b > 0)
+
+
 def modrelu(z: Tensor, b: Tensor) -> Tensor:
     """σ(z) = z · max(|z| + b, 0) / |z|, σ(0) = 0; gradient 0 at z = 0 and where |z| + b ≤ 0. Complex z (…, N), b (N,).
 
     Non-expansive for b ≤ 0.
     """
-    modulus = z.abs()  # (…, N)
-    active = (modulus > 0) & (modulus + b > 0)  # (…, N)
+    active = _active(z.abs(), b)  # (…, N)
     # The inner where keeps 1/|z| and its gradient finite near z = 0, where the outer one selects the zero. z multiplies
     # the scale even where that is zero, so that a NaN stays a NaN.
-    return z * torch.where(active, 1 + b / modulus.where(active, 1), 0)
+    return z * torch.where(active, 1 + b / z.where(active, 1).abs(), 0)
 
 
 def kru_step(products: Tensor, u: Tensor, b: Tensor | None, state: State) -> State:
@@ -123,7 +127,7 @@ def kru_derivatives(products: Tensor, u: Tensor, b: Tensor | None, before: State
         return ()
     z = products[0] + u[0]  # (C, B, N): recomputed, never recovered from |h|; right for b > 0 too
     modulus = z.abs()
-    active = (modulus > 0) & (modulus + b[0] > 0)
+    active = _active(modulus, b[0])
     # A NaN is not active: 0 · z carries it into the gradients.
     unit = torch.where(active, z / modulus, 0 * z)
     ratio = torch.where(active, b[0] / modulus, 0)

@@ -75,8 +75,8 @@ def merge_terms(factors: list[Tensor], complex_planes: bool) -> list[Tensor]:
     A term costs N · Σ P_f multiply-adds a step, the dense matrix N². Differentiable.
     """
     terms = len(factors[0])
-    units = math.prod(factor.shape[2] for factor in factors)
-    if terms == 1 or units > terms * sum(max(factor.shape[2:]) for factor in factors):
+    units = math.prod([factor.shape[2] for factor in factors])
+    if terms == 1 or units > terms * sum([max(factor.shape[2:]) for factor in factors]):
         return factors
     matrices = [to_complex(factor, 1) for factor in factors] if complex_planes else factors
     dense = kron_product(matrices).sum(0, keepdim=True)  # (1, N, N), or (1, K, N, N)

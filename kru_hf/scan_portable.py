@@ -198,7 +198,8 @@ def backward(
             d_u, d_products, direct = cell.step_backward(tuple(x[t - start] for x in local), taken)
             passed = stages(adjoints, _over_terms(d_products, count))[0].sum(0)  # (B, N)
             passed = passed if direct[0] is None else passed + direct[0]
-            d = _select(_step_of(begins, t), _select(keep, (passed, *direct[1:]), d))
+            rest = tuple(x for x in direct[1:] if x is not None)
+            d = _select(_step_of(begins, t), _select(keep, (passed, *rest), d))
             for steps, value in zip((by_u, by_products, by_h), (d_u, d_products, taken[0]), strict=True):
                 steps.append(value)
         one = by_u[0] is by_products[0]

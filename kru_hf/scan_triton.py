@@ -50,6 +50,10 @@ def is_interpreted() -> bool:
     return triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
 
 
+# Of the products of tiles up to _IEEE_TILE and of larger ones. The interpreter computes in fp32 and knows no other.
+_PRECISIONS = ("ieee", "ieee" if is_interpreted() else "bf16x6")
+
+
 def unavailable_reason(cell: Cell | None = None) -> str | None:
     """Why the engine cannot run (the cell, if one is given) in this process, or None."""
     if cell is not None and not cell.complex:
@@ -154,8 +158,7 @@ def _launch(
 ) -> None:
     """One program a sample, times ``grid``; ``groups`` (E, 2, P, P) and (E, 2, R, R) say the sizes."""
     rows, columns = groups[0].shape[2], groups[1].shape[2]
-    # Triton's interpreter computes in fp32 and does not know the other name.
-    small = is_interpreted() or _tile(rows) * _tile(columns) <= _IEEE_TILE
+    small = _tile(rows) * _tile(columns) <= _IEEE_TILE
     device = torch.cuda.device(inputs.device) if inputs.is_cuda else contextlib.nullcontext()
     with device:
         kernel[(inputs.shape[0], *grid)](
@@ -166,7 +169,7 @@ def _launch(
             R=columns,
             TILE_P=_tile(rows),
             TILE_R=_tile(columns),
-            PRECISION="ieee" if small else "bf16x6",
+            PRECISION=_PRECISIONS[not small],
             num_warps=warps,
             **flags,
         )
@@ -210,7 +213,7 @@ def forward(
     if initial_state is None:
         initial_state = inputs.new_zeros(batch, 2, units)  # (B, 2, N)
     states, final = torch.empty_like(inputs), inputs.new_empty(batch, 2, units)  # (B, T, 2, N), (B, 2, N)
-    moduli = inputs.new_empty(saved_shape(inputs.shape, cell) if save else (0,))  # (B, T, N)
+    moduli = inputs.new_zeros(saved_shape(inputs.shape, cell) if save else (0,))  # (B, T, N): only modReLU's are stored
     read = [tensor.contiguous() for tensor in (groups[0], groups[1].mT, bias, initial_state)]  # A, C^T
     times = [_bytes(mask, inputs), _bytes(starts, inputs)]
     flags = {"MODRELU": activation == "modrelu", "MASKED": mask is not None, "STARTS": starts is not None, "SAVE": save}
