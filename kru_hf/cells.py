@@ -101,9 +101,9 @@ class Cell:
 
 
 # The paper's complex cell: z_t = W h_{t-1} + U x_t, h_t = σ(z_t) with σ = modReLU (Arjovsky et al. 2016, eq. 8).
-def _active(modulus: Tensor, b: Tensor) -> Tensor:
-    """Where modReLU is not zero. What is less than a normal number counts as zero: it has no reliable phase."""
-    return (modulus >= torch.finfo(modulus.dtype).tiny) & (modulus + b > 0)
+def _idle(zero: Tensor, modulus: Tensor, b: Tensor) -> Tensor:
+    """Where modReLU is zero, given where z = 0, |z| (…, N) and b (N,). False for what is not a number."""
+    return torch.where(zero, b < math.inf, modulus + b <= 0)  # (…, N)
 
 
 def modrelu(z: Tensor, b: Tensor) -> Tensor:
@@ -111,15 +111,16 @@ def modrelu(z: Tensor, b: Tensor) -> Tensor:
 
     Non-expansive for b ≤ 0.
     """
-    active = _active(z.abs(), b)  # (…, N)
-    # The inner where keeps 1/|z| and its gradient finite near z = 0, where the outer one selects the zero. z multiplies
-    # the scale even where that is zero, so that a NaN stays a NaN.
-    return z * torch.where(active, 1 + b / z.where(active, 1).abs(), 0)
+    zero = z == 0  # (…, N)
+    modulus = torch.hypot(z.real.where(~zero, 1), z.imag)  # (…, N): right where |z|² is beyond the dtype, either way
+    idle = _idle(zero, modulus, b)  # (…, N)
+    # The inner wheres keep 1/|z| and its gradient finite near z = 0, where the outer one selects the zero.
+    return z * torch.where(idle, 0, 1 + b / modulus.where(~idle, 1) + 0 * modulus)  # NaN for an infinite |z|
 
 
 def kru_step(products: Tensor, u: Tensor, b: Tensor | None, state: State) -> State:
     z = products[0] + u[0]
-    return (z if b is None else modrelu(z, b[0]),)  # without b: the linear network, σ = identity
+    return (z + 0 * z if b is None else modrelu(z, b[0]),)  # without b: the linear network, σ = identity
 
 
 def kru_derivatives(products: Tensor, u: Tensor, b: Tensor | None, before: State, after: State) -> tuple[Tensor, ...]:
@@ -127,11 +128,10 @@ def kru_derivatives(products: Tensor, u: Tensor, b: Tensor | None, before: State
         return ()
     z = products[0] + u[0]  # (C, B, N): recomputed, never recovered from |h|; right for b > 0 too
     modulus = z.abs()
-    active = _active(modulus, b[0])
-    # A NaN is not active: 0 · z carries it into the gradients.
-    unit = torch.where(active, z / modulus, 0 * z)
-    ratio = torch.where(active, b[0] / modulus, 0)
-    return unit, torch.where(active, 1 + ratio, 0 * modulus), ratio
+    idle = _idle(modulus == 0, modulus, b[0])
+    unit = torch.where(idle, 0, z / modulus + 0 * modulus)  # NaN for an infinite |z|
+    ratio = torch.where(idle, 0, b[0] / modulus)
+    return unit, torch.where(idle, 0, 1 + ratio), ratio
 
 
 def _radial(unit: Tensor, d: Tensor) -> Tensor:
@@ -152,10 +152,15 @@ def kru_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_pro
     return _radial(local[0], d_h).sum((0, 1)).unsqueeze(0) if local else d_u.new_zeros(1, d_u.shape[-1]).real
 
 
+def _counted(products: Tensor) -> Tensor:
+    """W h of a gated cell, an infinity as NaN. An infinite u or b closes or opens a gate."""
+    return torch.add(products, products, alpha=0)
+
+
 # LSTM, gates i f g o (Hochreiter & Schmidhuber 1997; Gers et al. 2000):
 # a = W h_{t-1} + u_t + b,  c_t = σ(a_f) c_{t-1} + σ(a_i) tanh(a_g),  h_t = σ(a_o) tanh(c_t)
 def _lstm_gates(products: Tensor, u: Tensor, b: Tensor) -> State:
-    a = products + u + b
+    a = _counted(products) + u + b
     return a[0].sigmoid(), a[1].sigmoid(), a[2].tanh(), a[3].sigmoid()
 
 
@@ -190,6 +195,7 @@ def gate_sums(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: T
 # GRU, gates r z n (Cho et al. 2014, with the reset inside as in torch); b_3 = b'_n is the candidate's recurrent bias:
 # n = tanh(u_n + b_n + r (W_n h_{t-1} + b'_n)),  h_t = (1 − z) n + z h_{t-1}
 def _gru_gates(products: Tensor, u: Tensor, b: Tensor) -> State:
+    products = _counted(products)
     r = (products[0] + u[0] + b[0]).sigmoid()
     z = (products[1] + u[1] + b[1]).sigmoid()
     inner = products[2] + b[3]
@@ -221,7 +227,7 @@ def gru_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_pro
 # JANET, gates f g: the LSTM with a forget gate alone (van der Westhuizen & Lasenby 2018) with their β = 1:
 # a = W h_{t-1} + u_t + b,  h_t = σ(a_f) h_{t-1} + (1 − σ(a_f − 1)) tanh(a_g)
 def _janet_gates(products: Tensor, u: Tensor, b: Tensor) -> State:
-    a = products + u + b
+    a = _counted(products) + u + b
     # 1 − σ(a_f − 1) = σ(1 − a_f), without the digits that the difference loses
     return a[0].sigmoid(), (1 - a[0]).sigmoid(), a[1].tanh()
 

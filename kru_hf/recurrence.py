@@ -42,8 +42,8 @@ class FactorList(nn.ParameterList):
 
     __call__ = nn.Module.__call__  # ParameterList refuses calls
 
-    def forward(self) -> list[Tensor]:
-        """The factors, slowest index of the state first."""
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The factors, slowest index of the state first. Adapters in this place are called with an x, any tensor."""
         return list(self)
 
 
@@ -180,7 +180,7 @@ class KRURecurrence(nn.Module):
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty of the complex cell, see ``unitary_penalty``: a scalar; zero for gated cells."""
-        return unitary_penalty(self.factors()) if self.cell.complex else self.bias.new_zeros(())
+        return unitary_penalty(self.factors(self.bias)) if self.cell.complex else self.bias.new_zeros(())
 
     @torch.no_grad()
     def bound_norm(self, limit: float) -> None:
@@ -208,7 +208,7 @@ class KRURecurrence(nn.Module):
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         states, final = kron_scan(
             inputs.to(dtype),
-            [factor.to(dtype) for factor in self.factors()],
+            [factor.to(dtype) for factor in self.factors(inputs)],
             self.bias.to(dtype),
             None if initial_state is None else initial_state.to(dtype),
             mask,

@@ -115,7 +115,7 @@ def backend_report() -> str:
 
 def choose_backend(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> tuple[str, str]:
     """The engine that "auto" takes for factors (R, K, P, Q), and why: the device's own if it can, else "portable"."""
-    native = "cpu" if inputs.device.type == "cpu" else "triton"
+    native = "triton" if inputs.device.type == "cuda" else "cpu"
     obstacle = ENGINES[native].obstacle(inputs, factors, cell)
     if obstacle is None:
         return native, f"the {native} engine runs {inputs.dtype} on {inputs.device.type}"

@@ -205,6 +205,7 @@ def backward(
         one = by_u[0] is by_products[0]
         d_u = torch.stack(by_u[::-1], 1)  # (M, C, B, N)
         d_products = d_u if one else torch.stack(by_products[::-1], 1)  # (M, C, B, N)
+        (d_u,) = _select(here, (d_u,))  # also where the held state is not a number
         d_inputs[:, chunk] = cell.to_planes(d_u).permute(2, 1, 0, 3)
         d_bias += cell.bias_gradient(local, torch.stack(by_h[::-1]), d_u, d_products).view(bias.shape)
         read, grad = flat.expand(count, *flat.shape), _over_terms(d_products.flatten(1, 2), count)

@@ -14,6 +14,11 @@
 The paper's cell (Jose, Cissé & Fleuret, ICML 2018) is complex: W acts on a complex h, and σ is modReLU. A gated cell
 has real factors, a set a gate. What each cell makes of W h_{t-1} and U x_t, as its paper writes it, is the function
 ``…_step`` of ``cells.py``: kru_step, lstm_step, gru_step, janet_step.
+
+What is not a number is carried on, and an infinity turns into it: a z_t with a NaN or an infinity, or whose |z_t| is
+beyond the numbers of its dtype, gives an h_t of NaN in both planes, and so does a NaN in b; a W h of a gated cell that
+is infinite counts as NaN. Which of the two W would make of an infinite h depends on the order of its products, so no
+engine could be held to it. Engines of float32 may take numbers below 1.2e-38, which are not normal, for zero.
 """
 
 from collections.abc import Sequence

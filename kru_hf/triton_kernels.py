@@ -43,6 +43,22 @@ def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _modulus(zr, zi):
+    """(power, inverse, zero): 1/|z · power| with a power of two that keeps |z|² in float32, 1 if z = 0; whether z = 0.
+
+    NaN for an infinite z.
+    """
+    squared = zr * zr + zi * zi
+    large, small = squared > 1.2676506002282294e30, squared < 7.888609052210118e-31  # 2^100, 2^-100
+    power = tl.where(large, 1.262177448353619e-29, tl.where(small, 7.922816251426434e28, 1.0))  # 2^-96, 2^96
+    zr, zi = zr * power, zi * power
+    squared = zr * zr + zi * zi
+    zero = squared == 0
+    squared = tl.where(zero, 1.0, squared)
+    return power, tl.rsqrt(squared) + 0.0 * squared, zero
+
+
+@triton.jit
 def _apply(
     hr, hi, ar, ai, cr, ci, left, right, TERMS: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
     TILE_P: tl.constexpr, TILE_R: tl.constexpr, PRECISION: tl.constexpr,
@@ -91,17 +107,21 @@ def forward_kernel(
         zr += ur
         zi += ui
         if MODRELU:
-            squared = zr * zr + zi * zi  # (P, R)
-            inverse = tl.rsqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
-            modulus = squared * inverse  # (P, R): |z|
+            power, inverse, zero = _modulus(zr, zi)  # (P, R)
+            modulus = 1.0 / inverse / power  # (P, R): |z|, where z is not 0
+            modulus = tl.where(zero, 0.0, modulus)  # (P, R)
             if SAVE:
                 tl.store(m_at + tile, modulus, mask=inside)
                 m_at += N
-            # Idle, not active, is what is asked for, and z multiplies the scale even where that is zero: a NaN stays a
-            # NaN, and a |z|² beyond float32 passes z on.
-            scale = tl.where((squared == 0) | (modulus + b <= 0), 0.0, 1.0 + b * inverse)  # (P, R)
+            # Idle, not active, is what is asked for: a NaN stays a NaN.
+            idle = tl.where(zero, b < float("inf"), modulus + b <= 0)  # (P, R)
+            scale = tl.where(idle, 0.0, 1.0 + b * inverse * power + 0.0 * modulus)  # (P, R)
             zr *= scale
             zi *= scale
+        else:  # an infinity becomes NaN
+            nothing = 0.0 * zr + 0.0 * zi  # (P, R)
+            zr += nothing
+            zi += nothing
         if MASKED:
             keep = tl.load(mask_at) != 0
             mask_at += 1
@@ -142,11 +162,10 @@ def backward_kernel(
         if MODRELU:
             next_hr, next_hi = _load(states + earlier * 2 * N, tile, inside, N)  # (P, R)
             next_m = tl.load(moduli + earlier * N + tile, mask=inside, other=0.0)  # (P, R)
-            squared = hr * hr + hi * hi  # (P, R)
-            inverse = tl.rsqrt(tl.where(squared > 0, squared, 1.0))  # (P, R)
-            idle = (m == 0) | (m + b <= 0)  # (P, R)
+            power, inverse, _ = _modulus(hr, hi)  # (P, R)
+            idle = tl.where(m == 0, b < float("inf"), m + b <= 0)  # (P, R)
             # h = z + b·z/|z|: the radial part of the gradient passes as it is, the tangential one times 1 + b/|z|.
-            nr, ni = hr * inverse, hi * inverse  # (P, R): h/|h| = z/|z|
+            nr, ni = hr * power * inverse, hi * power * inverse  # (P, R): h/|h| = z/|z|
             radial = nr * gr + ni * gi  # (P, R)
             ratio = b / tl.where(idle, 1.0, m)  # (P, R)
             # A NaN is not idle, and goes into the gradients.

@@ -1,7 +1,4 @@
-"""What several test files need: tolerances by dtype, random problems of the recurrence, tiny models."""
-
-import math
-from dataclasses import dataclass
+"""What several test files need: tolerances by dtype, tiny models."""
 
 import torch
 from torch import Tensor
@@ -12,63 +9,6 @@ from kru_hf import KRUConfig, KRUForCausalLM
 RELATIVE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 # The same for logits of whole models in float32, whose products may be ordered differently for other batch sizes.
 LOGITS = 1e-4
-
-
-@dataclass
-class Problem:
-    """Arguments of ``kru_scan`` and random cotangents of its two outputs."""
-
-    inputs: Tensor
-    factors: list[Tensor]
-    bias: Tensor
-    initial: Tensor
-    mask: Tensor | None
-    grad_states: Tensor
-    grad_final: Tensor
-
-    def leaves(self) -> list[Tensor]:
-        return [self.inputs, self.bias, self.initial, *self.factors]
-
-
-def random_problem(
-    shapes: list[tuple[int, int]], batch: int, length: int, *, seed: int = 0, dtype=torch.float32, masked: bool = False
-) -> Problem:
-    """Biases of either sign, some inputs and initial states exactly zero, factors of a norm near 1."""
-    g = torch.Generator().manual_seed(seed)
-    units = math.prod(p for p, _ in shapes)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, dtype=torch.float64)
-
-    inputs = normal(batch, length, 2, units)
-    inputs = torch.where(torch.rand(batch, length, 1, units, generator=g) < 0.3, 0, inputs)
-    initial = normal(batch, 2, units)
-    initial[0] = 0
-    inputs[0, 0] = 0  # with the zero state: z is exactly 0
-    factors = [normal(2, p, q) * (2 * max(p, q)) ** -0.5 for p, q in shapes]
-    bias = 0.3 * normal(units)
-    mask = torch.rand(batch, length, generator=g) < 0.7 if masked else None
-    tensors = [inputs, bias, initial, *factors]
-    inputs, bias, initial, *factors = [tensor.to(dtype).requires_grad_() for tensor in tensors]
-    return Problem(
-        inputs,
-        factors,
-        bias,
-        initial,
-        mask,
-        normal(batch, length, 2, units).to(dtype),
-        normal(batch, 2, units).to(dtype),
-    )
-
-
-def run_engine(engine, problem: Problem, **options) -> list[Tensor]:
-    """[states, final state, gradient of inputs, bias, initial state and each factor]."""
-    p = problem
-    states, final = engine(p.inputs, p.factors, p.bias, p.initial, p.mask, **options)
-    grads = torch.autograd.grad(
-        (states, final), p.leaves(), (p.grad_states, p.grad_final), allow_unused=True, materialize_grads=True
-    )
-    return [states.detach(), final.detach(), *grads]
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:

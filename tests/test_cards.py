@@ -167,7 +167,7 @@ def test_pushed_files_import_each_other_and_what_every_user_has(head: str) -> No
     entries = auto_map({"architectures": [head]})
     assert head in {reference.split(".")[1] for reference in entries.values()}
     names = {path.stem for path in code_files(entries)}
-    assert {"modeling_kru", "configuration_kru", "scan", "scan_torch"} <= names
+    assert {"modeling_kru", "configuration_kru", "scan", "scan_portable"} <= names
     for path in code_files(entries):
         foreign = set(get_imports(path)) - set(sys.stdlib_module_names) - ALLOWED_IMPORTS
         assert not foreign, path.name

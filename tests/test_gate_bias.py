@@ -4,20 +4,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kru_hf.gate_bias import gate_bias
 
 from kru_hf import KRUGRU, KRUJANET, KRULSTM, KRUConfig, KRUForCausalLM
+from kru_hf.cells import CELLS, gate_bias
 from training.baselines import BaselineConfig, BaselineForCausalLM
 
-ROWS = {"lstm": 4, "gru": 4, "janet": 2}  # a GRU's fourth is the bias b'_n inside the reset gate
 KEEPS = {"lstm": 1, "gru": 1, "janet": 0}  # the gate that keeps the state
 EDGE = 1e-5  # of log u at the ends of its interval, fp32
 
 
-@given(st.sampled_from(list(ROWS)), st.integers(1, 40), st.integers(3, 10_000), st.integers(0, 100))
+@given(st.sampled_from(list(KEEPS)), st.integers(1, 40), st.integers(3, 10_000), st.integers(0, 100))
 def test_kept_lengths_lie_between_two_steps_and_the_longest(cell, size, longest, seed):
     torch.manual_seed(seed)
-    bias = gate_bias(cell, ROWS[cell], size, longest)
+    bias = gate_bias(CELLS[cell], size, longest)
     kept = 1 / (1 - bias[KEEPS[cell]].double().sigmoid())  # (N,): steps in which a gate forgets a share of 1 - 1/e
     assert kept.min() >= 2 * (1 - EDGE) and kept.max() <= longest * (1 + EDGE)
     assert_others(cell, bias)
@@ -32,7 +31,7 @@ def assert_others(cell, bias):
 
 def test_lengths_are_uniform():
     torch.manual_seed(0)
-    kept = 1 + gate_bias("gru", 3, 20_000, 101)[1].exp()  # (N,) ~ U[2, 101]
+    kept = 1 + gate_bias(CELLS["gru"], 20_000, 101)[1].exp()  # (N,) ~ U[2, 101]
     quartiles = torch.quantile(kept, torch.tensor([0.25, 0.5, 0.75]))
     torch.testing.assert_close(quartiles, torch.tensor([26.75, 51.5, 76.25]), atol=1.5, rtol=0)
 

@@ -64,7 +64,7 @@ scan = sys.modules[type(model).__module__.replace("modeling_kru", "scan")]
 print(json.dumps({{
     "ids": output[0].tolist(),
     "heads": {{auto: type(head).__name__ for auto, head in heads.items()}},
-    "report": scan.scan_backend_report(),
+    "report": scan.backend_report(),
 }}))
 """
 
@@ -102,9 +102,7 @@ def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(
     card = ModelCard(hub.files("lab/kru")["README.md"].decode())
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     assert 'revision = "v1"' in snippet
-    report = (
-        "import sys\nprint(sys.modules[type(model).__module__.replace('modeling_kru', 'scan')].scan_backend_report())"
-    )
+    report = "import sys\nprint(sys.modules[type(model).__module__.replace('modeling_kru', 'scan')].backend_report())"
     said = python(f"{snippet}\n{report}", hub, tmp_path, PYTHONPATH=str(ROOT))
     assert said.startswith("The ")
     assert ("cpu: available" in said) == native_engine()

@@ -66,7 +66,7 @@ first.generate(inputs["ids"], max_new_tokens=2)  # each model has brought classe
 scan = sys.modules[type(model).__module__.rpartition(".")[0] + ".scan"]
 save_file(logits, answer)
 imported = sys.modules.get("kru_hf") is not None
-report, programs = scan.scan_backend_report(), [str(program) for program in started]
+report, programs = scan.backend_report(), [str(program) for program in started]
 print(json.dumps({"said": said, "heads": heads, "report": report, "started": programs, "imported": imported}))
 """
 WITH_PACKAGE = """

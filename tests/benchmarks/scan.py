@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from kru_hf.scan_gated import GATED_CELLS
 from torch import Tensor, nn
 
 import kru_hf
+from kru_hf.cells import CELLS
 from kru_hf.kronecker import random_orthogonal, random_unitary
 
 # name: B, T, N, factor sizes, whether the backward is measured too
@@ -75,7 +75,7 @@ def make_scan(
 
     def step() -> None:
         with torch.set_grad_enabled(backward):
-            states, _ = kru_hf.kru_scan(inputs, factors, bias, backend=backend)
+            states, _ = kru_hf.kron_scan(inputs, factors, bias, backend=backend)
         if backward:
             torch.autograd.grad(states, [inputs, bias, *factors], grad)
 
@@ -84,16 +84,17 @@ def make_scan(
 
 def make_gated_scan(backend: str, cell: str, batch: int, length: int, units: int, sizes: list[int]) -> Callable:
     """The same for a gated cell, with its backward."""
-    gates, rows, _ = GATED_CELLS[cell]
+    facts = CELLS[cell]
+    gates = facts.planes
     factors = [
         torch.stack([random_orthogonal(size, size) for _ in range(gates)]).requires_grad_() for size in sizes
     ]  # (G, P, P)
     inputs = torch.randn(batch, length, gates, units).requires_grad_()  # (B, T, G, N)
-    bias = torch.zeros(rows, units).requires_grad_()  # (4 or 2, N)
+    bias = torch.zeros(facts.bias_shape(units)).requires_grad_()  # (4 or 2, N)
     grad = torch.randn(batch, length, units)  # (B, T, N)
 
     def step() -> None:
-        states, _ = kru_hf.kru_gated_scan(inputs, factors, bias, cell=cell, backend=backend)
+        states, _ = kru_hf.kron_scan(inputs, factors, bias, cell=cell, backend=backend)
         torch.autograd.grad(states, [inputs, bias, *factors], grad)
 
     return step
@@ -148,9 +149,9 @@ def run_case(name: str, repeats: int, slow: bool) -> dict:
         "lstm": make_torch_nn(nn.LSTM, batch, length, units, backward, "cpu"),
     }
     if slow:
-        steps["torch engine"] = make_scan("torch", batch, length, units, sizes, backward, "cpu")
+        steps["portable engine"] = make_scan("portable", batch, length, units, sizes, backward, "cpu")
         steps["reference"] = make_scan("reference", batch, length, units, sizes, backward, "cpu")
-    times = measure(steps, repeats, "cpu", ("torch engine", "reference"))
+    times = measure(steps, repeats, "cpu", ("portable engine", "reference"))
     return {
         "case": name,
         "shape": f"{batch}, {length}, {units}",
@@ -170,9 +171,9 @@ def run_gated_case(name: str, repeats: int, slow: bool) -> dict:
     for other, kind in (("rnn", nn.RNN), ("lstm", nn.LSTM)) + ((("gru", nn.GRU),) if cell == "gru" else ()):
         steps[other] = make_torch_nn(kind, batch, length, units, True, "cpu", features)
     if slow and features is None:
-        steps["torch engine"] = make_gated_scan("torch", cell, batch, length, units, sizes)
+        steps["portable engine"] = make_gated_scan("portable", cell, batch, length, units, sizes)
         steps["reference"] = make_gated_scan("reference", cell, batch, length, units, sizes)
-    times = measure(steps, repeats, "cpu", ("torch engine", "reference"))
+    times = measure(steps, repeats, "cpu", ("portable engine", "reference"))
     return {
         "case": name,
         "shape": f"{batch}, {length}, {units}",
@@ -204,10 +205,10 @@ def run_gpu(repeats: int) -> dict | None:
             steps = {
                 "kru": make_scan("auto", batch, length, units, sizes, backward, "cuda"),
                 "lstm": make_torch_nn(nn.LSTM, batch, length, units, backward, "cuda"),
-                "torch engine": make_scan("torch", batch, length, units, sizes, backward, "cuda"),
+                "portable engine": make_scan("portable", batch, length, units, sizes, backward, "cuda"),
                 "reference": make_scan("reference", batch, length, units, sizes, backward, "cuda"),
             }
-            times = measure(steps, repeats, "cuda", ("torch engine", "reference"))
+            times = measure(steps, repeats, "cuda", ("portable engine", "reference"))
             # Moved at least: U x_t read and h_t written; backward reads h_t and dh_t and writes dU x_t.
             moved = 4 * batch * length * 2 * units * (5 if backward else 2)
             case = {
@@ -265,15 +266,15 @@ def main() -> None:
     names = [*CASES, *GATED_CASES]
     parser.add_argument("--cases", nargs="*", default=names, help=f"among {', '.join(names)}")
     parser.add_argument("--repeats", type=int, default=7, help="rounds whose median is taken")
-    parser.add_argument("--fast", action="store_true", help="leave out the torch engine and the reference")
+    parser.add_argument("--fast", action="store_true", help="leave out the portable engine and the reference")
     parser.add_argument("--growth", action="store_true", help="also measure growth in N, T and B")
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--plot", help="write a PNG of cost against N, T and B here (implies --growth)")
     options = parser.parse_args()
     torch.manual_seed(0)
-    print(kru_hf.scan_backend_report())
+    print(kru_hf.backend_report())
     print(f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}\n")
-    heads = " ".join(f"{head:>8}" for head in ("ms", "x RNN", "x LSTM", "x torch", "x ref."))
+    heads = " ".join(f"{head:>8}" for head in ("ms", "x RNN", "x LSTM", "x port.", "x ref."))
     print(f"{'case':11} {'B, T, N':>15} {heads}   wanted: RNN, LSTM")
     results: dict = {"cases": [], "gpu": None, "growth": None}
     for name in names:
@@ -281,7 +282,7 @@ def main() -> None:
             continue
         case = (run_case if name in CASES else run_gated_case)(name, options.repeats, not options.fast)
         results["cases"].append(case)
-        ratio = [case["faster_than"].get(other) for other in ("rnn", "lstm", "torch engine", "reference")]
+        ratio = [case["faster_than"].get(other) for other in ("rnn", "lstm", "portable engine", "reference")]
         cells = " ".join(f"{value:8.1f}" if value else f"{'-':>8}" for value in ratio)
         target = f"{case['target'][1] or '-'}, {case['target'][0]}" if case["target"] else "-"
         if "gru" in case["ms"]:

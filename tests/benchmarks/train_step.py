@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="say where the time of our steps goes")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
-    print(kru_hf.scan_backend_report())
+    print(kru_hf.backend_report())
     with StopRequest() as stop, tempfile.TemporaryDirectory() as folder:
         loops = {
             name: make_loop(str(Path(folder) / name), options.batch, options.length, words, stop)

@@ -57,7 +57,7 @@ def problem(
     cell: str, shapes: list[tuple[int, int]], batch: int = 3, length: int = 6, *, terms: int = 1, initial: bool = True,
     masked: bool = False, starts: bool = False, activation: str = "modrelu", positive: bool = False, seed: int = 0,
 ) -> Problem:  # fmt: skip
-    """Factors of a norm near 1, every third input exactly zero as blank pixels are; b of modReLU > 0 if ``positive``."""
+    """Factors of a norm near 1, every third input exactly zero as blank pixels are; modReLU's b > 0 if ``positive``."""
     facts, generator = CELLS[cell], torch.Generator().manual_seed(seed)
     units = math.prod(p for p, _ in shapes)
 

@@ -1,4 +1,4 @@
-"""The contract of ``kron_scan``: every engine, cell and option against the definition in float64, values and gradients."""
+"""The contract of ``kron_scan``: every engine, cell and option against the definition in float64."""
 
 import math
 

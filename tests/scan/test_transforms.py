@@ -2,37 +2,39 @@
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, random_problem, tiny_config, tiny_model
+from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, tiny_config, tiny_model
+from problems import problem
 from torch.autograd import forward_ad
 
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, kron_scan
 from kru_hf.readout import normed_linear
 
 IDS = torch.randint(1, 11, (2, 5), generator=torch.Generator().manual_seed(0))
-PROBLEM = random_problem([(2, 2), (3, 3)], 2, 4)
+P = problem("kru", [(2, 2), (3, 3)], 2, 4)
+INPUTS, FACTORS, BIAS = P.inputs.float(), [f.float() for f in P.factors], P.bias.float()
 
 
 def scan(inputs, backend):
     """States of the complex cell with factors that are not trained."""
-    return kron_scan(inputs, [f.detach() for f in PROBLEM.factors], PROBLEM.bias.detach(), backend=backend)[0]
+    return kron_scan(inputs, FACTORS, BIAS, backend=backend)[0]
 
 
 def janet_scan(inputs, backend):
     """The same for JANET, whose two gates read the planes of the inputs."""
-    factors = [f.detach() for f in PROBLEM.factors]
-    return kron_scan(inputs, factors, PROBLEM.bias.detach().expand(2, -1), cell="janet", backend=backend)[0]
+    factors = FACTORS
+    return kron_scan(inputs, factors, BIAS.expand(2, -1), cell="janet", backend=backend)[0]
 
 
 def gated_scan(inputs, backend):
     """The same for the GRU, whose three gates read the planes of the inputs and their sum."""
     planes = torch.cat((inputs, inputs.sum(2, keepdim=True)), 2)
-    factors = [torch.cat((f, f[:1])).detach() for f in PROBLEM.factors]
-    return kron_scan(planes, factors, PROBLEM.bias.detach().expand(4, -1), cell="gru", backend=backend)[0]
+    factors = [torch.cat((f, f[:1])) for f in FACTORS]
+    return kron_scan(planes, factors, BIAS.expand(4, -1), cell="gru", backend=backend)[0]
 
 
 @pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
 def test_forward_mode_equals_reverse_mode(function):
-    inputs, tangent = PROBLEM.inputs.detach(), torch.randn(PROBLEM.inputs.shape)
+    inputs, tangent = INPUTS, torch.randn(INPUTS.shape)
     weights = torch.randn(function(inputs, "reference").shape)
     leaf = inputs.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((function(leaf, "auto") * weights).sum(), leaf)
@@ -48,7 +50,7 @@ def test_forward_mode_equals_reverse_mode(function):
 @pytest.mark.parametrize("backend", ["portable", "cpu"])
 @pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
 def test_other_engines_refuse(function, backend):
-    inputs = PROBLEM.inputs.detach()
+    inputs = INPUTS
     message = f"backend '{backend}' has no forward-mode derivatives and no torch.func"
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
         function(forward_ad.make_dual(inputs, inputs), backend)
@@ -97,7 +99,7 @@ def test_samples_of_a_model_by_vmap():
 
 def test_vmap_over_masks():
     masks = torch.tensor([[[1, 1, 0, 1]] * 2, [[0, 1, 1, 0]] * 2]).bool()
-    inputs, factors, bias = (PROBLEM.inputs.detach(), [f.detach() for f in PROBLEM.factors], PROBLEM.bias.detach())
+    inputs, factors, bias = (INPUTS, FACTORS, BIAS)
     found = torch.func.vmap(lambda mask: kron_scan(inputs, factors, bias, None, mask)[0])(masks)
     for mask, states in zip(masks, found, strict=True):
         assert_near(states, kron_scan(inputs, factors, bias, None, mask)[0], RELATIVE[torch.float32])
@@ -108,7 +110,7 @@ def test_vmap_over_masks():
 @pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
 def test_second_derivatives_are_refused(function, backend, power):
     """Also those of a sum, whose gradient is a constant that nothing differentiates on the way in."""
-    inputs = PROBLEM.inputs.detach().requires_grad_()
+    inputs = INPUTS.requires_grad_()
     (gradient,) = torch.autograd.grad(function(inputs, backend).pow(power).sum(), inputs, create_graph=True)
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         gradient.square().sum().backward()
