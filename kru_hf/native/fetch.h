@@ -34,14 +34,16 @@ static inline __attribute__((always_inline)) void fetch_some(kru_fetches *f) {
     int64_t left = f->lines;
     while (left > 0 && f->current < f->count) {
         const kru_range *r = &f->range[f->current];
-        const float *p = r->from + f->row * r->stride;
-        int64_t end = f->at + 16 * left < r->floats ? f->at + 16 * left : r->floats, at = f->at;
+        const float *p = r->from + f->row * r->stride + f->at;
+        int64_t n = (r->floats - f->at + 15) >> 4;
+        if (n > left) n = left;
+        left -= n;
+        f->at += 16 * n;
         if (r->write)
-            for (; at < end; at += 16, left--) __builtin_prefetch(p + at, 1, 2);
+            for (const float *end = p + 16 * n; p < end; p += 16) __builtin_prefetch(p, 1, 2);
         else
-            for (; at < end; at += 16, left--) __builtin_prefetch(p + at, 0, 2);
-        f->at = at;
-        if (at >= r->floats) {
+            for (const float *end = p + 16 * n; p < end; p += 16) __builtin_prefetch(p, 0, 2);
+        if (f->at >= r->floats) {
             f->at = 0;
             if (++f->row == r->rows) {
                 f->row = 0;

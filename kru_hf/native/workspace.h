@@ -9,7 +9,7 @@ typedef struct {
     int64_t plane;  /* floats from plane to plane */
     float *state;   /* (S, plane): the state before the step; the forward replaces it by the one after */
     float *product; /* (K, plane): W h of every matrix; the backward replaces it by its gradient */
-    float *swap;    /* (2, c, plane): what passes from stage to stage and is not kept */
+    float *swap[2]; /* (c, plane) each: what passes from stage to stage and is not kept */
     float *sum;     /* (c, plane): a product that is added to another */
     float *tmp;     /* transpositions of a kernel */
     /* the backward alone */
@@ -37,8 +37,10 @@ static kru_workspace workspace(const kru_plan *plan, int backward, float *memory
     kru_workspace ws = {.plane = plane_floats(plan)};
     int64_t plane = ws.plane, c = plan->c, *n = &ws.floats;
     ws.state = take(&memory, n, cell->states * plane);
-    ws.product = take(&memory, n, cell->gates * plane);
-    ws.swap = take(&memory, n, 2 * c * plane);
+    ws.swap[0] = take(&memory, n, c * plane);
+    ws.swap[1] = take(&memory, n, c * plane);
+    /* A single matrix leaves its product where its last stage would: the less memory, the more of it in the first cache. */
+    ws.product = plan->R * plan->M == 1 ? ws.swap[backward || plan->S % 2 == 0] : take(&memory, n, cell->gates * plane);
     ws.sum = take(&memory, n, c == 2 ? c * plane : 0);
     ws.tmp = take(&memory, n, plan->tmp_floats);
     if (backward) {
