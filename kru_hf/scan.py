@@ -1,7 +1,6 @@
 """``kron_scan``: the recurrence of every cell with one signature and several engines, and which of them runs."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from .cells import ACTIVATIONS, CELLS, Cell
 from .kronecker import check_choice, merge_terms
+from .scan_checks import check_scan
 from .scan_cpu import backward as cpu_backward
 from .scan_cpu import forward as cpu_forward
 from .scan_cpu import obstacle as cpu_obstacle
@@ -25,7 +25,7 @@ from .scan_triton import forward as triton_forward
 from .scan_triton import obstacle as triton_obstacle
 from .scan_triton import saved_shape as triton_saved_shape
 from .scan_triton import unavailable_reason as triton_unavailable_reason
-from .transforms import BACKENDS, differentiable_once, is_transformed, transformed_backend
+from .transforms import BACKENDS, differentiable_once, is_concrete, is_transformed, transformed_backend
 
 logger = logging.getLogger(__name__)
 
@@ -129,59 +129,6 @@ def _tell(message: str) -> None:
         logger.info(message)
 
 
-def _check_factors(factors: Sequence[Tensor], cell: Cell, units: int) -> None:
-    planes = cell.planes
-    if not factors:
-        raise ValueError(f"factors must hold at least one ({planes}, P, Q) tensor, got none")
-    for index, factor in enumerate(factors):
-        if factor.dim() not in (3, 4) or factor.shape[-3] != planes or 0 in factor.shape:
-            allowed = f"({planes}, P, Q) or (R, {planes}, P, Q)"
-            raise ValueError(f"factors[{index}] must have the shape {allowed}, got {tuple(factor.shape)}")
-        if factor.shape[:-3] != factors[0].shape[:-3]:
-            raise ValueError(
-                f"factors must have the same terms R, got {tuple(factors[0].shape)} and {tuple(factor.shape)}"
-            )
-    rows, columns = (math.prod([factor.shape[axis] for factor in factors]) for axis in (-2, -1))
-    if (rows, columns) != (units, units):
-        shapes = " ".join(f"{factor.shape[-2]}x{factor.shape[-1]}" for factor in factors)
-        raise ValueError(f"factors {shapes} multiply to {rows}x{columns}, but the inputs have N = {units} units")
-
-
-def _check(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    times: dict[str, Tensor | None],
-    cell: Cell,
-) -> None:
-    """Raise ValueError or TypeError naming the argument, its value and what is allowed."""
-    if inputs.dim() != 4 or inputs.shape[2] != cell.planes or 0 in inputs.shape:
-        shape = f"(B, T, {cell.planes}, N) with no empty axis"
-        raise ValueError(f"inputs of the cell {cell.name!r} must have the shape {shape}, got {tuple(inputs.shape)}")
-    if inputs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"inputs must be float32 or float64 (the state is never kept in less), got {inputs.dtype}")
-    batch, length, _, units = inputs.shape
-    _check_factors(factors, cell, units)
-    state = (batch, len(cell.states), units)
-    for name, tensor, wanted in (("bias", bias, cell.bias_shape(units)), ("initial_state", initial_state, state)):
-        if tensor is not None and tuple(tensor.shape) != wanted:
-            raise ValueError(f"{name} must have the shape {wanted}, got {tuple(tensor.shape)}")
-    for name, tensor in times.items():
-        if tensor is not None and (tuple(tensor.shape) != (batch, length) or tensor.dtype != torch.bool):
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{name} must be a bool tensor of the shape {(batch, length)}, got {found}")
-        if tensor is not None and tensor.device != inputs.device:
-            raise TypeError(f"{name} must be on {inputs.device} like the inputs, got {tensor.device}")
-    named = [("bias", bias), ("initial_state", initial_state), *((f"factors[{i}]", f) for i, f in enumerate(factors))]
-    for name, tensor in named:
-        if tensor is not None and (tensor.dtype != inputs.dtype or tensor.device != inputs.device):
-            raise TypeError(
-                f"{name} must be {inputs.dtype} on {inputs.device} like the inputs, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-
-
 def kron_scan(
     inputs: Tensor,
     factors: Sequence[Tensor],
@@ -228,7 +175,7 @@ def kron_scan(
     if activation != ACTIVATIONS[0] and not entry.complex:
         raise ValueError(f"activation of the cell {cell!r} must stay {ACTIVATIONS[0]!r}, got {activation!r}")
     factors = list(factors)
-    _check(inputs, factors, bias, initial_state, {"mask": mask, "starts": starts}, entry)
+    check_scan(entry, inputs, factors, bias, initial_state, mask, starts)
     if bias is None:
         bias = inputs.new_zeros(entry.bias_shape(inputs.shape[3]))
     if factors[0].dim() == 3:
@@ -238,6 +185,8 @@ def kron_scan(
         factors = merged
     if is_transformed((inputs, bias, initial_state, mask, starts, *factors)):
         backend = transformed_backend(backend)
+    elif inputs.is_meta and backend != "reference":
+        backend = "portable"  # nothing to compute: the shapes of any engine
     elif backend == "auto":
         backend, reason = choose_backend(inputs, factors, entry)
         _tell(f"kron_scan uses the {backend} engine: {reason}")
@@ -247,8 +196,7 @@ def kron_scan(
         return scan_reference(inputs, factors, bias, initial_state, mask, starts, entry, activation)
     leaves = [inputs, bias, *factors, *(() if initial_state is None else (initial_state,))]
     save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    eager = type(inputs) in (Tensor, torch.nn.Parameter) and not torch.jit.is_tracing()
-    if backend in COMPILED and (torch.compiler.is_compiling() or not eager):
+    if backend in COMPILED and (torch.compiler.is_compiling() or not is_concrete([inputs, *factors])):
         return COMPILED[backend](inputs, factors, bias, initial_state, mask, starts, cell, activation, save)[:2]
     if not save:  # generation: no autograd in the way
         run = ENGINES[backend].forward

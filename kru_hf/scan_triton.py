@@ -118,6 +118,11 @@ def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | Non
     return None
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with its numbers in memory in the order of the indices, signs included."""
+    return tensor.resolve_neg().contiguous()
+
+
 def _inner(left: Tensor, right: Tensor, slices: int) -> Tensor:
     """left^T right of (K, M) and (K, L), cut into ``slices`` along K: M and L alone are too small for a GPU."""
     pieces = [tensor.unflatten(0, (slices, -1)) for tensor in (left, right)]  # (slices, K / slices, M or L)
@@ -208,13 +213,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """states, final_state and, with ``save``, |z| (B, T, N). See ``kron_scan`` for the contract."""
     batch, _, _, units = inputs.shape
-    inputs = inputs.contiguous()
+    inputs = _dense(inputs)
     _, _, groups = _groups(factors, inputs.device)
     if initial_state is None:
         initial_state = inputs.new_zeros(batch, 2, units)  # (B, 2, N)
     states, final = torch.empty_like(inputs), inputs.new_empty(batch, 2, units)  # (B, T, 2, N), (B, 2, N)
     moduli = inputs.new_zeros(saved_shape(inputs.shape, cell) if save else (0,))  # (B, T, N): only modReLU's are stored
-    read = [tensor.contiguous() for tensor in (groups[0], groups[1].mT, bias, initial_state)]  # A, C^T
+    read = [_dense(tensor) for tensor in (groups[0], groups[1].mT, bias, initial_state)]  # A, C^T
     times = [_bytes(mask, inputs), _bytes(starts, inputs)]
     flags = {"MODRELU": activation == "modrelu", "MASKED": mask is not None, "STARTS": starts is not None, "SAVE": save}
     tensors = [inputs, *read, *times, states, final, moduli]
@@ -230,7 +235,7 @@ def _group_gradients(
     if _tile(groups[0].shape[2]) * _tile(groups[1].shape[2]) <= _IEEE_TILE:
         chunks = -(-length // _CHUNK)
         parts = [d_inputs.new_empty(batch, chunks, *group.shape) for group in groups]  # (B, chunks, E, 2, ·, ·)
-        read = [tensor.contiguous() for tensor in (d_inputs, *groups, initial_state, states)]
+        read = [_dense(tensor) for tensor in (d_inputs, *groups, initial_state, states)]
         flags = {"CHUNK": _CHUNK, "STARTS": starts is not None}
         tensors = [*read, _bytes(starts, states), *parts]
         _launch(gradient_kernel, d_inputs, tensors, groups, 4, flags, chunks, len(groups[0]))
@@ -265,14 +270,14 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of inputs (B, T, 2, N), factors (E, 2, P, Q), bias (N,) and initial state (B, 2, N)."""
-    states = states.contiguous()
+    states = _dense(states)
     cut, matrices, groups = _groups(factors, states.device)
     if initial_state is None:
         initial_state = states.new_zeros(states.shape[0], 2, states.shape[3])  # (B, 2, N)
     d_states = torch.zeros_like(states) if d_states is None else d_states
     d_final = torch.zeros_like(initial_state) if d_final is None else d_final
     left, right = (torch.stack((group[:, 0], -group[:, 1]), 1) for group in groups)  # conj(A), conj(C)
-    read = [tensor.contiguous() for tensor in (d_states, d_final, left.mT, right, bias)]
+    read = [_dense(tensor) for tensor in (d_states, d_final, left.mT, right, bias)]
     d_inputs, d_initial = torch.empty_like(states), torch.empty_like(d_final)  # (B, T, 2, N), (B, 2, N)
     d_bias = states.new_empty(states.shape[0], *bias.shape)  # (B, N)
     times = [_bytes(mask, states), _bytes(starts, states)]

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from ..cells import CELLS
 from ..scan import COMPILED, ENGINES, Engine
+from ..scan_checks import Named, check_scan
 from ..transforms import refuse_derivative
+
+
+def state_like(inputs: Tensor, cell: str) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], len(CELLS[cell].states), inputs.shape[3])  # (B, S, N)
 
 
 def register(name: str, engine: Engine) -> Any:
@@ -29,6 +34,7 @@ def register(name: str, engine: Engine) -> Any:
         activation: str,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        check_scan(CELLS[cell], inputs, factors, bias, initial_state, mask, starts)
         options = (CELLS[cell], activation, save)
         return engine.forward(inputs, list(factors), bias, initial_state, mask, starts, *options)
 
@@ -46,14 +52,15 @@ def register(name: str, engine: Engine) -> Any:
         cell: str,
         activation: str,
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        full, end = CELLS[cell].states_shape(inputs.shape), tuple(state_like(inputs, cell).shape)
+        others: list[Named] = [("d_states", d_states, full), ("d_final", d_final, end), ("states", states, full)]
+        others.append(("saved", saved, engine.saved_shape(inputs.shape, CELLS[cell])))
+        check_scan(CELLS[cell], inputs, factors, bias, initial_state, mask, starts, others)
         read = (inputs, list(factors), bias, initial_state, mask, starts, states, saved)
         return engine.backward(d_states, d_final, *read, CELLS[cell], activation)
 
     scan = torch.library.custom_op(f"kru_hf::{name}_scan", forward, mutates_args=())
     scan_backward = torch.library.custom_op(f"kru_hf::{name}_scan_backward", backward, mutates_args=())
-
-    def state_like(inputs: Tensor, cell: str) -> Tensor:
-        return inputs.new_empty(inputs.shape[0], len(CELLS[cell].states), inputs.shape[3])  # (B, S, N)
 
     @scan.register_fake
     def _(inputs, factors, bias, initial_state, mask, starts, cell, activation, save):
