@@ -5,16 +5,17 @@ was pushed with a model's weights uses the library of an installed ``kru_hf`` of
 Letters as in ``scan.py``; K planes of the inputs and the factors, S planes of the state.
 """
 
+import _thread
 import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
 import pathlib
-import threading
+import sys
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def unavailable_reason() -> str | None:
 
 
 def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
-    """None if the engine takes inputs (B, T, K, N) and factors (R, K, P_f, Q_f) of the cell, else the reason why not."""
+    """None if the engine takes inputs (B, T, K, N) and factors (R, K, P_f, Q_f) of the cell, else why not."""
     if _reason is not None:
         return _reason
     if inputs.device.type != "cpu":
@@ -157,31 +158,42 @@ def facts(cell: Cell) -> tuple[int, ...]:
     return tuple(values) if _library.kru_cell_facts(cell.native, values) else ()
 
 
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
-_pool_lock = threading.Lock()
+# Threads and queues of C alone: the exception of a signal inside a lock of Python code, as a future has, leaves it
+# locked for good, and its other side waiting.
+_jobs: SimpleQueue[Any] = SimpleQueue()
+_workers: list[int] = []
 
 
-def _forget_pool() -> None:
-    """A forked child has none of its parent's threads, and perhaps a lock that nobody will release."""
-    global _pool, _pool_size, _pool_lock
-    _pool, _pool_size, _pool_lock = None, 0, threading.Lock()
+def _forget_workers() -> None:
+    """A forked child has none of its parent's threads."""
+    global _jobs
+    _jobs = SimpleQueue()
+    _workers.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
-def _submit(count: int, *call: Any) -> list[Future[int]]:
-    """Start the call on ``count`` other threads, on fewer where no more are to be had, as at the end of the process."""
-    global _pool, _pool_size
-    started: list[Future[int]] = []
-    with _pool_lock, contextlib.suppress(RuntimeError):
-        if _pool is None or _pool_size < count:
-            _pool, _pool_size = ThreadPoolExecutor(count, "kru_scan"), count
-        for _ in range(count):
-            started.append(_pool.submit(*call))
-    return started
+def _work(jobs: SimpleQueue) -> None:
+    """A thread's life: calls, of which it holds what they work on, and nothing of them afterwards."""
+    while True:
+        function, handle, args, done = jobs.get()
+        status = function(handle, args)
+        function = handle = args = None
+        done.put(status)
+        done = None
+
+
+def _submit(count: int, *job: Any) -> int:
+    """Hand the job to ``count`` other threads, or to as many as there can be; returns how many. Each answers once."""
+    with contextlib.suppress(RuntimeError):  # no more threads for this process
+        while len(_workers) < count:
+            _workers.append(_thread.start_new_thread(_work, (_jobs,)))
+    count = min(count, len(_workers))
+    for _ in range(count):
+        _jobs.put(job)
+    return count
 
 
 def _run(function: Callable[[int, object], int], plan: _Plan, args: _Args, work: float) -> None:
@@ -191,15 +203,18 @@ def _run(function: Callable[[int, object], int], plan: _Plan, args: _Args, work:
     end at their next time step.
     """
     threads = min(torch.get_num_threads(), args.chunks) if work > THREADS_FROM else 1
-    others = threads if work > WAIT_FROM else threads - 1
+    # While the interpreter is taken down, no other thread comes to its turn.
+    others = 0 if sys.is_finalizing() else threads if work > WAIT_FROM else threads - 1
     progress = (ctypes.c_int64 * 2)()
     args.progress = ctypes.addressof(progress)
     args.owned += [plan, progress]
-    call = (function, plan.handle, ctypes.byref(args))
+    done: SimpleQueue[int] = SimpleQueue()
+    call = (plan.handle, ctypes.byref(args))
     try:
-        helpers = _submit(others, *call) if others else []
-        failed = function(*call[1:]) if len(helpers) < threads else 0
-        failed |= any([helper.result() for helper in helpers])
+        helpers = _submit(others, function, *call, done)
+        failed = function(*call) if helpers < threads else 0
+        for _ in range(helpers):
+            failed |= done.get()
     except BaseException:
         progress[1] = 1
         raise
