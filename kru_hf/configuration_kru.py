@@ -43,6 +43,7 @@ LIMITS = {
     "intermediate_size": 2**20,
     "io_rank": 2**20,
     "kronecker_terms": 2**20,
+    "recurrent_terms": 2**10,
     "input_size": 2**20,
     "chrono_max_length": 2**40,
 }

@@ -107,6 +107,9 @@ class ModelOptions(Options):
     recurrent_rank: int | None = of_new(
         "Rank of the recurrent matrix of low_rank; default: state_size / 8.", {"architecture": ("low_rank",)}
     )
+    recurrent_terms: int | None = of_new(
+        "Kronecker products whose sum the recurrent matrix of a kru model is.", SOFT, allowed=AT_LEAST_1
+    )
     recurrent_init: str | None = of_new("Start of the recurrent matrix: random (unitary) or identity.", COMPLEX)
     recurrent_init_scale: float | None = of_new("Spectral norm of the recurrent matrix at the start.", SOFT)
     recurrent_init_max_phase: float | None = of_new(
@@ -145,7 +148,7 @@ class ModelOptions(Options):
         allowed=("0 or more", lambda value: 0 <= value < math.inf),
     )
     train_factors: bool | None = of_new("Whether the Kronecker factors are trained; false freezes them.", KRU)
-    scan_backend: str | None = of_new("Engine of the recurrence: auto, reference, torch, cpu or triton.", KRU)
+    scan_backend: str | None = of_new("Engine of the recurrence: auto, reference, portable, cpu or triton.", KRU)
     layer_norm_epsilon: float | None = of_new("Epsilon of the RMS norms.", {**KRU, "readout_norm": (True,)}, RESIDUAL)
     initializer_range: float | None = of_new("Standard deviation of the output head's weights at the start.")
     use_cache: bool | None = of_new(

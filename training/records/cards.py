@@ -53,7 +53,7 @@ RECIPE_OPTIONS = (
 )
 CONFIG_ROWS = (
     *("cell_type", "wiring", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
-    *("kronecker_terms", "intermediate_size", "recurrent_init", "recurrent_init_scale"),
+    *("kronecker_terms", "intermediate_size", "recurrent_terms", "recurrent_init", "recurrent_init_scale"),
     *("recurrent_init_max_phase", "chrono_max_length", "train_factors"),
     *("input_dropout", "state_dropout", "hidden_dropout", "cell"),
 )
