@@ -126,6 +126,8 @@ def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | Non
         return f"inputs are on {inputs.device}, the native engine runs on the CPU"
     if inputs.dtype != torch.float32:
         return f"inputs are {inputs.dtype}, the native engine computes in float32"
+    if cell.native is None:
+        return f"the native engine has no template for the cell {cell.name!r}"
     if len(factors) > MAX_FACTORS:
         return f"{len(factors)} factors, the native engine takes at most {MAX_FACTORS}"
     return None
