@@ -37,7 +37,7 @@ class Cell:
     gates: tuple[str, ...]
     states: tuple[str, ...]
     bias_rows: int  # 0: the bias is (N,)
-    native: int | None  # number of its template in native/cells.inc; the complex one with activation "identity" is the next
+    native: int | None  # its template in native/cells.inc, if it has one; the one of "identity" follows modReLU's
     step: Callable[..., State]
     derivatives: Callable[..., tuple[Tensor, ...]]
     step_backward: Callable[..., tuple[Tensor, Tensor, tuple[Tensor | None, ...]]]

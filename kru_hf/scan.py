@@ -95,9 +95,8 @@ def use_backend(name: str) -> None:
 
 def unavailable_reason(name: str, cell: Cell | None = None) -> str | None:
     """Why the engine of that name cannot run (the cell, if one is given) here, or None."""
-    if name == "triton":
-        return triton_unavailable_reason(cell)
-    return cpu_unavailable_reason() if name == "cpu" else None
+    reasons = {"cpu": cpu_unavailable_reason, "triton": triton_unavailable_reason}
+    return reasons[name](cell) if name in reasons else None
 
 
 def backend_report() -> str:

@@ -113,21 +113,21 @@ def is_available() -> bool:
     return _reason is None
 
 
-def unavailable_reason() -> str | None:
-    """Why :func:`is_available` is False, or None."""
+def unavailable_reason(cell: Cell | None = None) -> str | None:
+    """Why the engine cannot run (the cell, if one is given) in this process, or None."""
+    if _reason is None and cell is not None and cell.native is None:
+        return f"the native engine has no template for the cell {cell.name!r}"
     return _reason
 
 
 def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
     """None if the engine takes inputs (B, T, K, N) and factors (R, K, P_f, Q_f) of the cell, else why not."""
-    if _reason is not None:
-        return _reason
+    if (reason := unavailable_reason(cell)) is not None:
+        return reason
     if inputs.device.type != "cpu":
         return f"inputs are on {inputs.device}, the native engine runs on the CPU"
     if inputs.dtype != torch.float32:
         return f"inputs are {inputs.dtype}, the native engine computes in float32"
-    if cell.native is None:
-        return f"the native engine has no template for the cell {cell.name!r}"
     if len(factors) > MAX_FACTORS:
         return f"{len(factors)} factors, the native engine takes at most {MAX_FACTORS}"
     return None

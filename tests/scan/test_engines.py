@@ -43,7 +43,7 @@ def test_equals_the_definition(engine, dtype, cell, activation, shapes):
 def test_equals_the_definition_everywhere(p):
     expected = run(p, "reference")
     for engine, dtype in DRAWN_ENGINES:
-        if unavailable_reason(engine) is None:
+        if unavailable_reason(engine, CELLS[p.cell]) is None:
             assert_close(run(p, engine, dtype), expected, floor=FLOOR_OF_DRAWN)
 
 
