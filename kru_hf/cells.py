@@ -249,6 +249,39 @@ def janet_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tens
     return d, d, (d_state[0] * f,)
 
 
+# LSTM with peepholes (Gers & Schmidhuber 2000): gates i f g o that see the cell through p = b_4, b_5, b_6, (N,) each:
+# i = σ(a_i + p_i c_{t-1}),  f = σ(a_f + p_f c_{t-1}),  c_t = f c_{t-1} + i tanh(a_g),  h_t = σ(a_o + p_o c_t) tanh(c_t)
+def _peephole_gates(products: Tensor, u: Tensor, b: Tensor, c: Tensor) -> State:
+    a = _counted(products) + u + b[:4]
+    i, f, g = (a[0] + b[4] * c).sigmoid(), (a[1] + b[5] * c).sigmoid(), a[2].tanh()
+    new = f * c + i * g
+    return i, f, g, (a[3] + b[6] * new).sigmoid(), new
+
+
+def peephole_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
+    _, _, _, o, c = _peephole_gates(products, u, b, state[1])
+    return o * c.tanh(), c
+
+
+def peephole_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> tuple[Tensor, ...]:
+    i, f, g, o, c = _peephole_gates(products, u, b, before[1])
+    by_i, by_f, shown = g * i * (1 - i), before[1] * f * (1 - f), c.tanh()
+    by_o = shown * o * (1 - o)
+    of_c = torch.stack((by_i, by_f, i * (1 - g.square())), 1)  # (C, 3, B, N)
+    return of_c, by_o, o * (1 - shown.square()) + by_o * b[6], f + by_i * b[4] + by_f * b[5], before[1], c
+
+
+def peephole_step_backward(
+    local: tuple[Tensor, ...], d_state: State
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    return lstm_step_backward(local[:4], d_state)
+
+
+def peephole_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
+    before, after = local[4:]
+    return torch.cat((d_u, torch.stack((d_u[0] * before, d_u[1] * before, d_u[3] * after)))).sum((1, 2))
+
+
 _ENTRIES = (
     Cell(
         "kru", ("re", "im"), ("re", "im"), 0, 0,
@@ -269,6 +302,11 @@ _ENTRIES = (
         "janet", ("f", "g"), ("h",), 2, 4,
         janet_step, janet_derivatives, janet_step_backward, gate_sums,
         keeps="f", keep_bias=1.0,
+    ),
+    Cell(
+        "peephole", ("i", "f", "g", "o"), ("h", "c"), 7, None,
+        peephole_step, peephole_derivatives, peephole_step_backward, peephole_bias_gradient,
+        keeps="f", fills="i", keep_bias=1.0,
     ),
 )  # fmt: skip
 CELLS = {cell.name: cell for cell in _ENTRIES}

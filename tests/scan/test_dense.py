@@ -49,6 +49,14 @@ def by_formula(p, weight, bias, u, state):
             state = torch.stack((z.real, z.imag))
             states.append(state)
             continue
+        if p.cell == "peephole":
+            (h, c), a = state, weight @ state[0] + step + bias[:4]
+            i, f, g = (a[0] + bias[4] * c).sigmoid(), (a[1] + bias[5] * c).sigmoid(), a[2].tanh()
+            c = f * c + i * g
+            h = (a[3] + bias[6] * c).sigmoid() * c.tanh()
+            state = torch.stack((h, c))
+            states.append(h)
+            continue
         a = (weight @ state[0] + step + bias).unbind()  # JANET
         h = a[0].sigmoid() * state[0] + (1 - (a[0] - 1).sigmoid()) * a[1].tanh()
         state = h[None]
