@@ -180,7 +180,7 @@ class KRURecurrence(nn.Module):
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty of the complex cell, see ``unitary_penalty``: a scalar; zero for gated cells."""
-        return unitary_penalty(self.factors(self.bias)) if self.cell.complex else self.bias.new_zeros(())
+        return unitary_penalty(self.factors(torch.empty(0))) if self.cell.complex else self.bias.new_zeros(())
 
     @torch.no_grad()
     def bound_norm(self, limit: float) -> None:
