@@ -42,6 +42,8 @@ typedef struct {
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t more(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Rows of one register block of the kernels with lanes over samples; P rows are cut into blocks of nearly equal size,
  * and weights are packed in this order. */
