@@ -114,8 +114,10 @@ def modrelu(z: Tensor, b: Tensor) -> Tensor:
     zero = z == 0  # (…, N)
     modulus = torch.hypot(z.real.where(~zero, 1), z.imag)  # (…, N): right where |z|² is beyond the dtype, either way
     idle = _idle(zero, modulus, b)  # (…, N)
-    # The inner wheres keep 1/|z| and its gradient finite near z = 0, where the outer one selects the zero.
-    return z * torch.where(idle, 0, 1 + b / modulus.where(~idle, 1) + 0 * modulus)  # NaN for an infinite |z|
+    # The inner wheres keep the gradients finite where the outer one selects the zero. z/|z| is NaN for an infinite |z|.
+    size, lost = modulus.where(~idle, 1), 0 * modulus  # (…, N)
+    unit = torch.complex(z.real / size + lost, z.imag / size + lost)  # (…, N)
+    return torch.where(idle, 0, z + b.where(~idle, 0) * unit)
 
 
 def kru_step(products: Tensor, u: Tensor, b: Tensor | None, state: State) -> State:
@@ -129,9 +131,10 @@ def kru_derivatives(products: Tensor, u: Tensor, b: Tensor | None, before: State
     z = products[0] + u[0]  # (C, B, N): recomputed, never recovered from |h|; right for b > 0 too
     modulus = z.abs()
     idle = _idle(modulus == 0, modulus, b[0])
+    modulus = modulus.where(modulus != 0, 1)  # z/|z| is 0 at 0
     unit = torch.where(idle, 0, z / modulus + 0 * modulus)  # NaN for an infinite |z|
     ratio = torch.where(idle, 0, b[0] / modulus)
-    return unit, torch.where(idle, 0, 1 + ratio), ratio
+    return unit, ratio, idle
 
 
 def _radial(unit: Tensor, d: Tensor) -> Tensor:
@@ -142,14 +145,18 @@ def kru_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor
     d = d_state[0]  # (B, N)
     if local:
         # h = z + b·z/|z|: the radial part of the gradient passes as it is, the tangential one times 1 + b/|z|.
-        unit, gain, ratio = local
-        d = gain * d - (ratio * _radial(unit, d)) * unit
+        unit, ratio, idle = local
+        d = torch.where(idle, 0, d + ratio * (d - unit * _radial(unit, d)))
     d = d.unsqueeze(0)
     return d, d, (None,)
 
 
 def kru_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
-    return _radial(local[0], d_h).sum((0, 1)).unsqueeze(0) if local else d_u.new_zeros(1, d_u.shape[-1]).real
+    return (
+        torch.where(local[2], 0, _radial(local[0], d_h)).sum((0, 1)).unsqueeze(0)
+        if local
+        else d_u.new_zeros(1, d_u.shape[-1]).real
+    )
 
 
 def _counted(products: Tensor) -> Tensor:

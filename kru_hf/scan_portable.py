@@ -180,6 +180,7 @@ def backward(
         chunk = slice(start, end)
         here = _step_of(mask, chunk)  # (C, B)
         before = _select(_step_of(begins, chunk), _before(states, saved, first, start, end, cell))  # (C, B, N) each
+        before = _select(here, before)  # 0 times a NaN would spoil the weights' gradient
         after = (before[0].new_empty(0), *(saved[chunk, index] for index in range(cell.kept)))  # h_t is not asked for
         flat = before[0].flatten(0, 1)  # (C·B, N)
         products = _products(groups, flat, cell.matrices).unflatten(1, (-1, batch))  # (M, C, B, N)
@@ -205,7 +206,7 @@ def backward(
         one = by_u[0] is by_products[0]
         d_u = torch.stack(by_u[::-1], 1)  # (M, C, B, N)
         d_products = d_u if one else torch.stack(by_products[::-1], 1)  # (M, C, B, N)
-        (d_u,) = _select(here, (d_u,))  # also where the held state is not a number
+        d_u, d_products = _select(here, (d_u, d_products))  # whatever held steps would compute
         d_inputs[:, chunk] = cell.to_planes(d_u).permute(2, 1, 0, 3)
         d_bias += cell.bias_gradient(local, torch.stack(by_h[::-1]), d_u, d_products).view(bias.shape)
         read, grad = flat.expand(count, *flat.shape), _over_terms(d_products.flatten(1, 2), count)

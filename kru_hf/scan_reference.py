@@ -44,8 +44,6 @@ def scan_reference(
     batch, length, _, units = inputs.shape
     if initial_state is None:
         initial_state = inputs.new_zeros(batch, len(cell.states), units)
-    if mask is not None:
-        inputs = inputs.where(mask[:, :, None, None], 0)  # a NaN that is not read has no gradient
     u = cell.to_matrices(inputs.permute(2, 1, 0, 3))  # (M, T, B, N)
     terms = [[cell.to_matrices(factor[r]) for factor in factors] for r in range(len(factors[0]))]  # R × F × (M, P, Q)
     b = None if activation == "identity" else bias.view(-1, 1, units)  # (rows, 1, N)
@@ -53,12 +51,17 @@ def scan_reference(
     for t in range(length):
         if starts is not None:  # a new document: nothing is left of the one before
             state = tuple(s.where(~starts[:, t, None], 0) for s in state)
-        of_terms = [[kron_multiply([w[m] for w in term], state[0]) for m in range(cell.matrices)] for term in terms]
+        before, here, own = state, u[:, t], b
+        if mask is not None:  # what a held step would compute has no gradient, be it NaN
+            taken = mask[:, t, None]  # (B, 1)
+            before, here = tuple(s.where(taken, 0) for s in state), here.where(taken, 0)
+            own = None if b is None else b.where(taken, 0)  # (rows, B, N)
+        of_terms = [[kron_multiply([w[m] for w in term], before[0]) for m in range(cell.matrices)] for term in terms]
         products = torch.stack([torch.stack(each) for each in of_terms]).sum(0)  # (M, B, N) = W h_{t-1}
-        new = cell.step(products, u[:, t], b, state)
-        if mask is not None:  # a step that is not taken
-            new = tuple(n.where(mask[:, t, None], s) for n, s in zip(new, state, strict=True))
-        state = new
+        if mask is not None:
+            products = products.where(taken, 0)
+        new = cell.step(products, here, own, before)
+        state = new if mask is None else tuple(n.where(taken, s) for n, s in zip(new, state, strict=True))
         states.append(state[0])
     h = torch.stack(states, 1)  # (B, T, N)
     return cell.from_state((h,)) if cell.complex else h, cell.from_state(state)

@@ -4,7 +4,7 @@
 
 Each case is drawn from a seed of its own. A case that fails prints it, and ``--seed SEED 1`` draws that one again.
 States and gradients of the native engine, at every vector width, and of the portable one must be near the definition's,
-and not be finite where the definition's are not, neither more nor fewer. TRITON_INTERPRET=1 adds the GPU's kernels.
+and not be finite where the definition's are not, neither more nor fewer.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import random
 import torch
 from torch import Tensor
 
-from kru_hf import kru_gated_scan, kru_scan, scan_cpu, scan_gated_cpu, scan_triton
-from kru_hf.scan_checks import GATED_CELLS
+from kru_hf import kron_scan, scan_cpu
+from kru_hf.cells import CELLS
 
 # In norm: rounding of float32 over a few steps and factors. At b > 0 gradients hold the phase z/|z| of small |z|.
 STATES, GRADIENTS = 3e-5, 1e-3
@@ -42,23 +42,24 @@ class Case:
 
     def __init__(self, seed: int) -> None:
         draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.cell = draw.choice(["kru", "kru", "kru", *GATED_CELLS])
-        self.activation = draw.choice(["modrelu", "modrelu", "modrelu", "identity"])
+        self.cell = draw.choice(["kru", "kru", *CELLS])
+        self.activation = draw.choice(["modrelu"] * 3 + ["identity"]) if self.cell == "kru" else "modrelu"
         sizes = [draw.choice([1, 2, 2, 3, 4, 5, 7, 8, 9, 16, 17]) for _ in range(draw.randint(1, 4))]
         while math.prod(sizes) > 700:
             sizes.pop()
         columns = draw.sample(sizes, len(sizes))
         units = math.prod(sizes)
         batch, length = draw.choice([1, 2, 3, 4, 5, 8, 16, 17, 33]), draw.choice([1, 1, 2, 3, 5])
-        gates, rows, planes = GATED_CELLS.get(self.cell, (2, None, 2))
+        facts, terms = CELLS[self.cell], draw.choice([1, 1, 2])
+        lead = (terms, facts.planes) if terms > 1 else (facts.planes,)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        self.inputs = normal(batch, length, gates, units)
-        self.factors = [normal(gates, p, q) * (2 * q) ** -0.5 for p, q in zip(sizes, columns, strict=True)]
-        self.bias = 0.3 * (normal(units) if rows is None else normal(rows, units))
-        self.initial = normal(batch, planes, units) if draw.random() < 0.7 else None
+        self.inputs = normal(batch, length, facts.planes, units)
+        self.factors = [normal(*lead, p, q) * (2 * q) ** -0.5 for p, q in zip(sizes, columns, strict=True)]
+        self.bias = 0.3 * normal(*facts.bias_shape(units))
+        self.initial = normal(batch, len(facts.states), units) if draw.random() < 0.7 else None
         if draw.random() < 0.3:
             self.inputs[:, ::2] = 0
         self.scale = 1.0
@@ -68,9 +69,11 @@ class Case:
             self.inputs *= self.scale
             self.bias *= self.scale if draw.random() < 0.5 else 1
             self.initial = None if self.initial is None else self.initial * self.scale
-        self.mask = None
+        self.mask = self.starts = None
         if draw.random() < 0.5:
             self.mask = torch.rand(self.inputs.shape[:2], generator=generator) < 0.7
+        if draw.random() < 0.3:
+            self.starts = torch.rand(self.inputs.shape[:2], generator=generator) < 0.3
         self.special = draw.random() < 0.3
         if self.special:
             tensor = draw.choice(
@@ -78,9 +81,8 @@ class Case:
             )
             for _ in range(draw.choice([1, 1, 3])):
                 tensor.view(-1)[draw.randrange(tensor.numel())] = draw.choice(SPECIAL)
-        shape = self.inputs.shape
-        self.d_states = normal(*shape) if self.cell == "kru" else normal(shape[0], shape[1], shape[3])
-        self.d_final = normal(batch, planes, units)
+        self.d_states = normal(*facts.states_shape(self.inputs.shape))
+        self.d_final = normal(batch, len(facts.states), units)
         self.inputs, self.bias, *self.factors = (
             relaid(tensor, draw) for tensor in (self.inputs, self.bias, *self.factors)
         )
@@ -96,10 +98,8 @@ class Case:
         leaves = {name: tensor.to(dtype).detach().requires_grad_() for name, tensor in leaves.items()}
         factors = [leaves[f"factors[{index}]"] for index in range(len(self.factors))]
         arguments = (leaves["inputs"], factors, leaves["bias"], leaves.get("initial"), self.mask)
-        if self.cell == "kru":
-            states, final = kru_scan(*arguments, activation=self.activation, backend=backend)
-        else:
-            states, final = kru_gated_scan(*arguments, cell=self.cell, backend=backend)
+        options = {"cell": self.cell, "starts": self.starts, "activation": self.activation}
+        states, final = kron_scan(*arguments, **options, backend=backend)
         cotangents = (self.d_states.to(dtype), self.d_final.to(dtype))
         wanted = [leaf for name, leaf in leaves.items() if name != "bias" or self.activation == "modrelu"]
         gradients = torch.autograd.grad((states, final), wanted, cotangents, allow_unused=True, materialize_grads=True)
@@ -130,16 +130,11 @@ def check(seed: int) -> list[str]:
     case, said = Case(seed), []
     # Numbers that are not finite are compared within float32, whose range decides where they are.
     wanted = case.run("reference", torch.float32 if case.special else torch.float64)
-    for width in WIDTHS:
-        scan_cpu._lanes = scan_gated_cpu._lanes = width
+    for width in WIDTHS if CELLS[case.cell].native is not None else ():
+        scan_cpu._lanes = width
         said += [f"cpu, {width} lanes: {fault}" for fault in faults(case.run("cpu", torch.float32), wanted)]
-    scan_cpu._lanes = scan_gated_cpu._lanes = None
-    said += [f"torch: {fault}" for fault in faults(case.run("torch", torch.float32), wanted)]
-    if case.cell == "kru" and scan_triton.is_available() and scan_triton.supports(case.inputs, case.factors) is None:
-        if not case.bias.isfinite().all():
-            wanted.pop("bias", None)  # the kernels know z/|z| from h alone, which is NaN then
-        said += [f"triton: {fault}" for fault in faults(case.run("triton", torch.float32), wanted)]
-    return said
+    scan_cpu._lanes = None
+    return said + [f"portable: {fault}" for fault in faults(case.run("portable", torch.float32), wanted)]
 
 
 def main() -> None:

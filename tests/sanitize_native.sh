@@ -1,23 +1,15 @@
 #!/bin/sh
-# Builds the native engine with the address and undefined-behaviour sanitizers and runs its tests on that build.
-#   tests/sanitize_native.sh [python] [pytest arguments]
-# The compiler is $CC or gcc. Works on a temporary copy: the library in the checkout is left as it is.
+# The native engine built with AddressSanitizer and UndefinedBehaviorSanitizer, run through random calls of every cell and
+# vector width, forward and backward, on one thread and on two. Ends with 1 at the first finding.
+#   tests/sanitize_native.sh [CASES] [PYTHON]
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${1:-python}
-[ $# -gt 0 ] && shift
-compiler=${CC:-gcc}
-copy=$(mktemp -d)
-trap 'rm -rf "$copy"' EXIT
-mkdir "$copy/tests"
-cp -r "$root/kru_hf" "$copy/kru_hf"
-cp "$root"/tests/scan/test_native.py "$root"/tests/scan/problems.py "$copy/tests/"
-rm -f "$copy"/kru_hf/_native*.so
-"$compiler" -g -O1 -fno-math-errno -fno-trapping-math -fno-omit-frame-pointer -fsanitize=address,undefined \
-    -fno-sanitize-recover=undefined -shared -fPIC "$copy/kru_hf/native/kru.c" -o "$copy/kru_hf/_native.so" -lm
-cd "$copy"
-# Leaks are not looked for: the interpreter and torch keep what they have until the end. torch.compile starts compilers of
-# its own, which inherit the preloaded library, so its test stays out.
-LD_PRELOAD=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so) \
-    ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$copy" \
-    "$python" -m pytest -p no:cacheprovider -q tests -k "not compile and not opcheck" "$@"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+mkdir "$folder/kru_hf"
+cp -r "$root"/kru_hf/*.py "$root"/kru_hf/compiled "$folder/kru_hf"
+gcc -shared -fPIC -g -O1 -fno-math-errno -fno-trapping-math -fsanitize=address,undefined -fno-sanitize-recover=all \
+    "$root"/kru_hf/native/kru.c -o "$folder/kru_hf/_native.so"
+# The interpreter itself is not built with the sanitizers, and keeps memory to its end.
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+    PYTHONPATH="$folder" "${2:-python}" "$root/tests/fuzz_native.py" "${1:-1000}" --threads 2

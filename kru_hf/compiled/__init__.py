@@ -64,6 +64,8 @@ def register(name: str, engine: Engine) -> Any:
 
     @scan.register_fake
     def _(inputs, factors, bias, initial_state, mask, starts, cell, activation, save):
+        # One tensor on meta brings the others here.
+        check_scan(CELLS[cell], inputs, factors, bias, initial_state, mask, starts)
         states = inputs.new_empty(CELLS[cell].states_shape(inputs.shape))
         saved = inputs.new_empty(engine.saved_shape(inputs.shape, CELLS[cell]) if save else (0,))
         return states, state_like(inputs, cell), saved

@@ -10,39 +10,33 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kru_hf
-from kru_hf import kru_gated_scan, kru_scan
-from kru_hf.scan_checks import GATED_CELLS
-from kru_hf.scan_cpu import kru_scan_cpu
-from kru_hf.scan_gated import kru_gated_scan_reference
-from kru_hf.scan_gated_cpu import kru_gated_scan_cpu
-from kru_hf.scan_gated_torch import kru_gated_scan_torch
-from kru_hf.scan_reference import kru_scan_reference
-from kru_hf.scan_torch import kru_scan_torch
+from kru_hf import cells, kron_scan
+from kru_hf.scan import COMPILED, unavailable_reason
 
-CELLS = pytest.mark.parametrize("cell", ["kru", *GATED_CELLS])
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+NAMES = [name for name, cell in cells.CELLS.items() if unavailable_reason("cpu", cell) is None]
+CELLS = pytest.mark.parametrize("cell", NAMES)
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "portable", "cpu"])
 LAYERS = [kru_hf.KRU, kru_hf.KRULSTM, kru_hf.KRUGRU, kru_hf.KRUJANET]
 
 
 def arguments(cell, batch=2, length=3, shapes=((2, 2), (4, 4)), mask=True):
     """Inputs, factors, bias, initial state and mask of a scan."""
     generator = torch.Generator().manual_seed(0)
-    gates, rows, planes = GATED_CELLS.get(cell, (2, None, 2))
+    facts = cells.CELLS[cell]
     units = torch.Size([p for p, _ in shapes]).numel()
 
     def normal(*size):
         return torch.randn(*size, generator=generator)
 
-    factors = [(2 * q) ** -0.5 * normal(gates, p, q) for p, q in shapes]
-    bias = 0.1 * (normal(units) if rows is None else normal(rows, units))
+    factors = [(2 * q) ** -0.5 * normal(facts.planes, p, q) for p, q in shapes]
+    bias = 0.1 * normal(*facts.bias_shape(units))
     read = torch.rand(batch, length, generator=generator) < 0.7 if mask else None
-    return normal(batch, length, gates, units), factors, bias, normal(batch, planes, units), read
+    state = normal(batch, len(facts.states), units)
+    return normal(batch, length, facts.planes, units), factors, bias, state, read
 
 
 def scan(cell, *given, backend="auto"):
-    if cell == "kru":
-        return kru_scan(*given, backend=backend)
-    return kru_gated_scan(*given, cell=cell, backend=backend)
+    return kron_scan(*given, cell=cell, backend=backend)
 
 
 def results(cell, given, backend):
@@ -177,30 +171,21 @@ BAD = {
     "three axes": lambda x, f, b, h, m: (x[0], f, b, h, m),
     "a batch of none": lambda x, f, b, h, m: (x[:0], f, b, h[:0], m[:0]),
 }
-OPERATORS = torch.ops.kru_hf
-FUNCTIONS = {
-    "kru": {
-        "auto": kru_scan,
-        "kru_scan_cpu": kru_scan_cpu,
-        "kru_scan_torch": kru_scan_torch,
-        "kru_scan_reference": kru_scan_reference,
-        "scan_cpu": lambda *given: OPERATORS.scan_cpu(*given, True),
-        "scan_torch": lambda *given: OPERATORS.scan_torch(*given, True),
-    },
-    "lstm": {
-        "auto": lambda *given: kru_gated_scan(*given, cell="lstm"),
-        "kru_gated_scan_cpu": lambda *given: kru_gated_scan_cpu(*given, cell="lstm"),
-        "kru_gated_scan_torch": lambda *given: kru_gated_scan_torch(*given, cell="lstm"),
-        "kru_gated_scan_reference": lambda *given: kru_gated_scan_reference(*given, cell="lstm"),
-        "gated_scan_cpu": OPERATORS.gated_scan_cpu,
-        "gated_scan_torch": OPERATORS.gated_scan_torch,
-    },
-}
 
 
-@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell in FUNCTIONS for name in FUNCTIONS[cell]])
-def test_every_way_in_checks_its_arguments(cell, name):
-    function, given = FUNCTIONS[cell][name], arguments(cell)
+def operator(engine, cell, x, factors, bias, state, mask):
+    factors = [factor[None] for factor in factors]
+    return COMPILED[engine](x, factors, bias, state, mask, None, cell, "modrelu", True)
+
+
+@CELLS
+@pytest.mark.parametrize("way", ["auto", "reference", "portable", "cpu", "operator portable", "operator cpu"])
+def test_every_way_in_checks_its_arguments(cell, way):
+    def function(*given):
+        _, _, engine = way.rpartition(" ")
+        return operator(engine, cell, *given) if " " in way else scan(cell, *given, backend=engine)
+
+    given = arguments(cell)
     function(*given)
     for what, change in BAD.items():
         # torch itself refuses sparse tensors before an operator is called.
@@ -209,22 +194,19 @@ def test_every_way_in_checks_its_arguments(cell, name):
             pytest.fail(what)
 
 
-def test_operators_of_the_backward_check_their_arguments():
-    """Gradients, states and the LSTM's cells, each too short."""
-    x, f, b, h, m = arguments("kru")
-    states, final = kru_scan(x, f, b, h, m)
-    good = {"d_states": states, "d_final": final, "states": states}
-    for name in good:
-        d_states, d_final, kept = (good | {name: good[name][:1]}).values()
+@CELLS
+@pytest.mark.parametrize("engine", ["portable", "cpu"])
+def test_operators_of_the_backward_check_their_arguments(cell, engine):
+    """Gradients, states and what forward kept, each too short."""
+    x, f, b, h, m = arguments(cell)
+    f = [factor[None] for factor in f]
+    states, final, saved = COMPILED[engine](x, f, b, h, m, None, cell, "modrelu", True)
+    backward = getattr(torch.ops.kru_hf, f"{engine}_scan_backward")
+    good = {"d_states": states, "d_final": final, "states": states, "saved": saved}
+    for name in good if saved.numel() else list(good)[:3]:
+        d_states, d_final, kept, kept_saved = (good | {name: good[name][:1]}).values()
         with pytest.raises(ValueError, match=f"^{name} must have the shape"):
-            OPERATORS.scan_cpu_backward(d_states, d_final, x, f, b, h, m, kept, True)
-    x, f, b, h, m = arguments("lstm")
-    states, final, cells = OPERATORS.gated_scan_cpu(x, f, b, h, m)
-    good = {"d_states": states, "d_final": final, "states": states, "cells": cells}
-    for name in good:
-        d_states, d_final, kept, kept_cells = (good | {name: good[name][:1]}).values()
-        with pytest.raises(ValueError, match=f"^{name} must have the shape"):
-            OPERATORS.gated_scan_cpu_backward(d_states, d_final, x, f, b, h, m, kept, kept_cells)
+            backward(d_states, d_final, x, f, b, h, m, None, kept, kept_saved, cell, "modrelu")
 
 
 @CELLS
@@ -244,7 +226,7 @@ def test_shapes_without_numbers(cell, backend, mask):
 
 
 @CELLS
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["portable", "cpu"])
 def test_traces_read_their_mask(cell, backend):
     """make_fx and torch.jit.trace record one operator, whose mask is an input."""
     inputs, factors, bias, initial, mask = arguments(cell)
