@@ -116,8 +116,9 @@ def modrelu(z: Tensor, b: Tensor) -> Tensor:
     idle = _idle(zero, modulus, b)  # (…, N)
     # The inner wheres keep the gradients finite where the outer one selects the zero. z/|z| is NaN for an infinite |z|.
     size, lost = modulus.where(~idle, 1), 0 * modulus  # (…, N)
-    unit = torch.complex(z.real / size + lost, z.imag / size + lost)  # (…, N)
-    return torch.where(idle, 0, z + b.where(~idle, 0) * unit)
+    b = b.where(~idle, 0)
+    # By parts: a complex product of an infinite b would mix them.
+    return torch.where(idle, 0, torch.complex(z.real + b * (z.real / size + lost), z.imag + b * (z.imag / size + lost)))
 
 
 def kru_step(products: Tensor, u: Tensor, b: Tensor | None, state: State) -> State:
@@ -311,7 +312,7 @@ _ENTRIES = (
         keeps="f", keep_bias=1.0,
     ),
     Cell(
-        "peephole", ("i", "f", "g", "o"), ("h", "c"), 7, None,
+        "peephole", ("i", "f", "g", "o"), ("h", "c"), 7, 5,
         peephole_step, peephole_derivatives, peephole_step_backward, peephole_bias_gradient,
         keeps="f", fills="i", keep_bias=1.0,
     ),

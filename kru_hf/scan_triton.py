@@ -278,7 +278,7 @@ def backward(
     d_final = torch.zeros_like(initial_state) if d_final is None else d_final
     left, right = (torch.stack((group[:, 0], -group[:, 1]), 1) for group in groups)  # conj(A), conj(C)
     read = [_dense(tensor) for tensor in (d_states, d_final, left.mT, right, bias)]
-    d_inputs, d_initial = torch.empty_like(states), torch.empty_like(d_final)  # (B, T, 2, N), (B, 2, N)
+    d_inputs, d_initial = torch.empty_like(states), states.new_empty(initial_state.shape)  # (B, T, 2, N), (B, 2, N)
     d_bias = states.new_empty(states.shape[0], *bias.shape)  # (B, N)
     times = [_bytes(mask, states), _bytes(starts, states)]
     flags = {"MODRELU": activation == "modrelu", "MASKED": mask is not None, "STARTS": starts is not None}

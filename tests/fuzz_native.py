@@ -4,7 +4,7 @@
 
 Each case is drawn from a seed of its own. A case that fails prints it, and ``--seed SEED 1`` draws that one again.
 States and gradients of the native engine, at every vector width, and of the portable one must be near the definition's,
-and not be finite where the definition's are not, neither more nor fewer.
+and not be finite where the definition's are not, neither more nor fewer. TRITON_INTERPRET=1 adds the GPU's kernels.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kru_hf import kron_scan, scan_cpu
 from kru_hf.cells import CELLS
+from kru_hf.scan import unavailable_reason
+from kru_hf.scan_triton import obstacle
 
 # In norm: rounding of float32 over a few steps and factors. At b > 0 gradients hold the phase z/|z| of small |z|.
 STATES, GRADIENTS = 3e-5, 1e-3
@@ -134,7 +136,13 @@ def check(seed: int) -> list[str]:
         scan_cpu._lanes = width
         said += [f"cpu, {width} lanes: {fault}" for fault in faults(case.run("cpu", torch.float32), wanted)]
     scan_cpu._lanes = None
-    return said + [f"portable: {fault}" for fault in faults(case.run("portable", torch.float32), wanted)]
+    said += [f"portable: {fault}" for fault in faults(case.run("portable", torch.float32), wanted)]
+    factors = [factor if factor.dim() == 4 else factor[None] for factor in case.factors]
+    if unavailable_reason("triton") is None and obstacle(case.inputs, factors, CELLS[case.cell]) is None:
+        if not case.bias.isfinite().all():
+            wanted.pop("bias", None)  # the kernels know z/|z| from h alone, which is NaN then
+        said += [f"triton: {fault}" for fault in faults(case.run("triton", torch.float32), wanted)]
+    return said
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ typedef struct {
     int64_t row, at, lines; /* where the next line is, and lines to fetch at a time */
 } kru_fetches;
 
-/* Spreads the ranges over `tiles` calls of fetch_some(). */
+/* Spreads the ranges over `tiles` calls of fetch_some(); 0: fetches nothing. */
 static void fetch_plan(kru_fetches *f, int64_t tiles) {
     int64_t lines = 0;
     f->count = f->current = 0;
@@ -27,7 +27,7 @@ static void fetch_plan(kru_fetches *f, int64_t tiles) {
             lines += f->range[i].rows * ((f->range[i].floats + 15) / 16);
             f->count++;
         }
-    f->lines = (lines + tiles - 1) / tiles;
+    f->lines = tiles ? (lines + tiles - 1) / tiles : 0;
 }
 
 static inline __attribute__((always_inline)) void fetch_some(kru_fetches *f) {

@@ -173,7 +173,7 @@ static kru_plan *plan_new(int64_t cell, int64_t R, int64_t F, const int64_t *P, 
         plan->group = lanes;
     else { /* large weights are read once for several samples */
         plan->group = largest >= 1024 || plan->N <= 64 ? 4 : 1;
-        plan->tiles = 1; /* a step is so short that all is fetched at once */
+        plan->tiles = plan->N > 1024 ? 0 : plan->S * R; /* long rows the hardware follows by itself */
     }
     for (int i = 0; i < plan->S; i++) { /* what kernels with lanes over p transpose */
         kru_stage *st = &plan->stage[i];

@@ -14,6 +14,7 @@ typedef struct {
     float *tmp;     /* transpositions of a kernel */
     /* the backward alone */
     float *d_state; /* (S, plane): gradient of the state after the step, then of the one before */
+    float *passed;  /* (O, plane): gradient that a held step passes on as it is */
     float *inner;   /* (R, M, stages - 1, c, plane): inputs of the stages after the first */
     float *acc;     /* accumulators of the weights' gradients */
     int64_t floats; /* size of it all */
@@ -45,6 +46,7 @@ static kru_workspace workspace(const kru_plan *plan, int backward, float *memory
     ws.tmp = take(&memory, n, plan->tmp_floats);
     if (backward) {
         ws.d_state = take(&memory, n, cell->states * plane);
+        ws.passed = take(&memory, n, c * plane);
         ws.inner = take(&memory, n, plan->R * plan->M * (plan->S - 1) * c * plane);
         ws.acc = take(&memory, n, plan->acc_floats);
     }

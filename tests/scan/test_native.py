@@ -1,8 +1,10 @@
 """The native CPU engine beyond the contract of ``test_engines``: vector widths, threads, forks, its own functions."""
 
+import _thread
 import ctypes
 import math
 import os
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -68,6 +70,34 @@ def test_same_bits_for_any_number_of_threads(cell, activation, monkeypatch):
     torch.set_num_threads(before)
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
+
+
+@pytest.mark.parametrize("possible", [0, 1])
+@pytest.mark.parametrize("wait_from", [0, math.inf], ids=["the caller waits", "the caller takes part"])
+def test_fewer_threads_than_wanted(possible, wait_from, monkeypatch):
+    """The process may start no more threads: the call runs on those that there are."""
+    p = problem("kru", [(2, 2)] * 6, 13, 7, masked=True)
+    expected, start, started = native(p), _thread.start_new_thread, []
+
+    def refuse(*arguments):
+        if len(started) == possible:
+            raise RuntimeError("can't start new thread")
+        started.append(start(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    monkeypatch.setattr(scan_cpu, "_workers", [])
+    monkeypatch.setattr(scan_cpu, "_jobs", SimpleQueue())
+    monkeypatch.setattr(scan_cpu, "THREADS_FROM", 0)
+    monkeypatch.setattr(scan_cpu, "WAIT_FROM", wait_from)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = native(p)
+    finally:
+        torch.set_num_threads(before)
+    assert len(started) == possible
+    assert_same(found, expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

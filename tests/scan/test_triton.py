@@ -94,6 +94,14 @@ def test_gradients_of_large_groups_are_those_of_small_ones(monkeypatch):
     assert_close(by_torch, {name: value.cpu().double() for name, value in by_kernel.items()})
 
 
+@pytest.mark.skipif(not scan_triton.is_interpreted(), reason="draws calls on the CPU")
+def test_drawn_calls_by_triton():
+    """Numbers of every size, infinities, NaN and layouts, against the definition: see ``fuzz_native``."""
+    import fuzz_native
+
+    assert not {seed: faults for seed in range(40) if (faults := fuzz_native.check(seed))}
+
+
 @pytest.mark.parametrize(
     ("shapes", "plan"),
     [

@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers import assert_near
 
-from kru_hf import kru_gated_scan, kru_scan, scan_cpu, scan_gated_cpu
-from kru_hf.scan_gated import GATED_CELLS
+from kru_hf import kron_scan, scan_cpu
+from kru_hf.cells import CELLS
+from kru_hf.scan import unavailable_reason
 
-ENGINES = ["reference", "torch", *(f"cpu {width}" for width in fuzz_native.WIDTHS)]
+ENGINES = ["reference", "portable", *(f"cpu {width}" for width in fuzz_native.WIDTHS)]
 EYE = [torch.stack((torch.eye(n), torch.zeros(n, n))) for n in (4, 5)]  # W = I with N = 20
 UNIT = torch.tensor([0.6, -0.8])  # a phase, exactly 1 long
 
@@ -21,7 +22,6 @@ def backend(request, monkeypatch):
     name, _, width = request.param.partition(" ")
     if width:
         monkeypatch.setattr(scan_cpu, "_lanes", int(width))
-        monkeypatch.setattr(scan_gated_cpu, "_lanes", int(width))
     return name
 
 
@@ -29,7 +29,7 @@ def step(size, b, backend):
     """h, dz and db of one step from zero with z = size · (0.6 − 0.8i) in every unit and the gradient 1 − 2i of h."""
     z = (size * UNIT.double()).float()[None, None, :, None].repeat(1, 1, 1, 20).requires_grad_()
     bias = torch.full((20,), b, requires_grad=True)
-    states, _ = kru_scan(z, EYE, bias, backend=backend)
+    states, _ = kron_scan(z, EYE, bias, backend=backend)
     states.backward(torch.tensor([1.0, -2.0])[:, None].expand_as(states))
     for tensor in (states, z.grad, bias.grad):
         # Units that fill a vector and those that do not.
@@ -80,7 +80,7 @@ def test_what_is_beyond_float32_is_nan_in_both_planes(value, backend):
     inputs = torch.ones(1, 1, 2, 20)
     inputs[0, 0, 0, 7] = value
     inputs[0, 0, 1, 7] = 3.4e38 if value == 3.4e38 else 1
-    states, _ = kru_scan(inputs, EYE, torch.zeros(20), backend=backend)
+    states, _ = kron_scan(inputs, EYE, torch.zeros(20), backend=backend)
     expected = torch.zeros(20, dtype=torch.bool)
     expected[7] = True
     assert torch.equal(states.isnan()[0, 0], expected.expand(2, -1)) and states[..., ~expected].isfinite().all()
@@ -88,34 +88,33 @@ def test_what_is_beyond_float32_is_nan_in_both_planes(value, backend):
 
 @pytest.mark.parametrize("argument", ["inputs", "bias", "initial", "factors[0]", "factors[1]"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("cell", ["kru", "identity", *GATED_CELLS])
+@pytest.mark.parametrize("cell", ["kru", "identity", *(name for name in CELLS if name != "kru")])
 def test_one_number_that_is_none(cell, value, argument, backend):
     """In each argument: states NaN, infinite and finite in the places of the definition, gradients finite in them."""
     if cell == "identity" and argument == "bias":
         return
+    if unavailable_reason(backend, CELLS.get(cell)) is not None:
+        pytest.skip("the engine has not this cell")
     found = []
     for engine in (backend, "reference"):
         generator = torch.Generator().manual_seed(1)
-        gates, rows, planes = GATED_CELLS.get(cell, (2, None, 2))
+        facts = CELLS["kru" if cell == "identity" else cell]
 
         def normal(*size, generator=generator):
             return torch.randn(*size, generator=generator)
 
-        given = {"inputs": normal(3, 4, gates, 12), "bias": 0.1 * (normal(rows, 12) if rows else normal(12))}
+        given = {"inputs": normal(3, 4, facts.planes, 12), "bias": 0.1 * normal(*facts.bias_shape(12))}
         given |= {
-            "initial": normal(3, planes, 12),
-            "factors[0]": normal(gates, 3, 2),
-            "factors[1]": normal(gates, 4, 6),
+            "initial": normal(3, len(facts.states), 12),
+            "factors[0]": normal(facts.planes, 3, 2),
+            "factors[1]": normal(facts.planes, 4, 6),
         }
         given[argument].view(-1)[5] = value
         given = {name: tensor.requires_grad_() for name, tensor in given.items()}
         inputs, bias, initial, *factors = given.values()
         mask = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]]).bool()
-        if rows is None:
-            activation = "modrelu" if cell == "kru" else cell
-            outputs = kru_scan(inputs, factors, bias, initial, mask, activation=activation, backend=engine)
-        else:
-            outputs = kru_gated_scan(inputs, factors, bias, initial, mask, cell=cell, backend=engine)
+        options = {"cell": facts.name, "activation": "identity" if cell == "identity" else "modrelu"}
+        outputs = kron_scan(inputs, factors, bias, initial, mask, **options, backend=engine)
         loss = sum(output.sum() for output in outputs)
         gradients = torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)
         found.append(dict(zip(("states", "final", *given), (*outputs, *gradients), strict=True)))
