@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kru_hf.cells import BY_TYPE
+
 from .. import checkpoint as ckpt
 from ..errors import UserError
 from ..files import check_fields, one_line, read, read_json
@@ -38,7 +40,7 @@ INCIDENTAL = {
 }  # fmt: skip
 PTB_SIZES = ((160_000, PTB_SMALL), (500_000, PTB_LARGE))
 NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "orthogonal": "orthogonal RNN", "low_rank": "low-rank RNN"}
-CELLS = {"kru": "KRU", "kru_lstm": "Kron-LSTM", "kru_gru": "Kron-GRU", "kru_janet": "Kron-JANET"}
+CELLS = {name: "KRU" if cell.complex else f"Kron-{cell.name.upper()}" for name, cell in BY_TYPE.items()}
 
 
 @dataclass(frozen=True)
