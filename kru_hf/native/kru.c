@@ -93,24 +93,6 @@ static group_function *group_of(const kru_plan *plan) {
 
 static int64_t bias_floats(const kru_plan *plan) { return CELLS[plan->cell].bias * plan->N; }
 
-/* Decaying states end in subnormal numbers, which cost a hundred cycles each: flush them, for one call only. */
-static unsigned int flush_subnormals(void) {
-#if KRU_X86
-    unsigned int mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040);
-    return mode;
-#else
-    return 0;
-#endif
-}
-static void restore_mode(unsigned int mode) {
-#if KRU_X86
-    _mm_setcsr(mode);
-#else
-    (void)mode;
-#endif
-}
-
 /* Takes chunks of the batch until none is left. A chunk's result does not depend on who computed it. */
 static int run(const kru_plan *plan, const kru_args *a, int backward) {
     kru_workspace ws = workspace(plan, backward, NULL);
@@ -119,7 +101,10 @@ static int run(const kru_plan *plan, const kru_args *a, int backward) {
     float *memory = NULL;
     if (posix_memalign((void **)&memory, 64, sizeof(float) * ws.floats)) return -1;
     ws = workspace(plan, backward, memory);
-    unsigned int mode = flush_subnormals();
+#if KRU_X86 /* decaying states end in subnormal numbers, which cost a hundred cycles each: flush them, for one call only */
+    unsigned int mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040);
+#endif
     for (int64_t c; (c = next_chunk(a->progress, a->chunks)) < a->chunks;) {
         float *dense = backward ? a->chunk_grads + c * stride : NULL, *db = backward ? dense + plan->dense_floats : NULL;
         if (backward) {
@@ -132,7 +117,9 @@ static int run(const kru_plan *plan, const kru_args *a, int backward) {
         }
         if (backward) collect(plan, ws.acc, dense);
     }
-    restore_mode(mode);
+#if KRU_X86
+    _mm_setcsr(mode);
+#endif
     free(memory);
     return 0;
 }
@@ -151,10 +138,11 @@ KRU_EXPORT int kru_cell_facts(int64_t cell, int64_t *out) {
     return 1;
 }
 
-/* Opaque, for as many threads as wanted, freed by kru_plan_free. NULL: out of memory or too many factors. */
+/* Opaque, for as many threads as wanted, freed by kru_plan_free. NULL: out of memory, no such cell or width, or too many
+ * factors. */
 KRU_EXPORT void *kru_plan_new(int64_t cell, int64_t R, int64_t F, const int64_t *P, const int64_t *Q, int64_t lanes) {
-    if (lanes > best_lanes() || (lanes != 4 && lanes != 8 && lanes != 16)) return NULL;
-    return plan_new(cell, R, F, P, Q, lanes);
+    int fits = lanes <= best_lanes() && (lanes == 4 || lanes == 8 || lanes == 16);
+    return fits ? plan_new(cell, R, F, P, Q, lanes) : NULL;
 }
 KRU_EXPORT void kru_plan_free(void *plan) { free(plan); }
 
