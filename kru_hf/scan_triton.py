@@ -87,10 +87,10 @@ def plan_groups(shapes: Sequence[tuple[int, int]], shared: int = SHARED_BYTES) -
     Only cuts that leave both groups square count; all factors in one group always are. None: no cut has a backward
     that fits ``shared`` bytes of shared memory.
     """
-    units = math.prod(rows for rows, _ in shapes)
+    units = math.prod([rows for rows, _ in shapes])
     best = None
     for cut in range(len(shapes)):
-        rows, columns = math.prod(p for p, _ in shapes[:cut]), math.prod(q for _, q in shapes[:cut])
+        rows, columns = math.prod([p for p, _ in shapes[:cut]]), math.prod([q for _, q in shapes[:cut]])
         tile_p, tile_r = _tile(rows), _tile(units // rows)
         tiles = 2 * 4 * (tile_p * tile_p + tile_r * tile_r + tile_p * tile_r)  # bytes of A, C and H
         if rows == columns and _SHARED_RATIO * tiles <= shared:

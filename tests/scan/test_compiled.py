@@ -95,6 +95,7 @@ def test_fake_and_meta_tensors_have_the_shapes(cell):
 @pytest.mark.parametrize("cell", CELL_TYPES)
 @pytest.mark.parametrize(("bidirectional", "dtype"), [(False, torch.float32), (True, torch.float64)], ids=str)
 def test_compiled_models_are_eager(cell, bidirectional, dtype):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     options = {"cell_type": cell, "input_scale": 1.0, "scan_backend": "portable", "num_labels": 11}
     head = KRUForTokenClassification if bidirectional else KRUForCausalLM
