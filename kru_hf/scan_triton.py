@@ -45,9 +45,13 @@ _SLICES = 256  # matrix products that torch runs side by side for dA and dC, at 
 _GRADIENT_ELEMENTS = 1 << 26  # of the states whose share torch computes at once: bounds its temporaries
 
 
+# Asked once, outside of compiled code: torch.compile cannot tell the type of a kernel.
+_INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
+
+
 def is_interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 was set when this module was imported: the kernels then run on the CPU, slowly."""
-    return triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
+    return _INTERPRETED
 
 
 # Of the products of tiles up to _IEEE_TILE and of larger ones. The interpreter computes in fp32 and knows no other.
