@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from training.data.speech import RATE
 from training.options.data import DataOptions
-from training.speech import RATE
 from training.tasks import get_task
 
 

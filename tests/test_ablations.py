@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from training.arguments import parse_arguments
-from training.models import build_model
+from training.loop.arguments import parse_arguments
+from training.models.build import build_model
 from training.records.runs import entry_of, find_runs, settings
 
 ROOT = Path(__file__).parent.parent

@@ -10,17 +10,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kru_hf import KRUConfig, KRUForCausalLM, kron_dense, random_unitary
-from training.arguments import parse_arguments
-from training.baselines import BaselineConfig, BaselineForCausalLM
-from training.checkpoint import load_weights
-from training.errors import UserError
+from training.common.checkpoint import load_weights
+from training.common.errors import UserError
 from training.evaluate import main as evaluate
-from training.models import build_model
-from training.optimization import parameter_groups
+from training.loop.arguments import parse_arguments
+from training.models.baselines import BaselineConfig, BaselineForCausalLM
+from training.models.build import build_model
+from training.models.optimization import parameter_groups
+from training.models.structured import LowRankMatrix, OrthogonalMatrix
+from training.models.unitary import UnitaryExponential, UnitaryKRUConfig, UnitaryKRUForCausalLM
 from training.options.model import ModelOptions
-from training.structured_rnn import LowRankMatrix, OrthogonalMatrix
 from training.train import main
-from training.unitary import UnitaryExponential, UnitaryKRUConfig, UnitaryKRUForCausalLM
 
 UNITARY = 5e-6  # largest |entry| of WᴴW − I in fp32
 EQUAL = 1e-5  # two orders of the same fp32 products

@@ -14,9 +14,9 @@ from kru_hf import (
 )
 from kru_hf.configuration_kru import CELL_TYPES
 from kru_hf.readout import normed_linear
-from training.arguments import parse_arguments
-from training.errors import UserError
-from training.models import build_model
+from training.common.errors import UserError
+from training.loop.arguments import parse_arguments
+from training.models.build import build_model
 from training.options.model import ModelOptions
 
 CELLS = list(CELL_TYPES)

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from training.arguments import parse_arguments
+from training.common.errors import UserError
 from training.compose import ComposeOptions
-from training.errors import UserError
-from training.models import build_model
+from training.loop.arguments import parse_arguments
+from training.models.build import build_model
 from training.options.model import ModelOptions
 from training.options.parser import parse_words
 from training.options.recipe import read_recipe

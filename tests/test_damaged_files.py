@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.errors import UserError
-from training.files import read_json, read_tensors, read_torch
+from training.common.errors import UserError
+from training.common.files import read_json, read_tensors, read_torch
 
 READERS = {"values.json": read_json, "tensors.safetensors": read_tensors, "state.pt": read_torch}
 

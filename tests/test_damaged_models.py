@@ -8,8 +8,8 @@ import pytest
 from finished_run import make_run
 
 from training import evaluate, publish, report
-from training.errors import UserError
-from training.models import load_model
+from training.common.errors import UserError
+from training.models.build import load_model
 
 JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "all_results", "run")
 NOT_JSON = (b"", b"{", b"3", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000)

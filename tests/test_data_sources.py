@@ -20,13 +20,13 @@ import pytest
 from datasets import Dataset
 from tiny_run import options
 
-from training.corpora import load_corpus
-from training.errors import UserError
-from training.music_data import load_pieces
+from training.common.errors import UserError
+from training.data.corpora import load_corpus
+from training.data.music_data import load_pieces
+from training.data.pixels import load_pictures
+from training.data.splits import SPLITS, assign, folder_parts
+from training.data.tables import read_table
 from training.options.data import DataOptions
-from training.pixels import load_pictures
-from training.splits import SPLITS, assign, folder_parts
-from training.tables import read_table
 from training.train import main
 
 LINES = [f'line {i} "é"' for i in range(60)]

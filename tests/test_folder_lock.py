@@ -10,9 +10,9 @@ import sys
 import pytest
 from tiny_run import ENVIRONMENT, ROOT, options
 
-from training import checkpoint as ckpt
-from training.errors import UserError
-from training.lock import NAME, locked
+from training.common import checkpoint as ckpt
+from training.common.errors import UserError
+from training.common.lock import NAME, locked
 from training.report import main as report
 from training.train import main
 from training.train_lightning import main as lightning_main
@@ -22,7 +22,7 @@ DRIVERS = [main, lightning_main]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from training.lock import locked
+from training.common.lock import locked
 with locked(Path(sys.argv[1])):
     if os.fork() == 0:
         time.sleep(60)

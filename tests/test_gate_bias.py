@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kru_hf import KRUGRU, KRUJANET, KRULSTM, KRUConfig, KRUForCausalLM
 from kru_hf.cells import CELLS, gate_bias
-from training.baselines import BaselineConfig, BaselineForCausalLM
+from training.models.baselines import BaselineConfig, BaselineForCausalLM
 
 KEEPS = {"lstm": 1, "gru": 1, "janet": 0}  # the gate that keeps the state
 EDGE = 1e-5  # of log u at the ends of its interval, fp32

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import kru_hf
 from kru_hf import KRUForCausalLM
 from kru_hf.scan_cpu import is_available as native_engine
-from training.errors import UserError
+from training.common.errors import UserError
 from training.publish import main
 from training.records.hub import check_tag
 from training.records.publishing import Published, auto_map, publish_folder

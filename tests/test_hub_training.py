@@ -100,7 +100,7 @@ def test_parts_of_a_hub_data_set_are_what_they_are_called(hub: HubServer, tmp_pa
             files[f"{name}.parquet"] = (tmp_path / "rows.parquet").read_bytes()
         hub.add_repo(f"other/{names[-1]}", files, kind="dataset")
     code = (
-        "from training.corpora import load_corpus\nfrom training.options.data import DataOptions\n"
+        "from training.data.corpora import load_corpus\nfrom training.options.data import DataOptions\n"
         "for name in ('test', 'dev', 'heldout', 'other'):\n"
         "    corpus = load_corpus(DataOptions(dataset=f'other/{name}'))\n"
         "    print([len(part) for part in corpus.splits.values()], {k: 'Z' in v for k, v in corpus.splits.items()})\n"

@@ -8,11 +8,11 @@ import signal
 import pytest
 
 from training import kroneckerize_lm
-from training.errors import Interrupted, UserError
+from training.common.errors import Interrupted, UserError
+from training.common.lock import locked
 from training.evaluate import main as evaluate
 from training.kroneckerize_lm import KroneckerizeOptions, main, nearest_shapes, square_factorings
-from training.lock import locked
-from training.models import load_model
+from training.models.build import load_model
 from training.train import main as train
 
 TINY = ["--max_steps=8", "--eval_steps=4", "--save_steps=4", "--per_device_train_batch_size=2", "--sequence_length=16"]

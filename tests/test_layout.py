@@ -57,3 +57,50 @@ def test_short_and_free_of_this_machine(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 800
     assert not re.search(r"[\"'( ](/work/|/home/|/root/|/tmp/)", text) or path == Path(__file__).resolve()
+
+
+# Sub-packages of training: each imports itself and those before it. What lies beside them are commands.
+ORDER = ("common", "options", "data", "models", "tasks", "records", "loop")
+TRAINING = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "training").rglob("*.py"))
+}
+
+
+def training_imports(module: str) -> set[str]:
+    """The modules of training that a module imports, wherever in it."""
+    path, found = TRAINING[module], set()
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            inner = {f"{base}.{alias.name}" for alias in node.names} & TRAINING.keys()
+            found |= inner or {base} & TRAINING.keys()
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & TRAINING.keys()
+    return found - {module}
+
+
+def part_of(module: str) -> str:
+    """The sub-package of a module of training, or the name of a command."""
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("module", sorted(TRAINING))
+def test_parts_of_training_import_one_way(module):
+    own = part_of(module)
+    for other in training_imports(module):
+        if own in ORDER:
+            assert part_of(other) in ORDER[: ORDER.index(own) + 1], f"{module} imports {other}"
+
+
+def test_training_imports_in_no_circle():
+    tuple(graphlib.TopologicalSorter({module: training_imports(module) for module in TRAINING}).static_order())
+
+
+def test_the_top_of_training_is_commands():
+    top = [path for path in TRAINING.values() if path.parent == ROOT / "training"]
+    assert len(top) <= 10
+    parts = {path.parent.name for path in (ROOT / "training").glob("*/__init__.py")}
+    assert parts == set(ORDER)

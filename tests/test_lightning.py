@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import CRASH, STEPS, figures_of, options, same_end, spawn, wait_for
 
-from training import checkpoint as ckpt
-from training.errors import UserError
+from training.common import checkpoint as ckpt
+from training.common.errors import UserError
 from training.evaluate import main as evaluate
-from training.lightning_module import LightningLoop, TaskData, build_trainer
+from training.loop.lightning_module import LightningLoop, TaskData, build_trainer
 from training.tasks.char_lm import CharLM
 from training.train import main as train
 from training.train_lightning import main
@@ -259,7 +259,7 @@ def test_what_lightning_does_not_know_is_an_error(text_file, tmp_path, capsys):
 
 
 def test_without_lightning_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "training.lightning_module")
+    monkeypatch.delitem(sys.modules, "training.loop.lightning_module")
     monkeypatch.setitem(sys.modules, "lightning", None)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     assert main([]) == 1

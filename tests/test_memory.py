@@ -65,7 +65,7 @@ def test_forward_and_backward_need_little_beside_inputs_and_outputs(backend):
 FAULTS = """
 import resource, sys
 import torch
-from training.machine import keep_freed_memory
+from training.common.machine import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

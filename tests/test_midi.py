@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kru_hf.piano_roll import MidiError, read_midi
-from training.music_data import describe_report, load_pieces
+from training.data.music_data import describe_report, load_pieces
 from training.options.data import DataOptions
 
 C, E = 60, 64

@@ -13,13 +13,14 @@ import torch
 from datasets import Dataset
 
 from kru_hf.piano_roll import frames_to_roll, quantise, read_midi, write_midi
-from training import compose, evaluate, music_data, train
-from training.errors import UserError
-from training.models import build_model, load_model
-from training.music_data import load_pieces, piece_figures
+from training import compose, evaluate, train
+from training.common.errors import UserError
+from training.data import music_data
+from training.data.music_data import load_pieces, piece_figures
+from training.data.splits import SPLITS
+from training.models.build import build_model, load_model
 from training.options.data import DataOptions
 from training.options.model import ModelOptions
-from training.splits import SPLITS
 from training.tasks import Layout, get_task
 from training.tasks.piano_roll import TASK, PianoRollOptions
 
@@ -427,7 +428,7 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
         (["--model", "MODEL", "--output", "run.mid", "--report"], "output='run.mid' is not valid"),
         (["--model", "MODEL", "--output", "learning_curve.mid"], "output='learning_curve.mid' is not valid"),
         (["--model", "MODEL", "--output", "p.mid", "--prime", "p.mid"], "must be another file than prime"),
-        (["--model", "MODEL", "--output", "a.mid", "--prime_frames", "3"], "must be 0 without prime"),
+        (["--model", "MODEL", "--output", "a.mid", "--prime_frames", "3"], "has no effect here: it works with prime"),
         (["--model", "MODEL", "--output", "a.mid", "--max_voices", "89"], "must be at most 88"),
         (["--model", "EMPTY", "--output", "a.mid"], "recipe.yaml"),
         (["--model", "MODEL", "--output", "a.mid", "--num_frame", "3"], "did you mean 'num_frames'"),

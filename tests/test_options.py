@@ -6,18 +6,17 @@ import itertools
 import pytest
 
 from kru_hf.configuration_kru import ACTIVATIONS, CELL_TYPES, RECURRENT_INITS, WIRINGS, KRUConfig
-from training.arguments import parse_arguments
-from training.baselines import BaselineConfig
-from training.errors import UserError
-from training.models import build_model
+from training.common.errors import UserError
+from training.loop.arguments import parse_arguments
+from training.models.baselines import BaselineConfig
+from training.models.build import build_model
+from training.models.unitary import UnitaryKRUConfig
 from training.options.data import DataOptions
 from training.options.fields import MAX_SEED, NEVER, Is, fields_of
 from training.options.model import ARCHITECTURES, BASELINES, ModelOptions
 from training.options.parser import Parser, parse_words
 from training.options.rule import idle, missing, value_of
 from training.options.run import RunOptions
-from training.records.run_record import recipe_text, resolved
-from training.unitary import UnitaryKRUConfig
 
 TEXT = {"vocab_size": 52, "pad_token_id": 0}
 CLASSES = [RunOptions, ModelOptions, DataOptions]
@@ -233,16 +232,3 @@ def test_help_is_in_groups():
     assert [line for line in text.splitlines() if line.endswith(":") and " " not in line] == [
         *("options:", "training:", "saving:", "sharing:", "model:", "data:")
     ]
-
-
-def test_a_complete_recipe_makes_the_same_run(tmp_path):
-    for words in ("sequential_mnist", "adding_gated --architecture gru", "ptb_char --optimizer rmsprop", "copy_memory"):
-        first = parse_arguments(words.split())
-        config = build_model("sequence_classification", first.model, **TEXT).config
-        lines = resolved(first, config, "no")
-        (tmp_path / "again.yaml").write_text(recipe_text(lines))
-        again = parse_arguments([str(tmp_path / "again.yaml")])
-        assert resolved(again, config, "no") == lines
-        assert again.task == first.task
-        built = build_model("sequence_classification", again.model, **TEXT).config
-        assert built.to_dict() == config.to_dict()

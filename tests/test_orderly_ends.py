@@ -10,10 +10,10 @@ import threading
 import pytest
 from tiny_run import ENVIRONMENT, ROOT, figures_of, options, spawn, wait_for
 
-from training import checkpoint as ckpt
-from training import processes
-from training.driver import Driver
-from training.stopping import SIGNALS, StopRequest
+from training.common import checkpoint as ckpt
+from training.common import processes
+from training.common.stopping import SIGNALS, StopRequest
+from training.loop.driver import Driver
 from training.train import main
 from training.train_lightning import main as lightning_main
 

@@ -11,17 +11,19 @@ from datasets import Dataset
 from paper_data import make
 
 from kru_hf import KRUConfig
-from training.arguments import parse_arguments
-from training.errors import UserError
-from training.models import build_model
+from training.common.errors import UserError
+from training.common.files import fingerprint
+from training.data.pixels import fixed_permutation, load_pictures
+from training.data.splits import SPLITS
+from training.loop.arguments import parse_arguments
+from training.loop.run import prepare_task
+from training.models.build import build_model
 from training.options.data import DataOptions
 from training.options.recipe import RECIPES
-from training.pixels import fixed_permutation, load_pictures
-from training.sequences import IGNORED, classification_sums, fingerprint
-from training.splits import SPLITS
 from training.tasks import Layout
 from training.tasks.copy_memory import memoryless_loss
-from training.train import main, prepare_task
+from training.tasks.sequences import IGNORED, classification_sums
+from training.train import main
 
 EXACT = 1e-9  # figures computed twice in double precision
 SINGLE = 1e-5  # figures computed in single precision, relative

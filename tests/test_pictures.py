@@ -7,11 +7,11 @@ import pytest
 from datasets import Array2D, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
-from training import pixels
-from training.errors import UserError
+from training.common.errors import UserError
+from training.data import pixels
+from training.data.pixels import held_out, load_pictures
+from training.data.splits import Parts
 from training.options.data import DataOptions
-from training.pixels import held_out, load_pictures
-from training.splits import Parts
 from training.tasks import get_task
 
 LEVELS = np.add.outer(np.arange(4), np.arange(4)).astype(np.uint8) * 40  # (4, 4): 7 levels from 0 to 240

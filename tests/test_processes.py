@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
 from kru_hf.configuration_kru import CELL_TYPES
-from training import checkpoint as ckpt
-from training.arguments import parse_arguments
+from training.common import checkpoint as ckpt
 from training.evaluate import main as evaluate
-from training.models import build_model
+from training.loop.arguments import parse_arguments
+from training.models.build import build_model
 from training.options.recipe import RECIPES
 from training.tasks import get_task
 from training.train import main

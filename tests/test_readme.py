@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
 from kru_hf.configuration_kru import KRUConfig
-from training.arguments import parse_arguments
 from training.evaluate import EvaluateOptions
+from training.loop.arguments import parse_arguments
 from training.options.data import DataOptions
 from training.options.parser import parse_words
 from training.records.cards import render_card

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.errors import UserError
+from training.common.errors import UserError
 from training.records.paper_figures import FIGURES, METRICS, PTB_LARGE, PTB_SMALL
 from training.records.results_page import BEGIN, END, overview, tables
 from training.records.runs import entry_of, factors, find_runs, read_runs, settings

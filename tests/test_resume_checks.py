@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import STEPS, options, same_end
 
-from training import checkpoint as ckpt
-from training import resume
-from training.arguments import parse_arguments
-from training.errors import UserError
-from training.loop import TrainingLoop
-from training.stopping import StopRequest
-from training.train import build_accelerator, main, prepare_task
+from training.common import checkpoint as ckpt
+from training.common.errors import UserError
+from training.common.stopping import StopRequest
+from training.loop import resume
+from training.loop.accelerate_loop import TrainingLoop
+from training.loop.arguments import parse_arguments
+from training.loop.run import build_accelerator, prepare_task
+from training.train import main
 from training.train_lightning import main as lightning_main
 
 LAST = f"checkpoint-{STEPS}"
@@ -180,7 +181,7 @@ def test_best_weights_that_are_gone(run):
         path = run.folder / ckpt.WEIGHTS
         path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(UserError) as error:
-            run.resume(run.folder / LAST)
+            resume.resume(run, run.folder / LAST)
         said = rf"'{re.escape(str(path))}' is (missing|damaged: .*); it holds the best weights so far, of .*"
         assert re.fullmatch(said, str(error.value))
 

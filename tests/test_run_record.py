@@ -8,17 +8,15 @@ import pytest
 from finished_run import edit
 from tiny_run import figures_of, options, same_weights, text_file  # noqa: F401 (a fixture)
 
-from training.arguments import Arguments, parse_arguments
 from training.evaluate import main as evaluate
-from training.models import build_model
+from training.loop.arguments import OCCASION, Arguments, parse_arguments, resolved
+from training.models.build import build_model
 from training.records.run_record import (
-    OCCASION,
     RunRecord,
     history_text,
     read_history,
     read_options,
     recipe_text,
-    resolved,
     thinned,
 )
 from training.records.runs import entry_of, read_runs, write_runs

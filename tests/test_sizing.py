@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kru_hf import KRUConfig, KRUForCausalLM, plan_factor_shapes
-from training import piano_roll_baseline  # noqa: F401 (registers the baselines' head)
-from training.errors import UserError
-from training.models import build_model
+from training.common.errors import UserError
+from training.models import piano_roll_head  # noqa: F401 (registers the baselines' head)
+from training.models.build import build_model
+from training.models.sizing import UNUSED, fit_to_budget, kronecker_sizes
 from training.options.model import ARCHITECTURES, ModelOptions
-from training.sizing import UNUSED, fit_to_budget, kronecker_sizes
 
 TEXT = {"vocab_size": 52, "pad_token_id": 0}
 ROLL = {"vocab_size": 1, "input_size": 88}

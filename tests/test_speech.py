@@ -9,10 +9,9 @@ from helpers import RELATIVE
 from paper_data import make, tone, write_sphere, write_wav
 
 from kru_hf import KRUConfig, KRUForTokenClassification
-from training import espeak
-from training.errors import UserError
-from training.sequences import IGNORED
-from training.speech import (
+from training.common.errors import UserError
+from training.data import espeak
+from training.data.speech import (
     CORE_SPEAKERS,
     PHONES_39,
     PHONES_61,
@@ -27,8 +26,9 @@ from training.speech import (
     read_phn,
     sphere_header,
 )
-from training.splits import SPLITS
+from training.data.splits import SPLITS
 from training.tasks import Layout
+from training.tasks.sequences import IGNORED
 
 
 def plain_frame(window: np.ndarray) -> np.ndarray:

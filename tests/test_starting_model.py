@@ -122,7 +122,7 @@ def test_factor_sizes_are_whole_numbers(tmp_path, capsys):
 
 
 def test_going_on_leaves_out_overwriting_in_either_spelling():
-    from training.processes import how_to_go_on
+    from training.common.processes import how_to_go_on
 
     for words in (["--overwrite-output-dir", "true"], ["--overwrite_output_dir=true"], ["--overwrite_output_dir"]):
         shown = how_to_go_on([*words, "--seed", "3"], "training.train")

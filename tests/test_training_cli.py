@@ -14,9 +14,9 @@ from finished_run import edit
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from kru_hf import KRUConfig, scan, scan_triton
-from training.errors import UserError
+from training.common.errors import UserError
 from training.evaluate import main as evaluate
-from training.models import check_device
+from training.models.build import check_device
 from training.options.fields import MAX_SEED
 from training.records.run_record import read_options
 from training.train import main

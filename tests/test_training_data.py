@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kru_hf import KRUConfig
-from training.arguments import parse_arguments
-from training.corpora import load_corpus, python_docs
-from training.errors import UserError
-from training.models import build_model
-from training.optimization import learning_rate, parameter_groups
+from training.common.errors import UserError
+from training.data.corpora import load_corpus, python_docs
+from training.loop.arguments import parse_arguments
+from training.models.build import build_model
+from training.models.optimization import learning_rate, parameter_groups
 from training.options.data import DataOptions
 from training.options.model import ModelOptions, parse_factor_shapes
 from training.tasks import Layout, get_task

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_run import CRASH, ROOT, STEPS, figures_of, options, same_end, spawn, wait_for
 
 from kru_hf import KRUForCausalLM, KRURecurrence, kron_dense
-from training import checkpoint as ckpt
+from training.common import checkpoint as ckpt
 from training.records.run_record import read_options
 from training.records.runs import entry_of
 from training.train import main
@@ -100,7 +100,7 @@ def test_training_ends_when_its_launcher_is_killed(text_file, tmp_path):
 
 def test_stopped_and_resumed_equals_uninterrupted(text_file, tmp_path, uninterrupted, monkeypatch):
     """A stop request in the middle, between evaluations and saves."""
-    from training.stopping import StopRequest
+    from training.common.stopping import StopRequest
 
     calls = iter(range(1000))
     monkeypatch.setattr(StopRequest, "pending", lambda self: signal.SIGTERM * (next(calls) == 6))
@@ -179,7 +179,7 @@ def test_two_processes_train_as_one(text_file, tmp_path):
 
 
 def test_not_a_number_stops_and_keeps_the_last_good_checkpoint(text_file, tmp_path, capsys, monkeypatch):
-    from training.loop import TrainingLoop
+    from training.loop.accelerate_loop import TrainingLoop
 
     whole = TrainingLoop.forward_backward
 

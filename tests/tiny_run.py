@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from training import checkpoint as ckpt
+from training.common import checkpoint as ckpt
 from training.records.run_record import read_history
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +83,7 @@ def same_end(one: Path, other: Path) -> None:
 # Dies at the `at`-th sync, rename or removal of a file.
 CRASH = """
 import os, signal, sys
-from training import checkpoint as ckpt
+from training.common import checkpoint as ckpt
 from {program} import main
 calls = 0
 def dying(function):

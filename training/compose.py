@@ -30,12 +30,12 @@ from kru_hf.piano_roll import (
     write_wav,
 )
 
-from .checkpoint import PRESENTED, RUN_FILES
-from .errors import UserError
-from .files import check_fields, read_json
-from .machine import shown_command
-from .models import check_device, load_model
-from .music_data import piece_figures
+from .common.checkpoint import PRESENTED, RUN_FILES
+from .common.errors import UserError
+from .common.files import check_fields, read_json
+from .common.machine import shown_command
+from .data.music_data import piece_figures
+from .models.build import check_device, load_model
 from .options.fields import AT_LEAST_0, FINITE, SEED, Is, Options, option, require
 from .options.parser import parse_words
 from .records.run_record import RECIPE, RUN, read_record

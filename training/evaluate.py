@@ -14,11 +14,11 @@ from typing import Any, Literal, get_type_hints
 import transformers
 from accelerate import Accelerator
 
-from . import processes
-from .errors import UserError
-from .evaluation import evaluate
-from .files import check_fields
-from .models import check_device, check_fit, load_model
+from .common import processes
+from .common.errors import UserError
+from .common.files import check_fields
+from .loop.scoring import evaluate
+from .models.build import check_device, check_fit, load_model
 from .options.data import DataOptions
 from .options.fields import option
 from .options.parser import parse_words
@@ -96,7 +96,7 @@ def run(argv: list[str]) -> dict[str, float]:
     task_class = get_task(record.options["task"])
     model, tokenizer = load_model(options.model, task_class.head)
     task = load_task(options, data, tokenizer, record)
-    check_fit(str(options.model), model, task)
+    check_fit(str(options.model), model, task.name, task.model_kwargs())
     processes.check_launcher()
     precision = options.mixed_precision or record.options.get("mixed_precision")
     try:

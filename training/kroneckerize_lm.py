@@ -23,17 +23,20 @@ from accelerate import Accelerator
 
 from kru_hf import kroneckerize
 
-from . import checkpoint as ckpt
-from . import processes
-from .arguments import Arguments
-from .baselines import TORCH_CELLS
-from .errors import Interrupted, UserError
+from .common import checkpoint as ckpt
+from .common import processes
+from .common.errors import Interrupted, UserError
+from .common.lock import locked
+from .common.machine import keep_freed_memory, shown_command
+from .common.stopping import StopRequest
 from .evaluate import EvaluateOptions, load_task
-from .evaluation import evaluate
-from .lock import locked
-from .loop import TrainingLoop
-from .machine import keep_freed_memory, shown_command
-from .models import load_model
+from .loop.accelerate_loop import TrainingLoop
+from .loop.arguments import Arguments
+from .loop.progress import Progress
+from .loop.run import check_place, finish, open_folder, start_folder
+from .loop.scoring import evaluate
+from .models.baselines import TORCH_CELLS
+from .models.build import load_model
 from .options.data import DataOptions
 from .options.fields import option, require
 from .options.model import ModelOptions
@@ -42,10 +45,7 @@ from .options.run import RunOptions
 from .records.results_page import table
 from .records.run_record import read_record
 from .records.runs import factors
-from .reporting import Progress
-from .stopping import StopRequest
 from .tasks import Task
-from .train import check_place, finish, open_folder, start_folder
 
 RESULT = "kroneckerize.json"
 

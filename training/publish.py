@@ -7,7 +7,7 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from .errors import UserError
+from .common.errors import UserError
 from .options.parser import parse_words
 from .records.publishing import PublishOptions, publish_folder, said
 

@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import checkpoint as ckpt
-from .errors import UserError
-from .lock import locked
+from .common import checkpoint as ckpt
+from .common.errors import UserError
+from .common.lock import locked
 from .records.cards import render_card
 from .records.results_page import PAGE, overview, tables, update_readme, write_page
 from .records.runs import add, entry_of, find_runs, read_runs, write_runs

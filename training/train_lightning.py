@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 
-from . import processes, train
-from .errors import UserError
+from . import train
+from .common import processes
+from .common.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 1 for errors, 130/143 after Ctrl-C/SIGTERM."""
     try:
-        from .lightning_module import LightningLoop
+        from .loop.lightning_module import LightningLoop
     except ModuleNotFoundError as error:
         if str(error.name).split(".")[0] != "lightning":
             raise

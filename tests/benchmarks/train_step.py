@@ -2,7 +2,7 @@
 
     python tests/benchmarks/train_step.py [--state_size 512] [--batch 128] [--length 100] [--repeats 7] [--json FILE]
 
-Each contender is the training loop itself (`training.loop.TrainingLoop.train_step`: batch, forward, backward, clipping,
+Each contender is the training loop itself (`training.loop`: batch, forward, backward, clipping,
 AdamW) on the embedded text, with as many units as the others; the steps run in turn and medians are printed.
 `--profile` says where the time of our step goes, and where it went while the readout was two operations.
 """
@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `training` is part of the 
 
 import kru_hf
 from kru_hf import modeling_kru
-from training.arguments import parse_arguments
-from training.loop import TrainingLoop
-from training.stopping import StopRequest
-from training.train import prepare_task
+from training.common.stopping import StopRequest
+from training.loop.accelerate_loop import TrainingLoop
+from training.loop.arguments import parse_arguments
+from training.loop.run import prepare_task
 
 # What each operation of a profile belongs to; the first name that an operation contains decides.
 PARTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import partial
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .fields import NEVER, Is, Options, option
 
 data = partial(option, group="data")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from ..errors import UserError
+from ..common.errors import UserError
 
 NEVER = object()  # the off value of an option that has none
 MAX_COUNT = (

@@ -11,7 +11,7 @@ from typing import Any
 from kru_hf import KRUConfig
 from kru_hf.configuration_kru import GATED_TYPES
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .fields import AT_LEAST_1, Condition, Is, Options, option, require
 from .rule import effective, is_off, refuse_idle
 

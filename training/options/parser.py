@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers.hf_argparser import string_to_bool
 
-from ..errors import UserError, printable
+from ..common.errors import UserError, printable
 from .fields import MAX_COUNT, NEVER, check, fields_of, require
 from .rule import settle
 

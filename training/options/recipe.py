@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
-from ..files import one_line
+from ..common.errors import UserError
+from ..common.files import one_line
 from .parser import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"

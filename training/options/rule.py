@@ -9,7 +9,7 @@ from typing import Any
 
 from kru_hf import KRUConfig
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .fields import NEVER, Condition, Is
 
 Fields = Mapping[str, Field[Any]]

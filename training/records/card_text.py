@@ -6,12 +6,10 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..files import one_line
-
-if TYPE_CHECKING:
-    from .cards import CardRecord
+from ..common.files import one_line
+from .run_record import RunRecord
 
 BLANK = ""
 METRICS = {
@@ -100,7 +98,7 @@ def local_place(folder: Path) -> str:
         return f"./{folder.name}"
 
 
-def snippet(record: CardRecord, place: str, revision: str | None, carries_code: bool) -> str:
+def snippet(record: RunRecord, place: str, revision: str | None, carries_code: bool) -> str:
     """Python that loads the model, by the code beside it or else by `kru_hf`, and does what it was trained for."""
     auto = record.head[0]
     arguments = "repo, revision=revision, trust_remote_code=True" if revision else "repo, trust_remote_code=True"
@@ -136,7 +134,7 @@ def snippet(record: CardRecord, place: str, revision: str | None, carries_code: 
     return f"{begin}import torch\nfrom transformers import {auto}\n\n{start}\n{load}\n\n{use}"
 
 
-def how_to_load(record: CardRecord, revision: str | None, carries_code: bool) -> str:
+def how_to_load(record: RunRecord, revision: str | None, carries_code: bool) -> str:
     """What to know before the snippet runs."""
     if not record.is_kru:
         return "A baseline of the training code: `python -m training.evaluate --model FOLDER` of the checkout loads it."
@@ -157,7 +155,7 @@ def how_to_load(record: CardRecord, revision: str | None, carries_code: bool) ->
     return text
 
 
-def limits(record: CardRecord) -> str:
+def limits(record: RunRecord) -> str:
     """What the model cannot do."""
     lines = [
         "- A small research model, trained on one data set; outside of that data its output means little.",

@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import UserError
-from ..files import check_fields, one_line, read_json
+from ..common.errors import UserError
+from ..common.files import check_fields, one_line, read_json
 from .card_text import (
     BLANK,
     CITATION,
@@ -38,13 +38,6 @@ REPORT_FIELDS = {
     **dict.fromkeys(("density_band", "lowest_band", "highest_band"), list[float | int]),
     "within": bool,
 }
-# End of the class name -> Auto class, task of the Hub.
-HEADS = {
-    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "ForPianoRoll": ("AutoModel", "other"),
-}
 RECIPE_OPTIONS = (
     *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("sequence_length", "carry_state", "frames_per_quarter", "transpose", "optimizer", "adam_beta1", "adam_beta2"),
@@ -61,16 +54,6 @@ CONFIG_ROWS = (
 
 class CardRecord(RunRecord):
     """What a run's folder says about itself, and what follows for a card."""
-
-    @property
-    def class_name(self) -> str:
-        """The model class that was trained."""
-        return (self.config.get("architectures") or [BLANK])[0]
-
-    @property
-    def head(self) -> tuple[str, str]:
-        """Auto class and Hub task."""
-        return next((value for end, value in HEADS.items() if self.class_name.endswith(end)), ("AutoModel", "other"))
 
     @property
     def source(self) -> DataSource | None:

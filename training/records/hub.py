@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import UserError
-from ..files import read_json
+from ..common.errors import UserError
+from ..common.files import read_json
 from ..options.parser import nearest
 
 # huggingface_hub's error derives from that of its HTTP client: httpx in 1.x, a successor from 2.x on.

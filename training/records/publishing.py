@@ -23,9 +23,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import kru_hf
 
-from ..errors import UserError
-from ..files import read_json
-from ..models import load_model
+from ..common.errors import UserError
+from ..common.files import read_json
+from ..models.build import load_model
 from .card_text import DATA_SOURCES
 from .cards import COMPOSITION, missing_fields, render_card
 from .hub import (

@@ -9,9 +9,9 @@ from typing import Any
 
 import jinja2
 
-from .. import checkpoint as ckpt
-from ..errors import UserError
-from ..files import read
+from ..common import checkpoint as ckpt
+from ..common.errors import UserError
+from ..common.files import read
 from .card_text import METRICS, shown
 from .paper_figures import FIGURES, PaperFigure
 from .paper_figures import METRICS as PAPER_METRICS

@@ -12,31 +12,30 @@ import io
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import hf_hub_download
 
-from .. import checkpoint as ckpt
-from ..arguments import Arguments
-from ..errors import UserError
-from ..files import check_fields, one_line, read, read_json
-from ..machine import shown_path
-from ..options.model import OFF_AT_ZERO, ModelOptions
+from ..common import checkpoint as ckpt
+from ..common.errors import UserError
+from ..common.files import check_fields, one_line, read, read_json
+from ..common.machine import shown_path
 from ..options.recipe import read_recipe
-from ..options.rule import idle, is_off
 from ..tasks import get_task
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 RECIPE, RUN, RESULTS, HISTORY = ckpt.RECORD
-# Options of one occasion: where a run goes and whether it is published is not what it is.
-OCCASION = {
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+# End of the class name -> Auto class, task of the Hub.
+HEADS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForPianoRoll": ("AutoModel", "other"),
 }
 TRAINING = ("train_loss", "learning_rate")
 TRAINING_ROWS = 200
@@ -68,28 +67,6 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 # ---- what a run writes ----
-
-
-def resolved(arguments: Arguments, config: Any, precision: str) -> dict[str, Any]:
-    """Every option of a run, in place of None what it came to.
-
-    Args:
-        config: of the model. precision: of accelerate, whose launcher may have chosen it.
-    """
-    values = {name: value for name, value in arguments.flat().items() if name not in OCCASION}
-    values["mixed_precision"] = precision
-    values["dataset"] = values["dataset"] or get_task(arguments.run.task).default_dataset
-    if arguments.model.model is not None:  # which brings its config
-        return values
-    known = {f.name for f in fields(ModelOptions)} & {f.name for f in fields(config)}
-    values |= {name: getattr(config, name) for name in known}
-    values |= {name: 0 for name in OFF_AT_ZERO if name in known and values[name] is None}
-    values |= {"parameter_budget": None}
-    if values.get("factor_shapes"):
-        values |= {"factor_size": None, "factor_shapes": ",".join(f"{p}x{q}" for p, q in values["factor_shapes"])}
-    own = {f.name: f for f in fields(ModelOptions)}
-    without_effect = idle({name: values[name] for name in own}, own)
-    return values | {name: None for name in without_effect if not is_off(own[name], values[name])}
 
 
 def recipe_text(values: Mapping[str, Any]) -> str:
@@ -196,6 +173,16 @@ class RunRecord:
     def command(self) -> str:
         """How it was started, for people to read."""
         return one_line(self.run.get("command", ""))
+
+    @property
+    def class_name(self) -> str:
+        """The model class that was trained."""
+        return (self.config.get("architectures") or [""])[0]
+
+    @property
+    def head(self) -> tuple[str, str]:
+        """Auto class and Hub task."""
+        return next((value for end, value in HEADS.items() if self.class_name.endswith(end)), ("AutoModel", "other"))
 
     @property
     def is_kru(self) -> bool:

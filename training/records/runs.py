@@ -18,10 +18,10 @@ from typing import Any
 
 from kru_hf.cells import BY_TYPE
 
-from .. import checkpoint as ckpt
-from ..errors import UserError
-from ..files import check_fields, one_line, read, read_json
-from ..machine import shown_path
+from ..common import checkpoint as ckpt
+from ..common.errors import UserError
+from ..common.files import check_fields, one_line, read, read_json
+from ..common.machine import shown_path
 from ..options.model import OFF_AT_ZERO
 from ..tasks import get_task, task_names
 from .card_text import shown

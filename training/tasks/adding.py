@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
-from ..sequences import GeneratedOptions, SequenceTask, check_generated, fingerprint
-from ..splits import SPLITS
+from ..common.files import fingerprint
+from ..data.splits import SPLITS
+from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
 from .base import Batch
+from .sequences import GeneratedOptions, SequenceTask, check_generated
 
 FRAME = 2  # number and mark
 

@@ -15,7 +15,7 @@ The driver (`loop.py`, `lightning_module.py`, `evaluate.py`) calls, in this orde
    evaluated; otherwise the task builds one if it needs one (`task.tokenizer`, may stay None).
    Afterwards `task.dataset_record()` says which data it was, by name and SHA-256, never by an absolute path.
 3. `task.model_kwargs()`: what the data fixes in the model (`{"vocab_size": 99}`, `{"input_size": 1}`).
-   `training.models.build_model(task.head, architecture, model_options, **task.model_kwargs())` makes the model.
+   `training.models.build.build_model(task.head, architecture, model_options, **task.model_kwargs())` makes the model.
 4. `task.num_batches(layout)`: batches in one pass (epoch) over the training data, the same number on every rank.
 5. `task.train_batch(index, slot, layout)`: batch number `index` (0, 1, 2 … over all epochs) for one slot. **It is a
    pure function of its arguments, the options and the seed**: shuffling and generated data take their randomness from
@@ -50,7 +50,7 @@ from torch import Tensor
 
 from kru_hf import KRUCache
 
-from ..errors import UserError
+from ..common.errors import UserError
 from ..options.data import DataOptions
 
 
@@ -179,9 +179,7 @@ class Task(ABC):
 def task_names() -> list[str]:
     """Names of the tasks: one a file of this package."""
     package = importlib.import_module(__package__)
-    return sorted(
-        m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base" and not m.name.startswith("_")
-    )
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base", "sequences"))
 
 
 def get_task(name: str) -> type[Task]:

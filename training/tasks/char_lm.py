@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from kru_hf import build_char_tokenizer
 
-from ..corpora import Corpus, load_corpus
-from ..errors import UserError
-from ..splits import SPLITS
+from ..common.errors import UserError
+from ..data.corpora import Corpus, load_corpus
+from ..data.splits import SPLITS
 from .base import Batch, Layout, Task, TaskOutput
 
 EVAL_WINDOW = 256  # characters of a row in one evaluation call where the state is carried; no effect on the figure

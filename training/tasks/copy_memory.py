@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
-from ..errors import UserError
-from ..sequences import GeneratedOptions, SequenceTask, check_generated, classification_sums, fingerprint
-from ..splits import SPLITS
+from ..common.errors import UserError
+from ..common.files import fingerprint
+from ..data.splits import SPLITS
+from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
 from .base import Batch
+from .sequences import GeneratedOptions, SequenceTask, check_generated, classification_sums
 
 SYMBOLS = 8
 RECALLED = 10

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
-from ..errors import UserError
-from ..espeak import load_espeak
-from ..sequences import IGNORED, SequenceTask, check_at_least, fingerprint
-from ..speech import FEATURES, Utterance, features, frame_labels, load_timit, phone_classes
-from ..splits import SPLITS
+from ..common.errors import UserError
+from ..common.files import fingerprint
+from ..data.espeak import load_espeak
+from ..data.speech import FEATURES, Utterance, features, frame_labels, load_timit, phone_classes
+from ..data.splits import SPLITS
+from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
 from .base import Batch, Layout, TaskOutput
+from .sequences import IGNORED, SequenceTask, check_at_least
 
 ESPEAK = "espeak"
 LENGTH_NOISE = 0.1  # spread of the log lengths by which utterances are put together: other company in every pass

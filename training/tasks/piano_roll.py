@@ -14,9 +14,9 @@ from kru_hf import KRUCache
 from kru_hf.piano_roll import MAX_GRID, NUM_PITCHES, roll_to_frames
 from kru_hf.piano_roll_head import frame_nats
 
-from .. import piano_roll_baseline  # noqa: F401 (registers the baselines' head)
-from ..errors import UserError
-from ..music_data import CHORALES, Pieces, describe_report, load_pieces
+from ..common.errors import UserError
+from ..data.music_data import CHORALES, Pieces, describe_report, load_pieces
+from ..models import piano_roll_head as piano_roll_baseline  # noqa: F401 (registers the baselines' head)
 from .base import Batch, Layout, Task, TaskOutput
 
 EVAL_WINDOW = 512  # frames of a piece in one evaluation call; no effect on the figure

@@ -1,6 +1,6 @@
 """Pictures read pixel by pixel and classified at the last one: sequential and permuted MNIST.
 
-A step is one pixel in [0, 1], row by row or in a fixed permutation of the whole picture (`training.pixels` says which).
+A step is one pixel in [0, 1], row by row or in a fixed permutation of the whole picture (see `training.data.pixels`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import baseline_heads  # noqa: F401 (registers the baselines' head)
-from ..pixels import DIGITS, Pictures, fixed_permutation, load_pictures
-from ..sequences import SequenceTask, check_at_least, fingerprint
+from ..common.files import fingerprint
+from ..data.pixels import DIGITS, Pictures, fixed_permutation, load_pictures
+from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
 from .base import Batch
+from .sequences import SequenceTask, check_at_least
 
 
 @dataclass

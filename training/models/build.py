@@ -19,14 +19,13 @@ from transformers.utils import logging
 import kru_hf
 from kru_hf import scan, scan_triton
 
-from . import checkpoint as ckpt
-from . import processes
+from ..common import checkpoint as ckpt
+from ..common import processes
+from ..common.errors import UserError
+from ..common.files import check_fields, one_line, read, read_json
+from ..options.model import ModelOptions
 from .baselines import CELLS, BaselineConfig
-from .errors import UserError
-from .files import check_fields, one_line, read, read_json
-from .options.model import ModelOptions
 from .sizing import fit_to_budget
-from .tasks import Task
 from .unitary import UnitaryKRUConfig
 
 # Head -> Auto class: the model classes of every architecture are registered there under the type of their config.
@@ -268,9 +267,13 @@ def check_weights(folder: str, model: PreTrainedModel, found: dict[str, Any]) ->
         raise UserError(f"the weights in {folder!r} ({ckpt.WEIGHTS}) are not finite: {', '.join(broken[:5])}")
 
 
-def check_fit(folder: str, model: PreTrainedModel, task: Task) -> None:
-    """`UserError` unless a trained model takes what the task gives, and has an output for each of its targets."""
-    config, wanted = model.config, task.model_kwargs()
+def check_fit(folder: str, model: PreTrainedModel, task: str, wanted: dict[str, Any]) -> None:
+    """`UserError` unless a trained model takes what a task gives, and has an output for each of its targets.
+
+    Args:
+        task: its name. wanted: the config fields that its data fix.
+    """
+    config = model.config
     width, kind = getattr(model, "width", getattr(config, "input_size", None)), wanted.get("problem_type")
     checks = [
         ("input_size", width, wanted.get("input_size"), width == wanted.get("input_size")),
@@ -280,4 +283,4 @@ def check_fit(folder: str, model: PreTrainedModel, task: Task) -> None:
     ]
     for name, has, needs, fits in checks:
         if not fits:
-            raise UserError(f"model={folder!r} does not fit the task {task.name}: its {name} is {has}, not {needs}")
+            raise UserError(f"model={folder!r} does not fit the task {task}: its {name} is {has}, not {needs}")

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image
 from PIL import Image as Pillow
 
-from .errors import UserError
-from .files import one_line
+from ..common.errors import UserError
+from ..common.files import one_line
 
 WHITES = (1, 16, 255, 65_535)  # the largest value of a pixel is the first of these that is not exceeded
 SIXTEEN = 65_535 // 255  # a level of 8 bits as one of 16

@@ -9,21 +9,19 @@ import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kru_hf import KRURecurrence
 
-from . import checkpoint as ckpt
-from .checkpoint import CARRIED, OPTIMIZER, RANDOM, STATE, TrainerState, check_tensor
-from .errors import UserError
-from .files import one_line, read_json, read_tensors, read_torch
-from .optimization import MOMENTS
-
-if TYPE_CHECKING:
-    from .driver import Driver
+from ..common import checkpoint as ckpt
+from ..common.checkpoint import CARRIED, OPTIMIZER, RANDOM, STATE, TrainerState, check_tensor
+from ..common.errors import UserError
+from ..common.files import one_line, read_json, read_tensors, read_torch
+from ..models.optimization import MOMENTS
+from .driver import Driver
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,6 +40,31 @@ class Loaded:
     scaler: dict[str, Any] | None  # of the losses of fp16
     carried: list[Tensor]  # a layer's states (rows of the global batch, S, N)
     random: dict[str, Tensor]  # device -> states of the generators (ranks, bytes)
+
+
+def resume(run: Driver, path: Path) -> None:
+    """Go on from a checkpoint: weights, optimizer, state of the streams, random generators, history.
+
+    Raises:
+        UserError: it is damaged, of another configuration, or the best weights of its run are.
+    """
+    loaded = load(run, path)
+    if run.accelerator.is_main_process and loaded.state.best_step:
+        check_best(run, path, loaded.state.best_step)
+    run.bare_model.load_state_dict(loaded.weights, strict=False)
+    run.optimizer.load_state_dict(loaded.optimizer)
+    if loaded.scaler and run.scaler:
+        run.scaler.load_state_dict(loaded.scaler)
+    run.state = loaded.state
+    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    if loaded.random["cpu"].shape[0] == ranks:  # otherwise dropout starts anew: there is nothing to go on from
+        torch.set_rng_state(loaded.random["cpu"][rank].clone())  # see read_random
+        if "cuda" in loaded.random and run.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(loaded.random["cuda"][rank].clone(), run.accelerator.device)
+    for part in range(run.accumulation if loaded.carried else 0):
+        rows = run.layout.rows(rank * run.accumulation + part)
+        own = [layer[rows.start : rows.stop].to(run.accelerator.device) for layer in loaded.carried]
+        run.carried[part] = run.task.state_from_tensors(own)
 
 
 def load(run: Driver, path: Path) -> Loaded:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from kru_hf.piano_roll import PROBLEMS, MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
 
-from .errors import UserError, printable
-from .options.data import DataOptions
+from ..common.errors import UserError, printable
+from ..options.data import DataOptions
 from .splits import SPLITS, Parts
 from .tables import TABLE_KINDS, open_data, read_tables
 

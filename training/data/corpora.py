@@ -10,8 +10,8 @@ from typing import Any
 
 from datasets import Dataset, Value
 
-from .errors import UserError, printable
-from .options.data import DataOptions
+from ..common.errors import UserError, printable
+from ..options.data import DataOptions
 from .splits import SPLITS, Parts
 from .tables import TABLE_KINDS, TABLES, open_data, read_table, read_text
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UserError
+from ..common.errors import UserError
 from .music_data import cache_folder
 from .speech import RATE, Segment, Utterance
 

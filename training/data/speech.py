@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers.audio_utils import mel_filter_bank, spectrogram
 
-from .errors import UserError
+from ..common.errors import UserError
 from .splits import SPLITS, Parts, assign, describe, spelling
 
 RATE = 16_000  # Hz

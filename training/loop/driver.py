@@ -18,15 +18,14 @@ from accelerate import Accelerator
 
 from kru_hf import KRURecurrence
 
-from . import checkpoint as ckpt
-from . import resume
+from ..common import checkpoint as ckpt
+from ..common.errors import Interrupted, UserError
+from ..common.stopping import StopRequest
+from ..models.optimization import build_optimizer, learning_rate, set_learning_rate
+from ..tasks import Batch, Layout, Task, TaskOutput
 from .arguments import Arguments
-from .errors import Interrupted, UserError
-from .evaluation import evaluate
-from .optimization import build_optimizer, learning_rate, set_learning_rate
-from .reporting import Progress
-from .stopping import StopRequest
-from .tasks import Batch, Layout, Task, TaskOutput
+from .progress import Progress
+from .scoring import evaluate
 
 # Options that change neither the weights nor which ones are the best: a resumed run may change them.
 FREE_OPTIONS = {
@@ -116,7 +115,7 @@ class Driver(ABC):
         """What gradients are clipped to."""
         return self.options.max_grad_norm or math.inf
 
-    def count(self, figures: torch.Tensor, norm: torch.Tensor, num_elements: int) -> None:
+    def finish_step(self, figures: torch.Tensor, norm: torch.Tensor, num_elements: int) -> None:
         """A step is done: the sum of its parts' `figures` (3,), the gradient's norm (), and the elements of a slot."""
         for cell in self.bounded:
             cell.bound_norm(self.arguments.model.max_recurrent_norm or math.inf)
@@ -144,7 +143,7 @@ class Driver(ABC):
         """Whether what is done every so many steps is done after this one; all is after the last."""
         return self.state.step == self.total_steps or self.state.step % every == 0
 
-    def attends(self) -> bool:
+    def needs_sync(self) -> bool:
         """Whether this step is looked at: on a GPU that waits for it, so there only where something is due."""
         options = self.options
         return self.accelerator.device.type == "cpu" or any(
@@ -153,13 +152,13 @@ class Driver(ABC):
 
     def observe(self) -> None:
         """After a step: first its figures, which end the run if they are not finite."""
-        self.signal_number = self.look()
+        self.signal_number = self.collect_figures()
         self.state.train_seconds += time.perf_counter() - self.started
         self.progress.update(self.state)
         if self.due(self.options.logging_steps):
             self.log()
 
-    def judge(self) -> None:
+    def evaluate_if_due(self) -> None:
         """After a step: then the validation data, the best weights, and the plateau."""
         if not self.due(self.options.eval_steps):
             return
@@ -172,7 +171,7 @@ class Driver(ABC):
         if self.weigh(self.state, value):
             self.save_best()
 
-    def keep(self) -> None:
+    def save_if_due(self) -> None:
         """After a step: last a checkpoint, and the orderly end that a signal asked for."""
         if self.due(self.options.save_steps) or self.signal_number or self.exhausted():
             self.save()
@@ -180,7 +179,7 @@ class Driver(ABC):
             raise Interrupted(f"stopped at step {self.state.step}; the checkpoint is written", self.signal_number)
         self.start_clocks()
 
-    def look(self) -> int:
+    def collect_figures(self) -> int:
         """Look at the figures of the steps since the last look; the same on every rank.
 
         Returns:
@@ -312,30 +311,6 @@ class Driver(ABC):
         if self.accelerator.num_processes > 1:
             self.accelerator.free_memory()
             gc.collect()
-
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint: weights, optimizer, state of the streams, random generators, history.
-
-        Raises:
-            UserError: it is damaged, of another configuration, or the best weights of its run are.
-        """
-        loaded = resume.load(self, path)
-        if self.accelerator.is_main_process and loaded.state.best_step:
-            resume.check_best(self, path, loaded.state.best_step)
-        self.bare_model.load_state_dict(loaded.weights, strict=False)
-        self.optimizer.load_state_dict(loaded.optimizer)
-        if loaded.scaler and self.scaler:
-            self.scaler.load_state_dict(loaded.scaler)
-        self.state = loaded.state
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        if loaded.random["cpu"].shape[0] == ranks:  # otherwise dropout starts anew: there is nothing to go on from
-            torch.set_rng_state(loaded.random["cpu"][rank].clone())  # see resume.read_random
-            if "cuda" in loaded.random and self.accelerator.device.type == "cuda":
-                torch.cuda.set_rng_state(loaded.random["cuda"][rank].clone(), self.accelerator.device)
-        for part in range(self.accumulation if loaded.carried else 0):
-            rows = self.layout.rows(rank * self.accumulation + part)
-            own = [layer[rows.start : rows.stop].to(self.accelerator.device) for layer in loaded.carried]
-            self.carried[part] = self.task.state_from_tensors(own)
 
 
 def bounded_cells(model: Any, limit: float | None) -> list[KRURecurrence]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import numpy as np
 import torch
 from huggingface_hub.dataclasses import type_validator
 from safetensors.torch import load_file
@@ -106,3 +108,15 @@ def read_torch(path: Path) -> Any:
             raise ValueError("it is not a file of tensors that torch.save wrote") from error
 
     return read(path, reader)
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 of arrays (their type, shape and bytes) and of the text of anything else."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()

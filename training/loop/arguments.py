@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .machine import shown_command
-from .options.data import DataOptions
-from .options.fields import fields_of
-from .options.model import ModelOptions
-from .options.parser import given_values, make
-from .options.recipe import RECIPES, read_recipe, recipe_words
-from .options.rule import settle
-from .options.run import RunOptions
-from .tasks import get_task
+from ..common.machine import shown_command
+from ..options.data import DataOptions
+from ..options.fields import fields_of
+from ..options.model import OFF_AT_ZERO, ModelOptions
+from ..options.parser import given_values, make
+from ..options.recipe import RECIPES, read_recipe, recipe_words
+from ..options.rule import idle, is_off, settle
+from ..options.run import RunOptions
+from ..tasks import get_task
+
+# Options of one occasion: where a run goes and whether it is published is not what it is.
+OCCASION = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+}
 
 
 @dataclass
@@ -39,6 +45,28 @@ class Arguments:
         """Every option by its name."""
         parts = (self.run, self.model, self.data, self.task)
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
+
+def resolved(arguments: Arguments, config: Any, precision: str) -> dict[str, Any]:
+    """Every option of a run, in place of None what it came to.
+
+    Args:
+        config: of the model. precision: of accelerate, whose launcher may have chosen it.
+    """
+    values = {name: value for name, value in arguments.flat().items() if name not in OCCASION}
+    values["mixed_precision"] = precision
+    values["dataset"] = values["dataset"] or get_task(arguments.run.task).default_dataset
+    if arguments.model.model is not None:  # which brings its config
+        return values
+    known = {f.name for f in dataclasses.fields(ModelOptions)} & {f.name for f in dataclasses.fields(config)}
+    values |= {name: getattr(config, name) for name in known}
+    values |= {name: 0 for name in OFF_AT_ZERO if name in known and values[name] is None}
+    values |= {"parameter_budget": None}
+    if values.get("factor_shapes"):
+        values |= {"factor_size": None, "factor_shapes": ",".join(f"{p}x{q}" for p, q in values["factor_shapes"])}
+    own = {f.name: f for f in dataclasses.fields(ModelOptions)}
+    without_effect = idle({name: values[name] for name in own}, own)
+    return values | {name: None for name in without_effect if not is_off(own[name], values[name])}
 
 
 def parse_arguments(argv: list[str] | None = None, program: str = "training.train") -> Arguments:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from ..tasks import Batch, TaskOutput
 from .driver import Driver
-from .evaluation import to_device
-from .reporting import Progress
-from .tasks import Batch, TaskOutput
+from .progress import Progress
+from .scoring import to_device
 
 
 class TrainingLoop(Driver):
@@ -37,7 +37,7 @@ class TrainingLoop(Driver):
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.count(figures, norm, batch.num_elements)
+        self.finish_step(figures, norm, batch.num_elements)
 
     def forward_backward(self, batch: Batch, part: int) -> TaskOutput:
         """One slot's batch."""
@@ -49,10 +49,10 @@ class TrainingLoop(Driver):
         self.begin(progress)
         while not self.ended():
             self.train_step()
-            if self.attends():
+            if self.needs_sync():
                 self.observe()
-                self.judge()
-                self.keep()
+                self.evaluate_if_due()
+                self.save_if_due()
 
     def close(self) -> None:
         self.model = self.bare_model

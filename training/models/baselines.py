@@ -18,7 +18,7 @@ from kru_hf.configuration_kru import LIMITS
 from kru_hf.kroneckerize import kroneckerize
 from kru_hf.modeling_kru import KRUCausalLMOutput, KRUModelOutput
 
-from .structured_rnn import STRUCTURES, LowRankMatrix, OrthogonalMatrix, StructuredRNN
+from .structured import STRUCTURES, LowRankMatrix, OrthogonalMatrix, StructuredRNN
 
 TORCH_CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 CELLS = (*TORCH_CELLS, *STRUCTURES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import UserError
-from .options.data import DataOptions
-from .tasks.base import Batch, Layout, Task, TaskOutput
+from ..common.errors import UserError
+from ..options.data import DataOptions
+from .base import Batch, Layout, Task, TaskOutput
 
 # What can still be drawn and ordered in memory.
 MOST = {"sequence_length": 10**6, "train_samples": 10**8, "validation_samples": 10**8, "test_samples": 10**8}
@@ -130,18 +129,6 @@ def classification_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "count": (targets != IGNORED).sum().double(),
         "right": (flat.argmax(-1) == targets).sum().double(),
     }
-
-
-def fingerprint(*parts: Any) -> str:
-    """SHA-256 of arrays (their type, shape and bytes) and of the text of anything else."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype.str}{part.shape}".encode())
-            digest.update(np.ascontiguousarray(part).tobytes())
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
 
 
 def check_generated(name: str, data: DataOptions) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, printable
-from .files import one_line
+from ..common.errors import UserError, printable
+from ..common.files import one_line
 
 SPLITS = ("train", "validation", "test")
 EITHER = "eval"  # of validation and test the one that the data do not name otherwise, validation first

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .errors import UserError, printable
-from .options.data import DataOptions
+from ..common.errors import UserError, printable
+from ..common.files import fingerprint
+from ..options.data import DataOptions
 from .picture_columns import Block, joined_pictures, read_labels, read_pictures
-from .sequences import fingerprint
 from .splits import SPLITS, Parts
 from .tables import TABLE_KINDS, open_data, read_tables
 

@@ -12,14 +12,14 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from . import checkpoint as ckpt
-from . import processes
-from .errors import UserError
-from .files import one_line
-from .records.cards import render_card
-from .records.plots import learning_curve
-from .records.run_record import HISTORY, RESULTS, RUN, history_text, read_fields
-from .tasks import Task
+from ..common import checkpoint as ckpt
+from ..common import processes
+from ..common.errors import UserError
+from ..common.files import one_line
+from ..records.cards import render_card
+from ..records.plots import learning_curve
+from ..records.run_record import HISTORY, RESULTS, RUN, history_text, read_fields
+from ..tasks import Task
 
 
 @contextmanager

@@ -23,11 +23,11 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from ..common.errors import UserError
+from ..tasks import Batch
 from .driver import Driver
-from .errors import UserError
-from .evaluation import to_device
-from .reporting import Progress
-from .tasks import Batch
+from .progress import Progress
+from .scoring import to_device
 
 PRECISIONS: dict[str, Any] = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 DEVICES = ("cpu", "cuda", "mps")
@@ -66,7 +66,7 @@ class TaskModule(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """The update of a step, whose last part is computed in the closure."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.run.count(self.figures, self.norm, self.num_elements)
+        self.run.finish_step(self.figures, self.norm, self.num_elements)
 
 
 class Batches:
@@ -105,7 +105,7 @@ class Between(Callback):
         self.run = run
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.run.accumulation == 0 and self.run.attends():
+        if (batch_idx + 1) % self.run.accumulation == 0 and self.run.needs_sync():
             self.after_step(trainer)
 
     def after_step(self, trainer: pl.Trainer) -> None:
@@ -126,7 +126,7 @@ class EarlyStopping(Between):
     """Validation, the best weights, and the end if there have been no better ones for long."""
 
     def after_step(self, trainer: pl.Trainer) -> None:
-        self.run.judge()
+        self.run.evaluate_if_due()
         trainer.should_stop = self.run.exhausted()
 
 
@@ -134,7 +134,7 @@ class Checkpoints(Between, Checkpoint):
     """Folders checkpoint-<step>, complete or absent; and the end that a signal asked for."""
 
     def after_step(self, trainer: pl.Trainer) -> None:
-        self.run.keep()
+        self.run.save_if_due()
 
 
 # ---- what Lightning would do by itself ----

@@ -17,9 +17,9 @@ import pyarrow.parquet
 from datasets import Dataset, load_dataset_builder
 from huggingface_hub import HfFileSystem
 
-from .errors import UserError, printable
-from .files import one_line, read
-from .options.data import DataOptions
+from ..common.errors import UserError, printable
+from ..common.files import one_line, read
+from ..options.data import DataOptions
 from .splits import SHARD, Parts, assign, describe, folder_parts, spelling
 
 # By kind: of a folder that is a part, the files of one kind are read.
@@ -51,7 +51,7 @@ def open_data(
 
     Args:
         builtin: the name that a message offers beside files and Hub ids.
-        kinds, whole: as :func:`training.splits.folder_parts` takes them.
+        kinds, whole: as :func:`training.data.splits.folder_parts` takes them.
         texts: whether `text_column` has a meaning.
 
     Raises:

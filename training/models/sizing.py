@@ -22,7 +22,7 @@ from typing import Any
 from kru_hf import plan_factor_shapes
 from kru_hf.kronecker import MOST_UNITS
 
-from .errors import UserError
+from ..common.errors import UserError
 
 DEFAULT_SIZE = 8  # KRUConfig's own factor_size
 # Factors may be that much smaller or larger than factor_size: the first that gives an N near the budget. Of the sizes

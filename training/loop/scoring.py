@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from .tasks import Batch, Task
+from ..tasks import Batch, Task
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .options.run import RunOptions
+from ..options.run import RunOptions
 
 # What each optimizer keeps of a parameter besides its steps, and whether it is a mean of squares.
 MOMENTS = {"adamw": {"exp_avg": False, "exp_avg_sq": True}, "rmsprop": {"square_avg": True}}

@@ -1,0 +1,1 @@
+"""A run: its options, steps, checkpoints, figures and end."""

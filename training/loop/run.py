@@ -1,0 +1,283 @@
+"""A run from its options to its results: folder, data, model, training, and what is said and written."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+import kru_hf
+
+from ..common import checkpoint as ckpt
+from ..common import processes
+from ..common.errors import UserError
+from ..common.lock import locked
+from ..common.machine import keep_freed_memory, machines_record
+from ..common.stopping import StopRequest
+from ..models.build import build_model, check_device, check_fit, load_model
+from ..options.model import ModelOptions
+from ..records.publishing import check_before_training, publish_command, publish_folder, said
+from ..records.run_record import RECIPE, RUN, read_fields, read_record, recipe_text
+from ..tasks import Task, get_task
+from .accelerate_loop import TrainingLoop
+from .arguments import Arguments, resolved
+from .driver import Driver
+from .progress import Progress, results, trackers, write_results
+from .resume import resume
+from .scoring import evaluate
+
+
+def inherit(options: ModelOptions) -> None:
+    """What the record of the model's own run says and its config does not: the kind of network, the bound on W."""
+    try:
+        earlier = read_record(str(options.model)).options
+    except UserError:
+        if (Path(str(options.model)) / RECIPE).exists():
+            raise  # it is damaged
+        return  # made by another program
+    options.architecture = earlier.get("architecture", options.architecture)
+    if options.max_recurrent_norm is None:
+        options.max_recurrent_norm = earlier.get("max_recurrent_norm")
+
+
+def prepare_task(arguments: Arguments) -> tuple[Task, Any]:
+    """The task with its data, and the model: new, or a trained one to go on from."""
+    task = get_task(arguments.run.task)(arguments.task, arguments.data, arguments.run.seed)
+    if arguments.model.model is None:
+        task.load()
+        torch.manual_seed(arguments.run.seed)  # the same start on every rank
+        return task, build_model(task.head, arguments.model, **task.model_kwargs())
+    model, tokenizer = load_model(arguments.model.model, task.head)
+    arguments.model.check_turned_off(model.config)
+    task.load(tokenizer)
+    task.check_vocabulary()
+    check_fit(arguments.model.model, model, task.name, task.model_kwargs())
+    return task, model.float()
+
+
+def build_accelerator(arguments: Arguments) -> Accelerator:
+    """Device, precision and trackers."""
+    processes.check_launcher()
+    run = arguments.run
+    tracker = None if run.report_to == "none" else run.report_to
+    project = ProjectConfiguration(str(arguments.output_dir), logging_dir=str(arguments.output_dir / "tensorboard"))
+    cpu = processes.on_cpu(run.use_cpu)
+    try:
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_config=project
+        )
+    except ValueError as error:
+        raise UserError(f"report_to={run.report_to!r}, mixed_precision={run.mixed_precision!r}: {error}") from error
+    if tracker is not None and not accelerator.log_with:
+        raise UserError(f"report_to={run.report_to!r} is not installed: install its package, or pass --report_to none")
+    processes.check_world(accelerator)
+    return accelerator
+
+
+def check_place(folder: Path) -> None:
+    """`UserError` unless a run can have the output folder for itself."""
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        checkpoint = ckpt.checkpoint_around(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle, a zero byte
+        raise UserError(f"output_dir={str(folder)!r} cannot be a folder: {error}") from error
+    if not nearest.is_dir():
+        raise UserError(f"output_dir={str(folder)!r} cannot be a folder: {str(nearest)!r} is a file")
+    if checkpoint is not None:
+        raise UserError(
+            f"output_dir={str(folder)!r} belongs to a checkpoint, which goes when there are newer ones; pass "
+            f"--output_dir {str(checkpoint.parent)!r} for the checkpoint's run, or another folder"
+        )
+
+
+def open_folder(arguments: Arguments, held: ExitStack) -> Path | None:
+    """Lock the output folder for as long as `held` is open; what `check_folder` returns."""
+    check_place(arguments.output_dir)
+    held.enter_context(locked(arguments.output_dir))
+    return check_folder(arguments)
+
+
+def check_folder(arguments: Arguments) -> Path | None:
+    """The checkpoint to go on from, if any; an error if the output folder holds a run that would be overwritten."""
+    run, folder = arguments.run, arguments.output_dir
+    foreign = ckpt.foreign_files(folder)
+    if foreign:
+        raise UserError(
+            f"output_dir={str(folder)!r} is not the folder of a run and holds {' and '.join(foreign)}, which the run "
+            "would replace; pass another --output_dir"
+        )
+    if run.resume_from_checkpoint is not None:
+        ckpt.clean(folder)
+        found = ckpt.find_checkpoint(run.resume_from_checkpoint, folder)
+        if found is not None and not os.path.isdir(found):  # no error for a name that none can have
+            there = ", ".join(str(path) for path in ckpt.checkpoints(folder)) or "none"
+            raise UserError(
+                f"resume_from_checkpoint={run.resume_from_checkpoint!r} must be last or a checkpoint's folder; "
+                f"output_dir={str(folder)!r} holds: {there}"
+            )
+        if found is not None and found.resolve().parent != folder.resolve():
+            raise UserError(
+                f"resume_from_checkpoint={str(found)!r} is not in output_dir={str(folder)!r}, but with the best "
+                f"weights of its run; pass --output_dir {str(found.parent)!r}"
+            )
+        if found is None and ckpt.holds_run(folder) and (folder / "all_results.json").exists():
+            raise UserError(
+                f"output_dir={str(folder)!r} holds a finished run without checkpoints: nothing to go on from"
+            )
+        return found
+    if run.overwrite_output_dir and ckpt.is_within(arguments.model.model, folder):
+        raise UserError(
+            f"overwrite_output_dir=True would delete model={arguments.model.model!r}, which the run starts from; "
+            "pass another --output_dir"
+        )
+    if ckpt.holds_run(folder) and not run.overwrite_output_dir:
+        raise UserError(
+            f"output_dir={str(folder)!r} already holds a run; pass --resume_from_checkpoint last to go on with it, "
+            "--overwrite_output_dir true to delete it, or another --output_dir"
+        )
+    return None
+
+
+def start_folder(arguments: Arguments, driver: Driver) -> None:
+    """Clear the output folder if that was asked for, and record options, data, command and machine in it."""
+    folder, run = arguments.output_dir, arguments.run
+    earlier = read_fields(folder / RUN) if driver.state.step > 0 else {}
+    if run.overwrite_output_dir and run.resume_from_checkpoint is None:
+        ckpt.delete_run(folder)
+    ckpt.clean(folder)
+    versions = {"kru_hf": kru_hf.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {
+        "data": driver.task.dataset_record(),
+        "versions": {**versions, **driver.libraries},
+        "machines": machines_record(
+            driver.accelerator, earlier.get("machines", []), driver.state.step < driver.total_steps
+        ),
+        "command": arguments.command,
+    }
+    options = resolved(arguments, driver.bare_model.config, driver.accelerator.mixed_precision)
+    ckpt.write_json(folder / RUN, {**earlier, **record})
+    ckpt.write_text(folder / RECIPE, recipe_text(options))
+
+
+def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = TrainingLoop) -> dict[str, Any]:
+    """Train, evaluate and write the folder; returns the figures of `all_results.json`."""
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())  # costs nothing on a CPU
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    processes.share_cores(arguments.run.num_threads)
+    keep_freed_memory()
+    if arguments.model.model is not None:
+        inherit(arguments.model)  # first of all: the usual output_dir is named after the architecture
+    accelerator = build_accelerator(arguments)
+    is_main = accelerator.is_main_process
+    with ExitStack() as held:
+        found = processes.together(accelerator, lambda: open_folder(arguments, held) if is_main else None)
+        (found,) = broadcast_object_list([found])
+        figures = train(arguments, stop, driver, accelerator, found)
+        if is_main and arguments.run.push_to_hub:
+            publish(arguments)  # the other processes have ended: none waits for the upload
+    return figures
+
+
+def train(
+    arguments: Arguments, stop: StopRequest, driver: type[Driver], accelerator: Accelerator, found: Path | None
+) -> dict[str, Any]:
+    """A run in a folder that is locked, from the checkpoint `found` or from the beginning."""
+    is_main = accelerator.is_main_process
+    task, model = processes.together(accelerator, lambda: prepare_task(arguments))
+    processes.together(accelerator, lambda: check_device(model.config, accelerator.device))
+    processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
+    loop = driver(arguments, task, model, accelerator, stop)
+    if found is not None:
+        processes.together(accelerator, lambda: resume(loop, found))
+    accelerator.wait_for_everyone()
+    paths = ("output_dir", "dataset", "model", "resume_from_checkpoint")
+    config = {k: v for k, v in arguments.flat().items() if isinstance(v, (int, float, str)) and k not in paths}
+    with stop.deferred():  # from the moment at which there is a folder to go on from
+        if is_main:
+            start_folder(arguments, loop)
+            with processes.unheard():
+                describe(arguments, task, model, loop, found)
+        accelerator.wait_for_everyone()
+        with trackers(accelerator, arguments.run.report_to, config):
+            progress = Progress(task, accelerator, loop.total_steps, loop.state.step)
+            try:
+                loop.run(progress)
+            finally:
+                progress.close()
+                progress.end_trackers()
+    figures = finish(arguments, task, loop)
+    loop.close()
+    accelerator.end_training()
+    return figures
+
+
+def finish(arguments: Arguments, task: Task, loop: Driver) -> dict[str, Any]:
+    """Evaluate the best weights and write the results."""
+    accelerator, folder, model = loop.accelerator, arguments.output_dir, loop.bare_model
+    if accelerator.is_main_process:
+        ckpt.load_weights(model, folder)
+    processes.from_main(accelerator, model)
+    model.eval()
+    splits = ("validation", "test") if arguments.run.evaluate_test else ("validation",)
+    if accelerator.is_main_process:
+        with processes.unheard():
+            print(f"scoring the best weights on {' and '.join(splits)}", flush=True)
+    metrics = {split: evaluate(task, model, split, accelerator) for split in splits}
+    figures = results(task, model, loop.state, metrics)
+    if accelerator.is_main_process:
+        write_results(folder, task, loop.state, figures)
+        said = [f"{split}: {', '.join(f'{n} {v:.4f}' for n, v in values.items())}" for split, values in metrics.items()]
+        sample = task.sample(model, arguments.run.sample_length, arguments.run.seed)
+        said += [f"sample:\n{sample}"] if sample else []
+        with processes.unheard():
+            print("\n".join([*said, f"folder: {folder}"]), flush=True)
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def check_publishing(arguments: Arguments, task: Task, model: Any) -> None:
+    """What would make `--push_to_hub` fail at the end is an error before hours of work, not after."""
+    run = arguments.run
+    if run.push_to_hub and run.hub_model_id is not None:
+        name, kind = task.dataset_record()["name"], model.config.model_type
+        check_before_training(run.hub_model_id, run.hub_private_repo, kind, name, run.data_license)
+
+
+def publish(arguments: Arguments) -> None:
+    """Publish the finished folder; it stays whole whatever happens, and can be published by itself."""
+    folder, run = arguments.output_dir, arguments.run
+    where = (str(run.hub_model_id), run.hub_private_repo, run.data_license)
+    try:
+        done = publish_folder(folder, where[0], private=where[1], data_license=where[2])
+    except UserError as error:
+        raise UserError(
+            f"the run is complete in {str(folder)!r}, but it has not been published: {error}\n"
+            f"publish it with: {publish_command(folder, *where)}"
+        ) from error
+    print(said(done))
+
+
+def describe(arguments: Arguments, task: Task, model: Any, loop: Driver, found: Path | None) -> None:
+    """Say what is going to happen."""
+    record = task.dataset_record()
+    print(
+        f"data: {record['name']}, SHA-256 {record['sha256'][:12]}…; one pass is {task.num_batches(loop.layout)} steps"
+    )
+    splits = ("train", "validation", *(["test"] if arguments.run.evaluate_test else []))
+    for note in task.notes(splits):
+        print(f"note: {note}")
+    print(
+        f"model: {type(model).__name__} ({arguments.model.architecture}), {model.num_parameters():,} parameters, "
+        f"{model.num_recurrent_parameters():,} of them recurrent"
+    )
+    start = f"from {found}" if found else "from the beginning"
+    rows = loop.layout.global_batch_size
+    print(f"training: {start}, {loop.total_steps} steps of {rows} rows on {loop.accelerator.device}")
+    if arguments.run.resume_from_checkpoint == "last" and found is None:
+        print("no checkpoint had been written yet")
