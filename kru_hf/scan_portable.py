@@ -187,6 +187,7 @@ def backward(
         u = cell.to_matrices(inputs[:, chunk].permute(2, 1, 0, 3))  # (M, C, B, N)
         (u,) = _select(here, (u,))  # what is held has finite derivatives, whatever the input
         local = cell.derivatives(products, u, b, before, after)
+        del products, u, before, after  # as large as a chunk of the inputs each
         by_u: list[Tensor] = []  # of the steps, last first
         by_products: list[Tensor] = []
         by_h: list[Tensor] = []

@@ -12,6 +12,7 @@ from kru_hf import (
     KRUForTokenClassification,
     KRUModel,
 )
+from kru_hf.cells import BY_TYPE
 from kru_hf.configuration_kru import CELL_TYPES
 from kru_hf.readout import normed_linear
 from training.common.errors import UserError
@@ -20,7 +21,9 @@ from training.models.build import build_model
 from training.options.model import ModelOptions
 
 CELLS = list(CELL_TYPES)
-STATE_WIDTH = {"kru": 12, "kru_lstm": 6, "kru_gru": 6, "kru_janet": 6}  # features of one direction: 2N or N with N = 6
+STATE_WIDTH = {
+    name: 6 * cell.feature_planes for name, cell in BY_TYPE.items()
+}  # features of one direction: 2N or N with N = 6
 WIRED = [{"wiring": "plain"}, {"wiring": "plain", "io_rank": 3}, {"wiring": "residual"}]
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
 EVERY_WIRING = pytest.mark.parametrize("wiring", WIRED, ids=lambda w: "-".join(map(str, w.values())))
