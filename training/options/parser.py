@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 from collections.abc import Callable
 from types import NoneType
@@ -84,8 +85,16 @@ def given_values(classes: list[Any], words: list[str], program: str) -> dict[str
     return values
 
 
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether an option has no default."""
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
 def make(classes: list[Any], values: dict[str, Any]) -> list[Any]:
-    """One object of each dataclass."""
+    """One object of each dataclass; `UserError` names the options without a default that are not given."""
+    missing = [name for name, field in fields_of(classes).items() if is_required(field) and name not in values]
+    if missing:
+        raise UserError(f"the following options are required: {', '.join(f'--{name}' for name in missing)}")
     return [kind(**{name: values[name] for name in fields_of([kind]) if name in values}) for kind in classes]
 
 
