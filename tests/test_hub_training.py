@@ -13,7 +13,7 @@ from hub_client import ROOT, client, module, python, served_hub
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 
-from training import publish
+from training.records import publishing
 from training.records.publishing import publish_folder
 from training.train import main
 
@@ -162,7 +162,7 @@ def test_what_would_fail_at_the_end_is_refused_before_the_start(
     hub.add_repo("me/public")
     hub.add_repo("me/bert", {"config.json": b'{"model_type": "bert"}'})
     before = {key: dict(repo.refs) for key, repo in hub.repos.items()}
-    monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint=hub.url, token=token))
+    monkeypatch.setattr(publishing, "HfApi", partial(HfApi, endpoint=hub.url, token=token))
     arguments = [*SMALL, "--dataset", str(text_file), "--output_dir", str(tmp_path / "run"), *push()]
     arguments += ["--hub_model_id", repo_id, "--data_license", "own", *words]
     assert main(arguments) == 1
@@ -175,7 +175,7 @@ def test_push_without_a_network_ends_before_training(hub, text_file, tmp_path, m
     arguments = [*SMALL, "--dataset", str(text_file), "--output_dir", str(tmp_path / "run"), *push()]
     with HubServer() as gone:
         pass
-    monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint=gone.url, token="hf_me"))
+    monkeypatch.setattr(publishing, "HfApi", partial(HfApi, endpoint=gone.url, token="hf_me"))
     assert main([*arguments, "--data_license", "own"]) == 1
     assert "the Hub cannot be reached" in capsys.readouterr().err
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
