@@ -119,7 +119,7 @@ def test_batches_cover_a_pass_once_and_do_not_depend_on_the_slots():
 
 
 def test_bad_options_of_generated_tasks():
-    with pytest.raises(UserError, match="sequence_length=1 is not valid: it must be 2 or more"):
+    with pytest.raises(UserError, match="sequence_length=1 is not valid: it must be at most 1000000, and 2 or more"):
         small("adding", sequence_length=1)
     with pytest.raises(UserError, match="dataset='mnist' is not valid"):
         make("adding", {"dataset": "mnist"})

@@ -31,9 +31,6 @@ from kru_hf import (
 from kru_hf.kronecker import to_complex, to_planes
 from kru_hf.recurrence import KRURecurrence
 
-# Options of the soft model that mean nothing here.
-SOFT_ONLY = frozenset(["unitary_loss_coef", "recurrent_init_scale", "cell_type", "recurrent_terms"])
-
 
 @strict
 class UnitaryKRUConfig(KRUConfig):

@@ -34,6 +34,13 @@ AT_LEAST_0: Allowed = ("0 or more", lambda value: value >= 0)
 FINITE: Allowed = ("0 or more and finite", lambda value: 0 <= value < math.inf)
 SHARE: Allowed = ("between 0 and 1", lambda value: 0 <= value <= 1)
 MOMENTUM: Allowed = ("0 or more and less than 1", lambda value: 0 <= value < 1)
+
+
+def at_most(high: int, low: int = 1) -> Allowed:
+    """Whole numbers from `low` to `high`."""
+    return f"at most {high}, and {low} or more", lambda value: low <= value <= high
+
+
 SEED: Allowed = (f"between 0 and {MAX_SEED}", lambda value: 0 <= value <= MAX_SEED)
 
 

@@ -18,6 +18,7 @@ from .fields import (
     Condition,
     Is,
     Options,
+    at_most,
     option,
     require,
 )
@@ -100,7 +101,7 @@ class TrainingOptions(Options):
     num_threads: int = training(
         0,
         "CPU threads a process; 0 shares the cores out among this machine's processes.",
-        allowed=(f"at most {MAX_THREADS}, and 0 or more", lambda value: 0 <= value <= MAX_THREADS),
+        allowed=at_most(MAX_THREADS, 0),
     )
     use_cpu: bool = training(False, "Train on the CPU even if there is an accelerator.")
     eval_steps: int = training(200, "Steps between evaluations on the validation data.", allowed=AT_LEAST_1)

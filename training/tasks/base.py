@@ -4,8 +4,9 @@ Protocol
 --------
 The file `training/tasks/<name>.py` defines
 
-- `Options`: a dataclass of the task's own flat options (each field has `metadata={"help": …}` and is checked in
-  `__post_init__`). They become command-line options and recipe keys when `--task <name>` is chosen.
+- `Options`: a dataclass of the task's own flat options (each field is an `option` of
+  `options/fields.py`, which says what it may be). They become command-line options and recipe keys when
+  `--task <name>` is chosen.
 - a subclass of `Task`, and at the end of the file `TASK = ThatSubclass`.
 
 The driver (`loop.py`, `lightning_module.py`, `evaluate.py`) calls, in this order:

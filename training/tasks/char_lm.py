@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from kru_hf import build_char_tokenizer
 from ..common.errors import UserError
 from ..data.corpora import Corpus, load_corpus
 from ..data.splits import SPLITS
+from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch, Layout, Task, TaskOutput
 
 EVAL_WINDOW = 256  # characters of a row in one evaluation call where the state is carried; no effect on the figure
@@ -24,21 +25,14 @@ IGNORED = -100  # label that is not scored
 
 
 @dataclass
-class CharOptions:
+class CharOptions(Options):
     """Options of character language modelling."""
 
-    sequence_length: int = field(default=128, metadata={"help": "Characters of a stream in one training window (T)."})
-    carry_state: bool = field(
-        default=True, metadata={"help": "Whether a window starts from the state after the one before, or from zero."}
+    sequence_length: int = option(128, "Characters of a stream in one training window (T).", allowed=AT_LEAST_1)
+    carry_state: bool = option(True, "Whether a window starts from the state after the one before, or from zero.")
+    eval_streams: int = option(
+        8, "Rows that an evaluation split is cut into, each started from a zero state.", allowed=AT_LEAST_1
     )
-    eval_streams: int = field(
-        default=8, metadata={"help": "Rows that an evaluation split is cut into, each started from a zero state."}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("sequence_length", "eval_streams"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is not valid: it must be 1 or more")
 
 
 class CharLM(Task):

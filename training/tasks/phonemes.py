@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,29 @@ from ..data.espeak import load_espeak
 from ..data.speech import FEATURES, Utterance, features, frame_labels, load_timit, phone_classes
 from ..data.splits import SPLITS
 from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
+from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch, Layout, TaskOutput
-from .sequences import IGNORED, SequenceTask, check_at_least
+from .sequences import IGNORED, SequenceTask
 
 ESPEAK = "espeak"
 LENGTH_NOISE = 0.1  # spread of the log lengths by which utterances are put together: other company in every pass
 
 
 @dataclass
-class PhonemeOptions:
+class PhonemeOptions(Options):
     """Options of framewise phoneme classification."""
 
-    phone_set: int | None = field(
-        default=None, metadata={"help": "Classes of TIMIT: 61 (default), or 39 with its standard folding."}
+    phone_set: int | None = option(
+        None,
+        "Classes of TIMIT: 61 (default), or 39 with its standard folding.",
+        allowed=("61 or 39", (61, 39).__contains__),
     )
-    test_split: str | None = field(
-        default=None, metadata={"help": "TIMIT's test speakers: core (24, the default) or complete (168)."}
+    test_split: str | None = option(
+        None,
+        "TIMIT's test speakers: core (24, the default) or complete (168).",
+        allowed=("core or complete", ("core", "complete").__contains__),
     )
-    eval_batch_size: int = field(default=8, metadata={"help": "Utterances in one evaluation call; changes no figure."})
-
-    def __post_init__(self) -> None:
-        if self.phone_set not in (None, 61, 39):
-            raise UserError(f"phone_set={self.phone_set} is not valid: it must be 61 or 39")
-        if self.test_split not in (None, "core", "complete"):
-            raise UserError(f"test_split={self.test_split!r} is not valid: it must be core or complete")
-        check_at_least(self, eval_batch_size=1)
+    eval_batch_size: int = option(8, "Utterances in one evaluation call; changes no figure.", allowed=AT_LEAST_1)
 
 
 class Phonemes(SequenceTask):

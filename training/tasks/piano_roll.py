@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from kru_hf import KRUCache
 from kru_hf.piano_roll import MAX_GRID, NUM_PITCHES, roll_to_frames
 from kru_hf.piano_roll_head import frame_nats
 
-from ..common.errors import UserError
 from ..data.music_data import CHORALES, Pieces, describe_report, load_pieces
 from ..models import piano_roll_head as piano_roll_baseline  # noqa: F401 (registers the baselines' head)
+from ..options.fields import AT_LEAST_0, AT_LEAST_1, Options, at_most, option
 from .base import Batch, Layout, Task, TaskOutput
 
 EVAL_WINDOW = 512  # frames of a piece in one evaluation call; no effect on the figure
@@ -25,25 +25,18 @@ LENGTH_NOISE = 0.2  # spread of the log lengths by which pieces are put together
 
 
 @dataclass
-class PianoRollOptions:
+class PianoRollOptions(Options):
     """Options of music modelling."""
 
-    sequence_length: int = field(
-        default=128, metadata={"help": "Frames of a piece in one training window (T); longer pieces carry their state."}
+    sequence_length: int = option(
+        128, "Frames of a piece in one training window (T); longer pieces carry their state.", allowed=AT_LEAST_1
     )
-    frames_per_quarter: int = field(
-        default=4, metadata={"help": "Grid of MIDI files and chorales; tables of notes bring their own."}
+    frames_per_quarter: int = option(
+        4, "Grid of MIDI files and chorales; tables of notes bring their own.", allowed=at_most(MAX_GRID)
     )
-    transpose: int = field(
-        default=0, metadata={"help": "Training pieces are shifted by up to that many semitones either way; 0: never."}
+    transpose: int = option(
+        0, "Training pieces are shifted by up to that many semitones either way; 0: never.", off=0, allowed=AT_LEAST_0
     )
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("sequence_length", 1), ("frames_per_quarter", 1), ("transpose", 0)):
-            if getattr(self, name) < lowest:
-                raise UserError(f"{name}={getattr(self, name)} is not valid: it must be {lowest} or more")
-        if self.frames_per_quarter > MAX_GRID:
-            raise UserError(f"frames_per_quarter={self.frames_per_quarter} is not valid: it must be at most {MAX_GRID}")
 
 
 class PianoRollTask(Task):

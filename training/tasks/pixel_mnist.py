@@ -5,7 +5,7 @@ A step is one pixel in [0, 1], row by row or in a fixed permutation of the whole
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,17 @@ import torch
 from ..common.files import fingerprint
 from ..data.pixels import DIGITS, Pictures, fixed_permutation, load_pictures
 from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
+from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch
-from .sequences import SequenceTask, check_at_least
+from .sequences import SequenceTask
 
 
 @dataclass
-class PixelOptions:
+class PixelOptions(Options):
     """Options of classification pixel by pixel."""
 
-    permuted: bool = field(default=False, metadata={"help": "Whether the pixels are read in the fixed permutation."})
-    eval_batch_size: int = field(default=50, metadata={"help": "Pictures in one evaluation call; changes no figure."})
-
-    def __post_init__(self) -> None:
-        check_at_least(self, eval_batch_size=1)
+    permuted: bool = option(False, "Whether the pixels are read in the fixed permutation.")
+    eval_batch_size: int = option(50, "Pictures in one evaluation call; changes no figure.", allowed=AT_LEAST_1)
 
 
 class PixelMNIST(SequenceTask):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,46 +14,25 @@ from torch.nn import functional as F
 
 from ..common.errors import UserError
 from ..options.data import DataOptions
+from ..options.fields import AT_LEAST_0, AT_LEAST_1, Options, at_most, option
 from .base import Batch, Layout, Task, TaskOutput
 
-# What can still be drawn and ordered in memory.
-MOST = {"sequence_length": 10**6, "train_samples": 10**8, "validation_samples": 10**8, "test_samples": 10**8}
 IGNORED = -100  # label that is not scored
 
 
-def check_at_least(options: Any, **lowest: int) -> None:
-    """Raise `UserError` for an option below its lowest value."""
-    for name, low in lowest.items():
-        if getattr(options, name) < low:
-            raise UserError(f"{name}={getattr(options, name)} is not valid: it must be {low} or more")
-
-
 @dataclass
-class GeneratedOptions:
-    """Options of tasks whose data are generated: the paper's sizes are 100,000 and 10,000."""
+class GeneratedOptions(Options):
+    """Options of tasks whose data are generated: the paper's sizes are 100,000 and 10,000.
 
-    sequence_length: int = field(default=100, metadata={"help": "The task's T."})
-    train_samples: int = field(default=100_000, metadata={"help": "Training sequences."})
-    validation_samples: int = field(default=1_000, metadata={"help": "Validation sequences."})
-    test_samples: int = field(default=10_000, metadata={"help": "Test sequences."})
-    data_seed: int = field(
-        default=0, metadata={"help": "Seed of the generated data; --seed moves the weights and the order alone."}
-    )
-    eval_batch_size: int = field(default=50, metadata={"help": "Sequences in one evaluation call; changes no figure."})
+    At most as many as can be drawn and ordered in memory.
+    """
 
-    def __post_init__(self) -> None:
-        check_at_least(
-            self,
-            sequence_length=2,
-            train_samples=1,
-            validation_samples=1,
-            test_samples=1,
-            data_seed=0,
-            eval_batch_size=1,
-        )
-        for name, most in MOST.items():
-            if getattr(self, name) > most:
-                raise UserError(f"{name}={getattr(self, name)} is not valid: it must be at most {most}")
+    sequence_length: int = option(100, "The task's T.", allowed=at_most(10**6, 2))
+    train_samples: int = option(100_000, "Training sequences.", allowed=at_most(10**8))
+    validation_samples: int = option(1_000, "Validation sequences.", allowed=at_most(10**8))
+    test_samples: int = option(10_000, "Test sequences.", allowed=at_most(10**8))
+    data_seed: int = option(0, "Seed of the generated data; --seed moves weights and order alone.", allowed=AT_LEAST_0)
+    eval_batch_size: int = option(50, "Sequences in one evaluation call; changes no figure.", allowed=AT_LEAST_1)
 
     def samples(self, split: str) -> int:
         """Sequences of a split."""
