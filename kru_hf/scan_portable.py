@@ -185,7 +185,7 @@ def backward(
         flat = before[0].flatten(0, 1)  # (C·B, N)
         products = _products(groups, flat, cell.matrices).unflatten(1, (-1, batch))  # (M, C, B, N)
         u = cell.to_matrices(inputs[:, chunk].permute(2, 1, 0, 3))  # (M, C, B, N)
-        (u,) = _select(here, (u,))  # what is held has finite derivatives, whatever the input
+        products, u = _select(here, (products, u))  # what is held has finite derivatives, whatever W and the input
         local = cell.derivatives(products, u, b, before, after)
         del products, u, before, after  # as large as a chunk of the inputs each
         by_u: list[Tensor] = []  # of the steps, last first
