@@ -92,6 +92,14 @@ def _select(condition: Tensor | None, taken: State, other: State | None = None) 
     return tuple(torch.where(where, a, b) for a, b in zip(taken, other, strict=True))
 
 
+def _taken(here: Tensor | None, local: State) -> State:
+    """Derivatives (C, B, N) or (C, k, B, N) of steps that are taken (C × B); of held ones 0, so that no NaN leaks."""
+    if here is None:
+        return local
+    where = here.unsqueeze(-1)  # (C, B, 1)
+    return tuple(torch.where(where if x.dim() == 3 else where.unsqueeze(1), x, x.new_zeros(())) for x in local)
+
+
 def _step_of(times: Tensor | None, t: int | slice) -> Tensor | None:
     """Column(s) of a mask (B, T): (B,) or, for a chunk, (C, B)."""
     return None if times is None else times[:, t].mT if isinstance(t, slice) else times[:, t]
@@ -185,8 +193,7 @@ def backward(
         flat = before[0].flatten(0, 1)  # (C·B, N)
         products = _products(groups, flat, cell.matrices).unflatten(1, (-1, batch))  # (M, C, B, N)
         u = cell.to_matrices(inputs[:, chunk].permute(2, 1, 0, 3))  # (M, C, B, N)
-        products, u = _select(here, (products, u))  # what is held has finite derivatives, whatever W and the input
-        local = cell.derivatives(products, u, b, before, after)
+        local = _taken(here, cell.derivatives(products, u, b, before, after))
         del products, u, before, after  # as large as a chunk of the inputs each
         by_u: list[Tensor] = []  # of the steps, last first
         by_products: list[Tensor] = []

@@ -125,3 +125,16 @@ def test_one_number_that_is_none(cell, value, argument, backend):
 def test_drawn_calls(seed):
     """A small part of what ``tests/fuzz_native.py`` runs."""
     assert not {s: faults for s in range(seed, seed + 40) if (faults := fuzz_native.check(s))}
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        6860,  # held steps and factors that are not finite
+        4919,  # held steps and a bias that is infinite, of the cell with peepholes
+        3247,  # a gate closed by an infinite cell: 0 times infinity is NaN
+        7180,  # the same by an infinite bias
+    ],
+)
+def test_drawn_calls_that_once_failed(seed):
+    assert fuzz_native.check(seed) == []
