@@ -1,4 +1,4 @@
-"""The two wirings of a layer, and the cell in it that a config names."""
+"""The two types of block, and the cell in it that a config names."""
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer

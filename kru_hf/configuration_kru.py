@@ -18,8 +18,13 @@ logger = logging.getLogger(__name__)
 
 CELL_TYPES = tuple(BY_TYPE)
 GATED_TYPES = tuple(name for name, cell in BY_TYPE.items() if not cell.complex)
-WIRINGS = ("residual", "plain")
+BLOCK_TYPES = ("residual", "plain")
 RECURRENT_INITS = ("random", "identity")
+
+# Fields that there were, and what stands in their place: said wherever one is still given.
+REMOVED = {
+    "wiring": "it is called block_type",
+}
 
 # What transformers and the Hub read in a config.json without declaring it: no reason for a warning.
 _READ_ELSEWHERE = (
@@ -39,7 +44,7 @@ LIMITS = {
     "num_hidden_layers": 2**12,
     "vocab_size": 2**24,
     "state_size": MOST_UNITS,
-    "hidden_size": 4 * MOST_UNITS,  # with the plain wiring that of the states
+    "hidden_size": 4 * MOST_UNITS,  # with plain blocks that of the states
     "intermediate_size": 2**20,
     "io_rank": 2**20,
     "kronecker_terms": 2**20,
@@ -65,19 +70,19 @@ class KRUConfig(PreTrainedConfig):
         cell_type: "kru", the paper's complex recurrence; "kru_lstm", "kru_gru" or "kru_janet" (an LSTM with a forget
             gate alone: half the parameters), gated cells of N real units, a set of real factors a gate and no soft
             unitary penalty.
-        num_hidden_layers: recurrent layers; 1 with the plain wiring (default there), 2 by default otherwise.
+        num_hidden_layers: recurrent layers; 1 with plain blocks (default there), 2 by default otherwise.
         hidden_size: D, width of the real features between layers (128 by default); if plain that of the states: 2·N
             (N for gated cells), twice that if bidirectional.
-        wiring: "residual" (pre-norm blocks D → 2N → scan → D) or "plain" (the paper's network in one layer: the
+        block_type: "residual" (pre-norm blocks D → 2N → scan → D) or "plain" (the paper's network in one layer: the
             embedding is the input map U, the head reads [Re h; Im h]).
         bidirectional: a second recurrence in each layer runs from the end of the sequence, and the features of both are
             read. Such a model has no state to carry: it classifies, but neither generates nor streams, and
             ``use_cache`` becomes False.
         io_rank: None for full-rank input and readout maps, else their rank: both pass through that width.
-        kronecker_terms: n, the maps of the residual wiring (input, output, feed-forward) are sums of n Kronecker
+        kronecker_terms: n, the maps of residual blocks (input, output, feed-forward) are sums of n Kronecker
             products of (n, n) and (out/n, in/n) matrices: full rank for 1/n of the parameters (PHM layers, Zhang et
             al. 2021). None: dense. n divides ``hidden_size``, the width of the states and ``intermediate_size``.
-        intermediate_size: width of a gated feed-forward block after each recurrence (residual wiring); None for none.
+        intermediate_size: width of a gated feed-forward block after each recurrence (residual blocks); None for none.
         readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
         recurrent_terms: R, terms of the recurrent matrix W = Σ_r ⊗_f W_f^(r), each with factors of its own. R > 1: the
             terms start scaled by 1/√R, and the penalty is ‖W^H W − I‖² of W itself.
@@ -91,10 +96,10 @@ class KRUConfig(PreTrainedConfig):
         chrono_max_length: T_max in steps, for gated cells: the gates start with memories spread over 1 … T_max steps
             (chrono initialisation, Tallec & Ollivier 2018). None: forget bias 1, all biases 0 (kru_gru).
         input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants);
-            of the entries of U where the plain wiring reads frames.
+            of the entries of U where plain blocks reads frames.
         activation: "modrelu" or "identity" (the linear network, without a bias).
         input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
-            the residual branches (0 with the plain wiring, which has none).
+            the residual branches (0 with plain blocks, which has none).
         unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
             1.5 on text and gradients through carried state explode within 500 steps; 0.1 holds it near 1.1.
         train_factors: False freezes W at its start (the paper's copy-memory setting).
@@ -102,7 +107,7 @@ class KRUConfig(PreTrainedConfig):
         input_size: width of continuous frames given as ``input_values``; None for token ids alone.
         layer_norm_epsilon: of every RMS norm.
         initializer_range: standard deviation of the output head's weights at the start, and of the embedding if tied.
-        tie_word_embeddings: the embedding is the head as well. With the plain wiring it is U and starts as U does; the
+        tie_word_embeddings: the embedding is the head as well. With plain blocks it is U and starts as U does; the
             normalised state is then divided by the square root of its width, as in T5.
 
     As every config of transformers it takes other names (``tokenizer_class``, notes of tools) and keeps them, with
@@ -122,7 +127,7 @@ class KRUConfig(PreTrainedConfig):
     cell_type: str = "kru"
     num_hidden_layers: int | None = None
     hidden_size: int | None = None
-    wiring: str = "residual"
+    block_type: str = "residual"
     bidirectional: bool = False
     io_rank: int | None = None
     kronecker_terms: int | None = None
@@ -170,12 +175,12 @@ class KRUConfig(PreTrainedConfig):
         """The config of a saved dictionary, with the options in ``kwargs`` in place of its own.
 
         They are put in before the config is built, so that what follows from them (shapes of the factors, defaults of
-        the cell and of the wiring) follows again, and everything is validated.
+        the cell and of the block_type) follows again, and everything is validated.
 
         Raises:
             ValueError, TypeError: as the constructor.
         """
-        cls._check_names(kwargs, warn=False)
+        cls._check_names([*kwargs, *(name for name in config_dict if name in REMOVED)], warn=False)
         options = {name: value for name, value in config_dict.items() if cls._has(name)}
         notes = {name: value for name, value in config_dict.items() if not cls._has(name)}
         given = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
@@ -199,7 +204,10 @@ class KRUConfig(PreTrainedConfig):
 
     @classmethod
     def _check_names(cls, names: Iterable[str], warn: bool = True) -> None:
-        """Refuse misspelt options, which would become attributes that nothing reads, and warn of other such names."""
+        """Refuse removed and misspelt options, which nothing would read, and warn of other names."""
+        for name in names:
+            if name in REMOVED:
+                raise TypeError(f"KRUConfig has no {name} any more: {REMOVED[name]}")
         notes = [name for name in names if not cls._has(name)]
         for name in notes:
             if isinstance(getattr(cls, name, None), property) and name != "layer_types":
@@ -228,8 +236,8 @@ class KRUConfig(PreTrainedConfig):
                     raise ValueError(f"{name} must be at least 0 and below vocab_size = {self.vocab_size}, got {token}")
 
     def _derived_defaults(self) -> dict[str, Any]:
-        """What options that are not given become, by the cell, the wiring and the shapes."""
-        plain = self.wiring == "plain"
+        """What options that are not given become, by the cell, the block type and the shapes."""
+        plain = self.block_type == "plain"
         return {
             "num_hidden_layers": 1 if plain else 2,
             "hidden_size": self.feature_planes * int(self.state_size or 0) if plain else 128,
@@ -281,8 +289,8 @@ class KRUConfig(PreTrainedConfig):
 
     @property
     def embedding_size(self) -> int:
-        """Width of the token embedding: with the plain wiring that of U x or of its low-rank map, else D."""
-        if self.wiring != "plain":
+        """Width of the token embedding: with plain blocks that of U x or of its low-rank map, else D."""
+        if self.block_type != "plain":
             return int(self.hidden_size or 0)
         return (
             self.io_rank
@@ -293,7 +301,7 @@ class KRUConfig(PreTrainedConfig):
     @property
     def feature_size(self) -> int:
         """Width of what the body returns and a head reads: r with low-rank plain maps, else D."""
-        return self.io_rank if self.wiring == "plain" and self.io_rank is not None else int(self.hidden_size or 0)
+        return self.io_rank if self.block_type == "plain" and self.io_rank is not None else int(self.hidden_size or 0)
 
     @property
     def recurrent_cell(self) -> Cell:
@@ -327,7 +335,7 @@ class KRUConfig(PreTrainedConfig):
             raise ValueError(f"factor_size is read at construction: it must be None later, got {self.factor_size}")
         choices = {
             "cell_type": CELL_TYPES,
-            "wiring": WIRINGS,
+            "block_type": BLOCK_TYPES,
             "activation": ACTIVATIONS,
             "recurrent_init": RECURRENT_INITS,
             "scan_backend": BACKENDS,
@@ -383,35 +391,35 @@ class KRUConfig(PreTrainedConfig):
         if self.tie_word_embeddings and self.embedding_size != self.feature_size:
             raise ValueError(
                 f"tie_word_embeddings needs an embedding as wide as what the head reads, got {self.embedding_size} and "
-                f"{self.feature_size}: set io_rank, or wiring 'residual'"
+                f"{self.feature_size}: set io_rank, or block_type 'residual'"
             )
         if self.kronecker_terms is not None:
             self._validate_terms(self.kronecker_terms)
-        if self.wiring == "plain":
+        if self.block_type == "plain":
             if self.intermediate_size is not None:
                 raise ValueError(
-                    f"wiring 'plain' has no feed-forward block: intermediate_size must be None, "
+                    f"block_type 'plain' has no feed-forward block: intermediate_size must be None, "
                     f"got {self.intermediate_size}"
                 )
             if self.hidden_dropout:
                 raise ValueError(
-                    f"wiring 'plain' has no residual branches: hidden_dropout must be 0, got {self.hidden_dropout}"
+                    f"block_type 'plain' has no residual branches: hidden_dropout must be 0, got {self.hidden_dropout}"
                 )
             if self.num_hidden_layers != 1:
                 raise ValueError(
-                    f"wiring 'plain' is one layer: num_hidden_layers must be 1, got {self.num_hidden_layers}"
+                    f"block_type 'plain' is one layer: num_hidden_layers must be 1, got {self.num_hidden_layers}"
                 )
             width = self.feature_planes * int(self.state_size or 0)
             if self.hidden_size != width:
                 raise ValueError(
-                    f"wiring 'plain' has hidden_size = {self.feature_planes} * state_size = {width}, "
+                    f"block_type 'plain' has hidden_size = {self.feature_planes} * state_size = {width}, "
                     f"got {self.hidden_size}"
                 )
 
     def _validate_terms(self, terms: int) -> None:
         """Each width that a sum of Kronecker products maps has to be a multiple of their number."""
-        if self.wiring == "plain":
-            raise ValueError(f"wiring 'plain' has no such maps: kronecker_terms must be None, got {terms}")
+        if self.block_type == "plain":
+            raise ValueError(f"block_type 'plain' has no such maps: kronecker_terms must be None, got {terms}")
         if self.io_rank is not None:
             raise ValueError(f"give io_rank or kronecker_terms, not both: got {self.io_rank} and {terms}")
         inputs, outputs = self.recurrent_cell.planes, self.recurrent_cell.feature_planes

@@ -1,4 +1,4 @@
-"""The gated feed-forward block that may follow a recurrence in the residual wiring."""
+"""The gated feed-forward block that may follow a recurrence of residual blocks."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -140,15 +140,15 @@ class KRUForSequenceClassification(_Classifier):
     """One set of K logits a sequence, read at its last attended step.
 
     A bidirectional model is read where each direction has seen the whole sequence: the forward one at the last
-    attended step, the reverse one at the first. With the full-rank plain wiring that is one half of the states at
-    either step, together D wide. Where a map has mixed the directions (residual wiring, or ``io_rank``) the features
+    attended step, the reverse one at the first. In a full-rank plain block that is one half of the states at
+    either step, together D wide. Where a map has mixed the directions (residual blocks, or ``io_rank``) the features
     of the two steps are joined, last step first: ``score`` then reads twice as many.
     The loss follows ``config.problem_type``: regression, single_label_classification or multi_label_classification.
     """
 
     @staticmethod
     def score_size(config: KRUConfig) -> int:
-        mixed = config.wiring != "plain" or config.io_rank is not None
+        mixed = config.block_type != "plain" or config.io_rank is not None
         return config.feature_size * (2 if config.bidirectional and mixed else 1)
 
     def pool(self, features: Tensor, mask: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ from .transforms import can_look_at
 class KRUModelOutput(ModelOutput):
     """Output of :class:`KRUModel`.
 
-    last_hidden_state: (B, T, D), or (B, T, r) with low-rank plain maps; with the full-rank plain wiring the states
+    last_hidden_state: (B, T, D), or (B, T, r) with low-rank plain maps; a full-rank plain block gives the states
         [Re h; Im h] (B, T, 2N) as they are: the heads normalise them while they read.
     past_key_values: the state after the last step. hidden_states: embeddings and each layer's output.
     unitary_loss: Σ over layers and factors of ‖W_f^H W_f − I‖², without λ; in training mode only. At any time
@@ -133,7 +133,7 @@ class KRUPreTrainedModel(PreTrainedModel):
     def read(self, features: Tensor, head: nn.Linear) -> Tensor:
         """``head`` on what :class:`KRUModel` returns, normalising states that come as they are: (B, T, out)."""
         config = self.config
-        raw = config.wiring == "plain" and config.io_rank is None and config.readout_norm
+        raw = config.block_type == "plain" and config.io_rank is None and config.readout_norm
         scale = undropped(config.state_dropout, self.training)
         if config.tie_word_embeddings:
             # The states point where U x does: normalised to length 1, they leave its rows to say how large logits are.
@@ -146,8 +146,8 @@ class KRUModel(KRUPreTrainedModel):
 
     def __init__(self, config: KRUConfig) -> None:
         super().__init__(config)
-        plain = config.wiring == "plain"
-        # With the plain wiring the embedding is the input map U, and |U x| has to reach past modReLU's bias.
+        plain = config.block_type == "plain"
+        # With plain blocks the embedding is the input map U, and |U x| has to reach past modReLU's bias.
         scale = config.input_scale if plain else 1.0
         self.embed_tokens = self.input_map = None
         if config.input_size is None:

@@ -16,7 +16,7 @@ def make_run(folder: Path) -> Path:
     """Write what `training.train` leaves in its output folder."""
     torch.manual_seed(0)
     tokenizer = build_char_tokenizer(TEXT)
-    config = KRUConfig(vocab_size=len(tokenizer), state_size=64, factor_size=4, wiring="plain", pad_token_id=0)
+    config = KRUConfig(vocab_size=len(tokenizer), state_size=64, factor_size=4, block_type="plain", pad_token_id=0)
     model = KRUForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

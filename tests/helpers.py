@@ -21,7 +21,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 def tiny_config(**options) -> KRUConfig:
     """6 units in factors 2x2 and 3x3, 11 tokens, token 0 pads."""
     defaults = {"vocab_size": 11, "factor_shapes": [[2, 2], [3, 3]], "pad_token_id": 0}
-    if options.get("wiring") != "plain":
+    if options.get("block_type") != "plain":
         defaults |= {"hidden_size": 8, "num_hidden_layers": 2}
     return KRUConfig(**(defaults | options))
 
@@ -36,18 +36,18 @@ def tiny_model(seed: int = 0, **options) -> KRUForCausalLM:
 
 
 # Every way to wire the maps around the recurrence.
-WIRINGS = [
-    {"wiring": "residual"},
-    {"wiring": "residual", "io_rank": 3},
-    {"wiring": "residual", "io_rank": 3, "intermediate_size": 5},
-    {"wiring": "residual", "kronecker_terms": 2, "intermediate_size": 6},
-    {"wiring": "plain"},
-    {"wiring": "plain", "io_rank": 3},
-    {"wiring": "plain", "readout_norm": False},
+BLOCKS = [
+    {"block_type": "residual"},
+    {"block_type": "residual", "io_rank": 3},
+    {"block_type": "residual", "io_rank": 3, "intermediate_size": 5},
+    {"block_type": "residual", "kronecker_terms": 2, "intermediate_size": 6},
+    {"block_type": "plain"},
+    {"block_type": "plain", "io_rank": 3},
+    {"block_type": "plain", "readout_norm": False},
 ]
 # The gated cells, each in one of them.
 GATED = [
-    {"wiring": "residual", "cell_type": "kru_lstm"},
-    {"wiring": "plain", "cell_type": "kru_gru", "io_rank": 3},
-    {"wiring": "residual", "cell_type": "kru_janet"},
+    {"block_type": "residual", "cell_type": "kru_lstm"},
+    {"block_type": "plain", "cell_type": "kru_gru", "io_rank": 3},
+    {"block_type": "residual", "cell_type": "kru_janet"},
 ]

@@ -29,7 +29,9 @@ VOCABULARY = 13
 
 def options(architecture: str, **values) -> ModelOptions:
     sizes = (
-        {"factor_shapes": "3x3,4x4", "wiring": "plain"} if architecture in ("kru", "unitary") else {"state_size": 12}
+        {"factor_shapes": "3x3,4x4", "block_type": "plain"}
+        if architecture in ("kru", "unitary")
+        else {"state_size": 12}
     )
     return ModelOptions(architecture=architecture, **{**sizes, **values})
 
@@ -95,7 +97,7 @@ def test_unitary_counts_as_the_soft_model_does():
 def test_unitary_forward_is_the_soft_models_with_its_factors():
     strict = new_model("unitary").eval()
     (cell,) = strict.cells()
-    soft = KRUForCausalLM(KRUConfig(vocab_size=VOCABULARY, factor_shapes=[[3, 3], [4, 4]], wiring="plain")).eval()
+    soft = KRUForCausalLM(KRUConfig(vocab_size=VOCABULARY, factor_shapes=[[3, 3], [4, 4]], block_type="plain")).eval()
     weights = {name: value for name, value in strict.state_dict().items() if "parametrizations" not in name}
     factors = {f"model.layers.0.recurrence.factors.{i}": factor.detach() for i, factor in enumerate(cell.factors)}
     soft.load_state_dict({**weights, **factors})

@@ -24,9 +24,9 @@ CELLS = list(CELL_TYPES)
 STATE_WIDTH = {
     name: 6 * cell.feature_planes for name, cell in BY_TYPE.items()
 }  # features of one direction: 2N or N with N = 6
-WIRED = [{"wiring": "plain"}, {"wiring": "plain", "io_rank": 3}, {"wiring": "residual"}]
+BLOCKS = [{"block_type": "plain"}, {"block_type": "plain", "io_rank": 3}, {"block_type": "residual"}]
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
-EVERY_WIRING = pytest.mark.parametrize("wiring", WIRED, ids=lambda w: "-".join(map(str, w.values())))
+EVERY_BLOCK = pytest.mark.parametrize("options", BLOCKS, ids=lambda w: "-".join(map(str, w.values())))
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
 
@@ -39,7 +39,7 @@ def both_ways(head=KRUModel, seed=0, **options):
 
 def one_way(model, reverse):
     """The unidirectional body with one direction of a plain bidirectional body's weights."""
-    options = {"cell_type": model.config.cell_type, "wiring": "plain", "io_rank": None}
+    options = {"cell_type": model.config.cell_type, "block_type": "plain", "io_rank": None}
     single = KRUModel(tiny_config(**options)).eval()
     layer = model.layers[0]
     single.layers[0].recurrence = layer.recurrence.reverse_cell if reverse else layer.recurrence.forward_cell
@@ -53,9 +53,9 @@ def one_way(model, reverse):
 
 
 @EVERY_CELL
-@pytest.mark.parametrize("wiring", WIRED[:2], ids=["full", "low-rank"])
-def test_plain_model_equals_two_runs(cell, wiring):
-    model = both_ways(cell_type=cell, **wiring)
+@pytest.mark.parametrize("options", BLOCKS[:2], ids=["full", "low-rank"])
+def test_plain_model_equals_two_runs(cell, options):
+    model = both_ways(cell_type=cell, **options)
     with torch.no_grad():
         ahead = one_way(model, reverse=False)(IDS).last_hidden_state
         behind = one_way(model, reverse=True)(IDS.flip(1)).last_hidden_state.flip(1)
@@ -69,7 +69,7 @@ def test_plain_model_equals_two_runs(cell, wiring):
 
 @EVERY_CELL
 def test_residual_layer_equals_two_runs(cell):
-    layer = both_ways(cell_type=cell, wiring="residual").layers[0]
+    layer = both_ways(cell_type=cell, block_type="residual").layers[0]
     x = torch.randn(2, 5, 8)
     mask = torch.tensor([[True] * 5, [False, True, True, True, False]])
     half = layer.recurrence.forward_cell.input_planes
@@ -84,7 +84,7 @@ def test_residual_layer_equals_two_runs(cell):
 
 @EVERY_CELL
 def test_sequences_are_read_where_each_direction_ends(cell):
-    model = both_ways(KRUForSequenceClassification, cell_type=cell, wiring="plain", num_labels=3)
+    model = both_ways(KRUForSequenceClassification, cell_type=cell, block_type="plain", num_labels=3)
     mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
     half = STATE_WIDTH[cell]
     assert model.score.in_features == 2 * half
@@ -97,7 +97,7 @@ def test_sequences_are_read_where_each_direction_ends(cell):
 
 
 def test_mixed_directions_are_read_at_both_ends():
-    model = both_ways(KRUForSequenceClassification, wiring="residual", num_labels=3)
+    model = both_ways(KRUForSequenceClassification, block_type="residual", num_labels=3)
     features = model.model(IDS).last_hidden_state
     assert model.score.in_features == 2 * features.shape[-1]
     expected = model.score(torch.cat((features[:, -1], features[:, 0]), 1))
@@ -105,10 +105,10 @@ def test_mixed_directions_are_read_at_both_ends():
 
 
 @EVERY_CELL
-@EVERY_WIRING
+@EVERY_BLOCK
 @pytest.mark.parametrize("head", [KRUForSequenceClassification, KRUForTokenClassification])
-def test_padding_on_either_side_changes_nothing_and_models_save(head, cell, wiring, tmp_path):
-    model = both_ways(head, cell_type=cell, num_labels=3, **wiring)
+def test_padding_on_either_side_changes_nothing_and_models_save(head, cell, options, tmp_path):
+    model = both_ways(head, cell_type=cell, num_labels=3, **options)
     with torch.no_grad():
         whole = model(IDS).logits
         for left, right in ((3, 0), (0, 3), (2, 1)):

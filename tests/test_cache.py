@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, assert_near, tiny_model
 
 from kru_hf import KRUCache
 
-EVERY = pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
+EVERY = pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
 IDS = torch.tensor([[3, 1, 4, 1, 5], [2, 6, 5, 3, 5], [8, 9, 7, 9, 3]])
 FIRST, LAST = IDS[:, :3], IDS[:, 3:]
 

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_config, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, assert_near, tiny_config, tiny_model
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrize, prune
@@ -22,7 +22,7 @@ from kru_hf import (
 from kru_hf.kronecker_linear import KroneckerLinear
 from kru_hf.readout import _as_installed, is_bare
 
-EVERY = pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
+EVERY = pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
 EIGHT_BITS = 0.05  # of the largest logit
 IDS = torch.randint(1, 11, (2, 5), generator=torch.Generator().manual_seed(0))
 
@@ -109,7 +109,7 @@ def test_an_adapter_of_the_embedding_is_trained(options):
 
 
 def test_pruned_weights_count_at_the_first_call():
-    model = tiny_model(wiring="plain")
+    model = tiny_model(block_type="plain")
     prune.random_unstructured(model.lm_head, "weight", amount=0.5)
     with torch.no_grad():
         model.lm_head.weight_orig.mul_(2)  # the weight itself is made anew by a hook, when the map is called
@@ -133,7 +133,9 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight(), self.bias)
 
 
-@pytest.mark.parametrize("options", [{"wiring": "residual"}, {"wiring": "plain", "io_rank": 3}, {"wiring": "plain"}])
+@pytest.mark.parametrize(
+    "options", [{"block_type": "residual"}, {"block_type": "plain", "io_rank": 3}, {"block_type": "plain"}]
+)
 def test_quantized_maps_are_called(options):
     model = tiny_model(**options)
     expected = model(IDS).logits
@@ -198,7 +200,7 @@ def test_hooks_of_all_modules_reach_every_map(options):
 @pytest.mark.filterwarnings("ignore:.*[Bb]ackward hook")
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 def test_a_hook_of_any_single_kind_reaches_the_head(kind):
-    model, seen = tiny_model(wiring="plain"), set()
+    model, seen = tiny_model(block_type="plain"), set()
     handle = getattr(hooks, f"register_module_{kind}")(lambda module, *_: seen.add(module))
     try:
         model(IDS, labels=IDS).loss.backward()
@@ -208,7 +210,7 @@ def test_a_hook_of_any_single_kind_reaches_the_head(kind):
 
 
 def test_what_a_hook_of_all_modules_returns_counts():
-    model = tiny_model(wiring="plain")
+    model = tiny_model(block_type="plain")
     handle = hooks.register_module_forward_hook(
         lambda module, args, output: 2 * output if module is model.lm_head else None
     )

@@ -107,7 +107,7 @@ def test_text_of_a_record_stays_text(folder: Path, key: str) -> None:
     edit(folder / "recipe.yaml", **dict.fromkeys(options, text))
     data = {**dict.fromkeys(("name", "sha256", "dataset_config", "dataset_revision"), MARKUP), f"train_{key}": MARKUP}
     edit(folder / "run.json", data=data, versions={key: MARKUP}, command=f"```\n{MARKUP}")
-    edit(folder / "config.json", wiring=MARKUP, recurrent_init=MARKUP, architectures=[f"{MARKUP}ForCausalLM"])
+    edit(folder / "config.json", block_type=MARKUP, recurrent_init=MARKUP, architectures=[f"{MARKUP}ForCausalLM"])
     own = {"name": folder.name, "setting": MARKUP, "label": MARKUP, "metric": "bpc", "released": folder.name}
     other = {**own, "released": None, "variant": MARKUP, "results": {"test_bpc": 1.0}, "commands": [f"```\n{MARKUP}"]}
     (folder.parent / "runs.jsonl").write_text(json.dumps(own) + "\n" + json.dumps(other) + "\n")

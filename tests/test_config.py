@@ -1,12 +1,18 @@
 """Options of a model: defaults, validation, round trips."""
 
+import json
+import re
 import warnings
+from functools import partial
 
 import pytest
 from helpers import tiny_config
 from transformers import AutoConfig, PreTrainedConfig
 
 from kru_hf import KRU, KRUConfig
+from kru_hf.configuration_kru import REMOVED
+from training.common.errors import UserError
+from training.loop.arguments import parse_arguments
 
 
 def test_defaults_are_valid():
@@ -20,8 +26,8 @@ def test_defaults_are_valid():
     [
         {},
         {"state_size": 64, "factor_size": 2},
-        {"factor_shapes": [(2, 3), (3, 2)], "wiring": "plain"},
-        {"wiring": "plain", "io_rank": 4, "state_size": 12},
+        {"factor_shapes": [(2, 3), (3, 2)], "block_type": "plain"},
+        {"block_type": "plain", "io_rank": 4, "state_size": 12},
         {"activation": "identity", "train_factors": False, "unitary_loss_coef": 0},
     ],
 )
@@ -33,7 +39,7 @@ def test_round_trip(options, tmp_path):
 
 
 def test_plain_width_is_the_state():
-    assert KRUConfig(wiring="plain", state_size=12).hidden_size == 24
+    assert KRUConfig(block_type="plain", state_size=12).hidden_size == 24
 
 
 @pytest.mark.parametrize(
@@ -53,12 +59,12 @@ def test_plain_width_is_the_state():
         ({"scan_backend": "numba"}, "scan_backend"),
         ({"recurrent_terms": 0}, "recurrent_terms must be at least 1, got 0"),
         ({"recurrent_terms": 2, "recurrent_init": "identity"}, "recurrent_terms must be 1, got 2"),
-        ({"wiring": "ring"}, "wiring"),
+        ({"block_type": "ring"}, "block_type"),
         ({"activation": "relu"}, "activation"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"io_rank": 0}, "io_rank"),
         ({"intermediate_size": 0}, "intermediate_size"),
-        ({"wiring": "plain", "intermediate_size": 8}, "intermediate_size must be None, got 8"),
+        ({"block_type": "plain", "intermediate_size": 8}, "intermediate_size must be None, got 8"),
         ({"kronecker_terms": 0}, "kronecker_terms must be at least 1, got 0"),
         ({"kronecker_terms": 5}, "kronecker_terms must divide hidden_size = 128, got 5"),
         ({"kronecker_terms": 4, "intermediate_size": 6}, "kronecker_terms must divide intermediate_size = 6, got 4"),
@@ -68,8 +74,8 @@ def test_plain_width_is_the_state():
             "kronecker_terms must divide the width of the states = 9, got 4",
         ),
         ({"kronecker_terms": 2, "io_rank": 8}, "give io_rank or kronecker_terms, not both: got 8 and 2"),
-        ({"kronecker_terms": 2, "wiring": "plain"}, "kronecker_terms must be None, got 2"),
-        ({"wiring": "plain", "hidden_dropout": 0.1}, "hidden_dropout must be 0, got 0.1"),
+        ({"kronecker_terms": 2, "block_type": "plain"}, "kronecker_terms must be None, got 2"),
+        ({"block_type": "plain", "hidden_dropout": 0.1}, "hidden_dropout must be 0, got 0.1"),
         ({"recurrent_init": "eye"}, "recurrent_init must be one of random, identity, got 'eye'"),
         ({"recurrent_init": "identity", "cell_type": "kru_gru"}, "recurrent_init of a gated cell must be 'random'"),
         ({"recurrent_init_max_phase": 0.0}, "recurrent_init_max_phase must be above 0 and at most π, got 0.0"),
@@ -85,8 +91,8 @@ def test_plain_width_is_the_state():
         ({"recurrent_init_scale": 0.0}, "recurrent_init_scale"),
         ({"bias_init": float("inf")}, "bias_init"),
         ({"bias_init": 0.5, "activation": "identity"}, r"bias_init of activation 'identity' must stay -0.1"),
-        ({"wiring": "plain", "num_hidden_layers": 2}, "one layer"),
-        ({"wiring": "plain", "hidden_size": 7}, "hidden_size"),
+        ({"block_type": "plain", "num_hidden_layers": 2}, "one layer"),
+        ({"block_type": "plain", "hidden_size": 7}, "hidden_size"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4,096, got 1,000,000,000"),
         ({"hidden_size": 10**12}, "hidden_size must be at most 67,108,864, got 1,000,000,000,000"),
         ({"state_size": 10**18 + 9}, "state_size must be at most 16,777,216"),
@@ -126,6 +132,24 @@ def test_misspelt_option_names_the_nearest(name, nearest):
         KRUConfig(**{name: 3})
     with pytest.raises(TypeError, match=f"no option '{name}'; did you mean '{nearest}'"):
         AutoConfig.for_model("kru", **{name: 3})
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_option_is_refused_wherever_it_is_given(name, tmp_path):
+    message = f"KRUConfig has no {name} any more: {re.escape(REMOVED[name])}"
+    KRUConfig().save_pretrained(tmp_path)
+    for load in (KRUConfig, partial(AutoConfig.from_pretrained, tmp_path)):
+        with pytest.raises(TypeError, match=message):
+            load(**{name: None})
+    path, recipe = tmp_path / "config.json", tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: None}))
+    for load in (AutoConfig.from_pretrained, KRUConfig.from_pretrained):
+        with pytest.raises(TypeError, match=message):
+            load(tmp_path)
+    recipe.write_text(f"{name}: 1\n")
+    for words, start in ((["--task=char_lm", f"--{name}=1"], "unknown option"), ([str(recipe)], ".*unknown key")):
+        with pytest.raises(UserError, match=f"{start} '.*{name}.*': {re.escape(REMOVED[name])}"):
+            parse_arguments(words)
 
 
 @pytest.mark.parametrize("name", ["embedding_size", "gated", "directions"])

@@ -24,7 +24,7 @@ def folder(tmp_path):
         ({"state_size": 24}, {"state_size": 24, "factor_shapes": [[4, 4], [6, 6]]}),
         ({"factor_shapes": [5, 2]}, {"state_size": 10, "factor_shapes": [[5, 5], [2, 2]]}),
         ({"cell_type": "kru_lstm"}, {"input_scale": 1.0, "recurrent_init_scale": 0.7, "hidden_size": 16}),
-        ({"wiring": "plain", "hidden_size": None}, {"num_hidden_layers": 1, "hidden_size": 24}),
+        ({"block_type": "plain", "hidden_size": None}, {"num_hidden_layers": 1, "hidden_size": 24}),
         ({"num_labels": 3, "use_cache": False}, {"num_labels": 3, "use_cache": False, "factor_shapes": [[12, 12]]}),
     ],
 )
@@ -53,7 +53,7 @@ def test_values_that_were_chosen_stay(tmp_path):
     [
         ({"cell_type": "bogus"}, "cell_type must be one of"),
         ({"unitary_loss_coef": -1.0}, "unitary_loss_coef must be non-negative"),
-        ({"wiring": "plain"}, "wiring 'plain' has hidden_size"),
+        ({"block_type": "plain"}, "block_type 'plain' has hidden_size"),
         ({"state_sise": 3}, "no option 'state_sise'; did you mean 'state_size'"),
     ],
 )

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_config, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, assert_near, tiny_config, tiny_model
 from transformers import DataCollatorWithFlattening
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification, KRUModel
 from kru_hf.cache_kru import KRUCache
 
-EVERY = pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
+EVERY = pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
 DOCUMENTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7], [4]]
 LENGTHS = [len(document) for document in DOCUMENTS]
 TOTAL = sum(LENGTHS)
@@ -91,7 +91,7 @@ def test_the_stock_collator_gives_the_loss_of_single_runs():
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
+@pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
 def test_classifiers_see_each_document_alone(options, bidirectional):
     options = options | {"bidirectional": bidirectional}
     model = build(KRUForTokenClassification, **options)
@@ -109,7 +109,7 @@ def test_classifiers_see_each_document_alone(options, bidirectional):
     assert_near(out.loss, sum(one.loss for one in single) / 4, NEAR)
 
 
-@pytest.mark.parametrize("options", [{}, {"wiring": "plain", "cell_type": "kru_gru"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"block_type": "plain", "cell_type": "kru_gru"}], ids=str)
 def test_pieces_of_music_in_a_row(options):
     model = build(KRUForPianoRoll, input_size=7, **options)
     frames = (torch.rand(1, TOTAL, 7, generator=torch.Generator().manual_seed(0)) < 0.3).double()
@@ -128,7 +128,7 @@ def test_hidden_states_keep_the_shape_of_the_batch():
         assert_near(hidden, torch.cat([one[index] for one in expected], 1), NEAR)
 
 
-@pytest.mark.parametrize("options", [{}, {"wiring": "plain"}, {"cell_type": "kru_lstm"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"block_type": "plain"}, {"cell_type": "kru_lstm"}], ids=str)
 def test_rows_of_several_documents_with_padding_and_a_carried_state(options):
     """The state belongs to the first document of a row, wherever its first step that counts stands."""
     model = build(KRUForCausalLM, **options)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import GATED, WIRINGS, tiny_model
+from helpers import BLOCKS, GATED, tiny_model
 
-EVERY = pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
-RESIDUAL = pytest.mark.parametrize("options", [w for w in [*WIRINGS, *GATED] if w["wiring"] == "residual"], ids=str)
+EVERY = pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
+RESIDUAL = pytest.mark.parametrize("options", [w for w in [*BLOCKS, *GATED] if w["block_type"] == "residual"], ids=str)
 ALL = 1 - 1e-9  # the probability 1 is not allowed
 IDS = torch.tensor([[3, 1, 4, 1, 5], [2, 6, 5, 3, 5]])
 
@@ -31,7 +31,7 @@ def test_input_dropout_hides_the_inputs_of_the_recurrence(options):
 def test_state_dropout_hides_the_states_from_the_readout(options):
     model = tiny_model(state_dropout=ALL, **options)
     layer = model.model.layers[0]
-    reader = layer.out_proj if options["wiring"] == "residual" else model.model.readout or model.lm_head
+    reader = layer.out_proj if options["block_type"] == "residual" else model.model.readout or model.lm_head
     assert seen_by(reader, model).any()
     assert not seen_by(reader, model.train()).any()
 

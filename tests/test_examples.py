@@ -25,7 +25,7 @@ def test_the_minimal_network_is_the_model(sizes):
     torch.manual_seed(0)
     minimal = load("kru_minimal").KRU(10, 9, sizes, bias=-0.05)
     config = KRUConfig(
-        vocab_size=10, num_labels=9, factor_shapes=sizes, wiring="plain", readout_norm=False, unitary_loss_coef=1.0
+        vocab_size=10, num_labels=9, factor_shapes=sizes, block_type="plain", readout_norm=False, unitary_loss_coef=1.0
     )
     model = KRUForTokenClassification(config).train()
     cell = model.model.layers[0].recurrence

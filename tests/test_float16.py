@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import GATED, WIRINGS, tiny_config
+from helpers import BLOCKS, GATED, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,9 +26,9 @@ def test_a_normed_map_is_that_of_float32(size):
     assert (x.grad.float() - wide.grad).abs().max() <= 5 * HALF * wide.grad.abs().max()
 
 
-# Not the residual wiring with gated cells: all is zero there until the first pixel, and the gradient of one norm after
+# Not residual blocks of gated cells: all is zero there until the first pixel, and the gradient of one norm after
 # another at zero, 10^6 with this epsilon, is no number of float16 either way.
-@pytest.mark.parametrize("options", [*WIRINGS, GATED[1]], ids=str)
+@pytest.mark.parametrize("options", [*BLOCKS, GATED[1]], ids=str)
 def test_gradients_are_finite_where_the_input_begins_with_silence(options):
     torch.manual_seed(0)
     model = KRUForTokenClassification(tiny_config(input_size=1, num_labels=4, **options)).train()

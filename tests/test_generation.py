@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, assert_near, tiny_model
 
-EVERY = pytest.mark.parametrize("wiring", WIRINGS + GATED, ids=lambda w: "-".join(map(str, w.values())))
+EVERY = pytest.mark.parametrize("options", BLOCKS + GATED, ids=lambda w: "-".join(map(str, w.values())))
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 NEW = {"max_new_tokens": 8, "do_sample": False}
 
@@ -16,8 +16,8 @@ def greedy_without_cache(model, ids, steps):
 
 
 @EVERY
-def test_greedy_with_and_without_cache(wiring):
-    model = tiny_model(**wiring)
+def test_greedy_with_and_without_cache(options):
+    model = tiny_model(**options)
     expected = greedy_without_cache(model, IDS, 8)
     assert torch.equal(model.generate(IDS, **NEW), expected)
     assert torch.equal(model.generate(IDS, use_cache=False, **NEW), expected)
@@ -25,8 +25,8 @@ def test_greedy_with_and_without_cache(wiring):
 
 
 @EVERY
-def test_left_padded_batch_equals_single_runs(wiring):
-    model = tiny_model(**wiring)
+def test_left_padded_batch_equals_single_runs(options):
+    model = tiny_model(**options)
     padded = torch.tensor([[0, 0, 0, 7, 2], [3, 1, 4, 1, 5]])
     mask = (padded != 0).long()
     batch = model.generate(padded, attention_mask=mask, **NEW)
@@ -35,8 +35,8 @@ def test_left_padded_batch_equals_single_runs(wiring):
 
 
 @EVERY
-def test_continue_from_a_returned_cache(wiring):
-    model = tiny_model(**wiring)
+def test_continue_from_a_returned_cache(options):
+    model = tiny_model(**options)
     options = {"do_sample": False, "suppress_tokens": [0]}  # generate would take a padding token in its input for one
     first = model.generate(IDS, return_dict_in_generate=True, max_new_tokens=3, **options)
     rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, **options)
@@ -44,8 +44,8 @@ def test_continue_from_a_returned_cache(wiring):
 
 
 @EVERY
-def test_beams_rank_by_the_model(wiring):
-    model = tiny_model(**wiring)
+def test_beams_rank_by_the_model(options):
+    model = tiny_model(**options)
     output = model.generate(
         IDS, num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True, **NEW
     )

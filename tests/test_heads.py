@@ -23,11 +23,11 @@ def config(**options):
     return KRUConfig(**({"vocab_size": 11, "state_size": 12, "factor_size": 3, "pad_token_id": 0} | options))
 
 
-@pytest.mark.parametrize("wiring", ["plain", "residual"])
+@pytest.mark.parametrize("block_type", ["plain", "residual"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_cache_padding_and_generation_equal_the_whole_run(cell, wiring):
+def test_cache_padding_and_generation_equal_the_whole_run(cell, block_type):
     torch.manual_seed(0)
-    model = KRUForCausalLM(config(cell_type=cell, wiring=wiring, initializer_range=0.5, input_scale=1.0)).eval()
+    model = KRUForCausalLM(config(cell_type=cell, block_type=block_type, initializer_range=0.5, input_scale=1.0)).eval()
     ids = torch.randint(1, 11, (2, 9))
     with torch.no_grad():
         whole = model(ids).logits
@@ -127,9 +127,9 @@ def test_a_config_serves_several_heads():
 
 def test_bad_arguments_are_named():
     with pytest.raises(StrictDataclassClassValidationError, match="hidden_size = 1"):
-        config(cell_type="kru_lstm", wiring="plain", hidden_size=24)
+        config(cell_type="kru_lstm", block_type="plain", hidden_size=24)
     with pytest.raises(StrictDataclassClassValidationError, match="tie_word_embeddings"):
-        config(cell_type="kru_gru", wiring="plain", tie_word_embeddings=True)
+        config(cell_type="kru_gru", block_type="plain", tie_word_embeddings=True)
     model = KRUForSequenceClassification(config(num_labels=3))
     with pytest.raises(ValueError, match="input_values needs"):
         model(input_values=torch.zeros(1, 2, 4))

@@ -76,7 +76,7 @@ def test_every_step_is_that_of_the_other_driver(pair):
             "cell_type": "kru_gru",
         },
         {"mixed_precision": "bf16"},
-        {"task": "piano_roll", "wiring": None, **PARTS},  # parts of different weight
+        {"task": "piano_roll", "block_type": None, **PARTS},  # parts of different weight
     ],
     ids=["accumulation", "plateau", "bf16", "pieces"],
 )

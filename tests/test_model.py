@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, tiny_config, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, RELATIVE, assert_near, tiny_config, tiny_model
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from kru_hf import KRUCache, KRUForCausalLM, KRUModel
 
-EVERY = pytest.mark.parametrize("wiring", WIRINGS + GATED, ids=lambda w: "-".join(map(str, w.values())))
+EVERY = pytest.mark.parametrize("options", BLOCKS + GATED, ids=lambda w: "-".join(map(str, w.values())))
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
 
@@ -22,8 +22,8 @@ def gradients(model, **inputs):
 
 
 @EVERY
-def test_save_and_load(wiring, tmp_path):
-    model = tiny_model(**wiring)
+def test_save_and_load(options, tmp_path):
+    model = tiny_model(**options)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(
@@ -36,8 +36,8 @@ def test_save_and_load(wiring, tmp_path):
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loaded_in_a_dtype_is_trainable_with_an_fp32_recurrence(wiring, dtype, tmp_path):
-    tiny_model(**wiring).save_pretrained(tmp_path)
+def test_loaded_in_a_dtype_is_trainable_with_an_fp32_recurrence(options, dtype, tmp_path):
+    tiny_model(**options).save_pretrained(tmp_path)
     model = KRUForCausalLM.from_pretrained(tmp_path, dtype=dtype).train()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad and not parameter.is_complex()
@@ -51,8 +51,8 @@ def test_loaded_in_a_dtype_is_trainable_with_an_fp32_recurrence(wiring, dtype, t
 
 
 @EVERY
-def test_autocast(wiring):
-    model = tiny_model(**wiring).train()
+def test_autocast(options):
+    model = tiny_model(**options).train()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(IDS, labels=IDS, use_cache=True)
     output.loss.backward()
@@ -61,7 +61,7 @@ def test_autocast(wiring):
 
 
 def test_autocast_leaves_the_residual_stream_of_frames_in_fp32():
-    model = KRUModel(tiny_config(wiring="residual", input_size=3)).train()
+    model = KRUModel(tiny_config(block_type="residual", input_size=3)).train()
     seen = []
     model.layers[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -71,8 +71,8 @@ def test_autocast_leaves_the_residual_stream_of_frames_in_fp32():
 
 @pytest.mark.parametrize("tied", [False, True])
 @EVERY
-def test_resize_embeddings(wiring, tied, tmp_path):
-    model = tiny_model(tie_word_embeddings=tied, **wiring)
+def test_resize_embeddings(options, tied, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied, **options)
     before = model(IDS).logits
     model.resize_token_embeddings(15)
     after = model(IDS).logits
@@ -86,8 +86,8 @@ def test_resize_embeddings(wiring, tied, tmp_path):
 
 @EVERY
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_windows_state_and_gradients(wiring, reentrant):
-    model = tiny_model(**wiring).train()
+def test_gradient_checkpointing_gives_the_same_windows_state_and_gradients(options, reentrant):
+    model = tiny_model(**options).train()
 
     def windows():
         model.zero_grad()
@@ -114,8 +114,8 @@ def test_gradient_checkpointing_gives_the_same_windows_state_and_gradients(wirin
 
 
 @EVERY
-def test_hidden_states_embeds_and_tuple(wiring):
-    model = tiny_model(**wiring)
+def test_hidden_states_embeds_and_tuple(options):
+    model = tiny_model(**options)
     output = model(IDS, output_hidden_states=True)
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     assert all(hidden.shape[:2] == IDS.shape for hidden in output.hidden_states)
@@ -130,16 +130,16 @@ def test_hidden_states_embeds_and_tuple(wiring):
 
 
 @EVERY
-def test_batch_equals_single_rows(wiring):
-    model = tiny_model(**wiring)
+def test_batch_equals_single_rows(options):
+    model = tiny_model(**options)
     batch = model(IDS).logits
     for row in range(2):
         assert_near(model(IDS[row : row + 1]).logits, batch[row : row + 1], LOGITS)
 
 
 @EVERY
-def test_left_padding_equals_single(wiring):
-    model = tiny_model(**wiring)
+def test_left_padding_equals_single(options):
+    model = tiny_model(**options)
     padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), IDS), 1)
     mask = torch.cat((torch.zeros(2, 3), torch.ones(2, 6)), 1).long()
     assert_near(model(padded, attention_mask=mask).logits[:, 3:], model(IDS).logits, LOGITS)
@@ -147,8 +147,8 @@ def test_left_padding_equals_single(wiring):
 
 
 @EVERY
-def test_state_carries_and_is_differentiable(wiring):
-    model = tiny_model(**wiring)
+def test_state_carries_and_is_differentiable(options):
+    model = tiny_model(**options)
     whole = model(IDS, use_cache=True)
     first = model(IDS[:, :2], use_cache=True)
     start = [state.detach().requires_grad_() for state in first.past_key_values.states]
@@ -176,9 +176,9 @@ def test_gradient_through_windows_is_that_of_the_whole():
 
 
 @EVERY
-def test_loss_and_penalty(wiring):
-    penalised = "cell_type" not in wiring  # gated cells have no penalty
-    model = tiny_model(**({"unitary_loss_coef": 0.5} if penalised else {}), **wiring)
+def test_loss_and_penalty(options):
+    penalised = "cell_type" not in options  # gated cells have no penalty
+    model = tiny_model(**({"unitary_loss_coef": 0.5} if penalised else {}), **options)
     output = model(IDS, labels=IDS)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     assert_near(output.loss, expected, RELATIVE[torch.float32])
@@ -233,11 +233,11 @@ def test_trainer_with_defaults_saves_and_evaluates(tmp_path):
 
 
 @EVERY
-def test_tied_embeddings_start_near_the_level_of_chance(wiring):
+def test_tied_embeddings_start_near_the_level_of_chance(options):
     """The embedding is the head as well, and what the head reads points where the embedding does."""
     torch.manual_seed(0)
     model = KRUForCausalLM(
-        tiny_config(tie_word_embeddings=True, state_size=144, factor_shapes=[[12, 12]] * 2, **wiring)
+        tiny_config(tie_word_embeddings=True, state_size=144, factor_shapes=[[12, 12]] * 2, **options)
     )
     assert model(IDS, labels=IDS).loss < math.log(11) + 1
 
@@ -263,7 +263,7 @@ def test_bad_inputs_are_named():
 
 
 def test_frozen_factors_and_counts():
-    model = KRUForCausalLM(tiny_config(wiring="plain", train_factors=False))
+    model = KRUForCausalLM(tiny_config(block_type="plain", train_factors=False))
     assert not any(p.requires_grad for _, p in model.recurrent_parameters())
     assert model.num_recurrent_parameters() == 2 * (4 + 9)
     # The paper's counts: complex input map, N biases, factors, real readout with its bias.
@@ -277,7 +277,9 @@ def test_calls_leak_nothing():
     assert torch.equal(model(IDS).logits, first)
 
 
-@pytest.mark.parametrize("options", [{"wiring": "residual"}, {"wiring": "plain", "io_rank": 3}, *GATED], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"block_type": "residual"}, {"block_type": "plain", "io_rank": 3}, *GATED], ids=str
+)
 def test_compiles_without_a_break(options):
     model = tiny_model(**options).train()
     expected = gradients(model, input_ids=IDS, labels=IDS)

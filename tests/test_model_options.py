@@ -62,7 +62,7 @@ def cases(draw) -> Case:
     frames = head is KRUForPianoRoll or (head is not KRUForCausalLM and draw(st.booleans()))
     options = {
         "cell_type": draw(st.sampled_from(CELL_TYPES)),
-        "wiring": draw(st.sampled_from(["residual", "plain"])),
+        "block_type": draw(st.sampled_from(["residual", "plain"])),
         "bidirectional": head not in STREAMED and draw(st.booleans()),
         "factor_shapes": draw(st.sampled_from(SHAPES)),
         "io_rank": draw(st.sampled_from([None, 3])),
@@ -79,7 +79,7 @@ def cases(draw) -> Case:
             options["recurrent_init_max_phase"] = draw(st.sampled_from([None, 0.5]))
     else:
         options["chrono_max_length"] = draw(st.sampled_from([None, 20]))
-    if options["wiring"] == "residual":
+    if options["block_type"] == "residual":
         options["num_hidden_layers"] = draw(st.integers(1, 3))
         options["hidden_size"] = draw(st.sampled_from([4, 9]))
         options["intermediate_size"] = draw(st.sampled_from([None, 5]))

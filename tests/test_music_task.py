@@ -27,7 +27,18 @@ from training.tasks.piano_roll import TASK, PianoRollOptions
 pytest.importorskip("symusic")
 
 FLOAT32_TOLERANCE = 1e-4  # nats a frame, fp32 logits of a few hundred frames in batches of another size
-SMALL = ["--wiring", "plain", "--state_size", "12", "--factor_size", "3", "--use_cpu", "true", "--report_to", "none"]
+SMALL = [
+    "--block_type",
+    "plain",
+    "--state_size",
+    "12",
+    "--factor_size",
+    "3",
+    "--use_cpu",
+    "true",
+    "--report_to",
+    "none",
+]
 
 
 def make_pieces(count: int, seed: int) -> list[list[list[int]]]:

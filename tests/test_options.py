@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from kru_hf.configuration_kru import ACTIVATIONS, CELL_TYPES, RECURRENT_INITS, WIRINGS, KRUConfig
+from kru_hf.configuration_kru import ACTIVATIONS, BLOCK_TYPES, CELL_TYPES, RECURRENT_INITS, KRUConfig
 from training.common.errors import UserError
 from training.loop.arguments import parse_arguments
 from training.models.baselines import BaselineConfig
@@ -24,7 +24,7 @@ FIELDS = fields_of(CLASSES)
 CHOICES = {
     "architecture": ARCHITECTURES,
     "cell_type": CELL_TYPES,
-    "wiring": WIRINGS,
+    "block_type": BLOCK_TYPES,
     "activation": ACTIVATIONS,
     "recurrent_init": RECURRENT_INITS,
     "optimizer": ("adamw", "rmsprop"),
@@ -135,10 +135,10 @@ def test_what_the_message_says(words, name, needed):
 
 def test_a_recipes_model_that_contradicts_itself_is_refused_unless_the_command_line_helps(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("wiring: plain\nintermediate_size: 4\noptimizer: rmsprop\nadam_beta1: 0.5\n")
-    with pytest.raises(UserError, match="intermediate_size=4 has no effect here: it works with wiring residual"):
+    recipe.write_text("block_type: plain\nintermediate_size: 4\noptimizer: rmsprop\nadam_beta1: 0.5\n")
+    with pytest.raises(UserError, match="intermediate_size=4 has no effect here: it works with block_type residual"):
         parse_arguments([str(recipe)])
-    assert parse_arguments([str(recipe), "--wiring", "residual"]).model.intermediate_size == 4
+    assert parse_arguments([str(recipe), "--block_type", "residual"]).model.intermediate_size == 4
     assert parse_arguments([str(recipe), "--intermediate_size", "0", "--optimizer", "adamw"]).run.adam_beta1 == 0.5
 
 
@@ -150,14 +150,15 @@ def test_a_recipes_model_that_contradicts_itself_is_refused_unless_the_command_l
         ("io_rank: 3", "--kronecker_terms 0", {"io_rank": 3}),
         ("io_rank: 3", "--kronecker_terms 2", {"kronecker_terms": 2}),
         ("kronecker_terms: 2", "--io_rank 3", {"io_rank": 3}),
-        ("wiring: plain\ninput_scale: 0.03", "--cell_type kru_gru", {"wiring": "plain", "cell_type": "kru_gru"}),
-        ("state_size: 8\nwiring: plain\ninput_scale: 0.03\nfactor_size: 8", "--architecture lstm", {"state_size": 8}),
+        ("block_type: plain\ninput_scale: 0.03", "--cell_type kru_gru",
+         {"block_type": "plain", "cell_type": "kru_gru"}),
+        ("state_size: 8\nblock_type: plain\nfactor_size: 8", "--architecture lstm", {"state_size": 8}),
         ("factor_shapes: 3x3,4x4\nunitary_loss_coef: 0.1\nio_rank: 4", "--architecture unitary",
          {"factor_shapes": [[3, 3], [4, 4]], "io_rank": 4}),
         ("recurrent_init_max_phase: 0.9", "--recurrent_init identity", {"recurrent_init": "identity"}),
-        ("num_hidden_layers: 3\nhidden_size: 8\nio_rank: 2", "--wiring plain", {"wiring": "plain"}),
-        ("num_hidden_layers: 3\nhidden_dropout: 0.1", "--wiring residual",
-         {"num_hidden_layers": 3, "hidden_dropout": 0.1, "wiring": "residual"}),
+        ("num_hidden_layers: 3\nhidden_size: 8\nio_rank: 2", "--block_type plain", {"block_type": "plain"}),
+        ("num_hidden_layers: 3\nhidden_dropout: 0.1", "--block_type residual",
+         {"num_hidden_layers": 3, "hidden_dropout": 0.1, "block_type": "residual"}),
         ("num_hidden_layers: 2\nhidden_dropout: 0.1", "--architecture lstm --num_hidden_layers 1",
          {"num_hidden_layers": 1}),
         ("num_hidden_layers: 2", "--architecture lstm --hidden_dropout 0.2",
@@ -202,7 +203,7 @@ def test_zero_builds_what_leaving_it_out_builds(name):
 
 
 def test_a_budget_does_not_choose_a_rank_that_was_turned_off():
-    sized = {"parameter_budget": 60_000, "wiring": "plain", "io_rank": 0}
+    sized = {"parameter_budget": 60_000, "block_type": "plain", "io_rank": 0}
     assert build_model("causal_lm", ModelOptions(**sized), **TEXT).config.io_rank is None
     with pytest.raises(UserError, match="nothing is left to choose, state_size, io_rank are given"):
         build_model("causal_lm", ModelOptions(**sized, state_size=504), **TEXT)

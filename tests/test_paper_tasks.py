@@ -205,7 +205,7 @@ def test_parameter_counts_are_the_papers(name, pictures_folder):
     _, model = prepare_task(parse_arguments([name, *data]))
     assert model.num_parameters() == COUNTS[name]
     assert model.num_recurrent_parameters() == (56 if name == "copy_memory" else 72)
-    assert isinstance(model.config, KRUConfig) and model.config.wiring == "plain"
+    assert isinstance(model.config, KRUConfig) and model.config.block_type == "plain"
 
 
 RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -30,12 +30,12 @@ from kru_hf.piano_roll_head import draw_frame
 symusic = pytest.importorskip("symusic")
 
 FLOAT32_TOLERANCE = 1e-5  # nats a frame and states, fp32 sums over 88 keys in another order
-WIRINGS = ({"wiring": "plain"}, {"wiring": "plain", "io_rank": 5}, {"wiring": "residual", "hidden_size": 12})
+BLOCKS = ({"block_type": "plain"}, {"block_type": "plain", "io_rank": 5}, {"block_type": "residual", "hidden_size": 12})
 
 
 def small_model(**options) -> KRUForPianoRoll:
     torch.manual_seed(0)
-    options = {"wiring": "plain", "vocab_size": 1, "factor_shapes": [[2, 2], [3, 3]], "input_size": 7, **options}
+    options = {"block_type": "plain", "vocab_size": 1, "factor_shapes": [[2, 2], [3, 3]], "input_size": 7, **options}
     return KRUForPianoRoll(KRUConfig(**options)).eval()
 
 
@@ -46,7 +46,7 @@ def random_roll(*shape: int, seed: int = 0) -> torch.Tensor:
 # ---- the head -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", WIRINGS)
+@pytest.mark.parametrize("options", BLOCKS)
 def test_loss_is_the_binary_cross_entropy_in_nats_per_scored_frame(options):
     model, x = small_model(**options), random_roll(2, 9, 7)
     mask = torch.ones(2, 9, dtype=torch.long)
@@ -62,7 +62,7 @@ def test_loss_is_the_binary_cross_entropy_in_nats_per_scored_frame(options):
     assert abs(out.loss.item() - total / count) < FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("options", WIRINGS)
+@pytest.mark.parametrize("options", BLOCKS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(options, side):
     model, x = small_model(**options), random_roll(1, 6, 7)
@@ -85,7 +85,7 @@ def test_padded_frames_are_not_scored_with_targets_of_their_own():
     assert both.item() == losses[0]
 
 
-@pytest.mark.parametrize("options", WIRINGS)
+@pytest.mark.parametrize("options", BLOCKS)
 def test_windows_with_carried_state_are_the_whole_piece(options):
     model, x = small_model(**options), random_roll(2, 11, 7)
     whole = model(input_values=x)
@@ -135,7 +135,7 @@ def test_dropout_keeps_the_expected_logits():
 
 
 def test_every_parameter_gets_a_gradient():
-    model = small_model(num_hidden_layers=2, wiring="residual", hidden_size=12).train()
+    model = small_model(num_hidden_layers=2, block_type="residual", hidden_size=12).train()
     model(input_values=random_roll(2, 8, 7)).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 

@@ -14,7 +14,7 @@ import pytest
 import ranks
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import WIRINGS, tiny_config
+from helpers import BLOCKS, tiny_config
 from safetensors.torch import load_file
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
@@ -35,7 +35,7 @@ MINUTE = 60.0
 STEPS = 12
 COMMON = ["--use_cpu", "--report_to=none", "--sample_length=5", "--logging_steps=2", "--eval_steps=6", "--save_steps=6"]
 COMMON += [f"--max_steps={STEPS}", "--sequence_length=16", "--learning_rate=0.01"]
-TEXT = [*COMMON, "--state_size=16", "--factor_shapes=4x4,4x4", "--wiring=plain"]
+TEXT = [*COMMON, "--state_size=16", "--factor_shapes=4x4,4x4", "--block_type=plain"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_every_trained_parameter_gets_a_gradient_in_every_step(cell):
     """So DDP need not look for unused ones, which would cost a walk over the graph a step."""
     ids = torch.randint(1, 11, (2, 5))
     frames = torch.rand(2, 5, 88)
-    for wiring in WIRINGS if cell == "kru" else [{}]:
+    for block in BLOCKS if cell == "kru" else [{}]:
         for head, inputs in (
             (KRUForCausalLM, {"input_ids": ids, "labels": ids}),
             (KRUForSequenceClassification, {"input_ids": ids, "labels": ids[:, 0] % 2}),
@@ -122,10 +122,10 @@ def test_every_trained_parameter_gets_a_gradient_in_every_step(cell):
             (KRUForPianoRoll, {"input_values": frames, "labels": frames.round()}),
         ):
             options = {"input_size": 88, "vocab_size": 1, "pad_token_id": None} if head is KRUForPianoRoll else {}
-            model = head(tiny_config(cell_type=cell, **wiring, **options)).train()
+            model = head(tiny_config(cell_type=cell, **block, **options)).train()
             model(**inputs).loss.backward()
             missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
-            assert not missing, (head.__name__, wiring)
+            assert not missing, (head.__name__, block)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

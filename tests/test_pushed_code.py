@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LOGITS, WIRINGS, assert_near, tiny_config, tiny_model
+from helpers import BLOCKS, LOGITS, assert_near, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification, build_char_tokenizer
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "abcdefghi"
 PROMPT = "abc"
 LANGUAGE_MODELS = {
-    "residual": WIRINGS[2],
-    "plain-low-rank": WIRINGS[4],
+    "residual": BLOCKS[2],
+    "plain-low-rank": BLOCKS[4],
     "kru_lstm": {"cell_type": "kru_lstm"},
     "kru_gru": {"cell_type": "kru_gru"},
     "kru_janet": {"cell_type": "kru_janet"},

@@ -43,7 +43,7 @@ def test_history_is_read_back_exactly(tmp_path: Path):
 
 
 MODELS = [
-    ["--state_size=24", "--factor_shapes=4x4,6x6", "--wiring=plain", "--max_recurrent_norm=1"],
+    ["--state_size=24", "--factor_shapes=4x4,6x6", "--block_type=plain", "--max_recurrent_norm=1"],
     ["--parameter_budget=40000", "--hidden_size=16", "--kronecker_terms=2"],
     ["--parameter_budget=40000", "--hidden_size=16", "--io_rank=4", "--cell_type=kru_gru"],
     ["--state_size=16", "--cell_type=kru_lstm", "--chrono_max_length=9", "--num_hidden_layers=1"],
@@ -71,7 +71,7 @@ def test_a_recipe_says_all_that_a_run_was(tmp_path: Path, words: list[str]):
 
 @pytest.mark.parametrize("program", [main, lightning_main], ids=["accelerate", "lightning"])
 def test_a_run_is_repeated_from_its_recipe(text_file, tmp_path: Path, program):  # noqa: F811
-    changes = {"optimizer": "rmsprop", "weight_decay": 0, "state_size": None, "factor_shapes": None, "wiring": None}
+    changes = {"optimizer": "rmsprop", "weight_decay": 0, "state_size": None, "factor_shapes": None, "block_type": None}
     assert program(options(text_file, tmp_path / "run", parameter_budget=40_000, **changes)) == 0
     assert program([str(tmp_path / "run" / "recipe.yaml"), f"--output_dir={tmp_path / 'again'}"]) == 0
     assert figures_of(tmp_path / "run") == figures_of(tmp_path / "again")

@@ -18,7 +18,7 @@ ROLL = {"vocab_size": 1, "input_size": 88}
 
 def sized(budget: int, head: str = "causal_lm", architecture: str = "kru", fixed=TEXT, **options):
     if architecture in ("kru", "unitary"):
-        options = {"wiring": "plain", **options}
+        options = {"block_type": "plain", **options}
     return build_model(head, ModelOptions(architecture=architecture, parameter_budget=budget, **options), **fixed)
 
 
@@ -35,7 +35,7 @@ def test_every_architecture_uses_its_budget(architecture, head, fixed, capsys):
 
 @pytest.mark.parametrize("fixed", [{}, {"state_size": 448}])
 def test_widths_are_multiples_of_the_kronecker_terms(fixed):
-    model = sized(100_000, wiring="residual", kronecker_terms=8, intermediate_size=128, **fixed)
+    model = sized(100_000, block_type="residual", kronecker_terms=8, intermediate_size=128, **fixed)
     assert (1 - UNUSED) * 100_000 <= model.num_parameters() <= 100_000
     assert model.config.state_size % 8 == model.config.hidden_size % 8 == 0
 
@@ -61,7 +61,7 @@ def test_the_free_dimension_is_the_first_that_is_not_given():
     assert rank == sized(60_000, state_size=504).config.io_rank
     assert sized(60_000, architecture="lstm", state_size=100).config.hidden_size not in (None, 100)
     assert sized(60_000, architecture="low_rank", state_size=300).config.recurrent_rank > 1
-    residual = sized(200_000, wiring="residual", state_size=512).config
+    residual = sized(200_000, block_type="residual", state_size=512).config
     assert (residual.state_size, residual.num_hidden_layers) == (512, 2)
 
 
@@ -84,7 +84,7 @@ def test_sizing_leaves_the_random_start_alone():
     torch.manual_seed(3)
     chosen = sized(20_000)
     torch.manual_seed(3)
-    again = build_model("causal_lm", ModelOptions(wiring="plain", state_size=chosen.config.state_size), **TEXT)
+    again = build_model("causal_lm", ModelOptions(block_type="plain", state_size=chosen.config.state_size), **TEXT)
     for ours, theirs in zip(chosen.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -114,5 +114,5 @@ def test_chosen_size_is_the_largest_of_a_formula(budget, width):
 
 def test_counts_are_those_of_real_models():
     model = sized(120_000)
-    config = KRUConfig(wiring="plain", state_size=model.config.state_size, **TEXT)
+    config = KRUConfig(block_type="plain", state_size=model.config.state_size, **TEXT)
     assert KRUForCausalLM(config).num_parameters() == model.num_parameters()

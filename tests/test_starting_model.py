@@ -16,7 +16,7 @@ from training.train import main
 def trained(text_file, tmp_path_factory):  # noqa: F811
     """Runs of a KRU and of an LSTM, by name."""
     folder = tmp_path_factory.mktemp("trained")
-    lstm = {"architecture": "lstm", "state_size": 12, "factor_shapes": None, "wiring": None, "num_hidden_layers": 1}
+    lstm = {"architecture": "lstm", "state_size": 12, "factor_shapes": None, "block_type": None, "num_hidden_layers": 1}
     for name, changes in {"kru": {}, "lstm": {**lstm, "hidden_size": 8}}.items():
         assert main(options(text_file, folder / name, max_steps=3, eval_steps=3, **changes)) == 0
     return folder
@@ -24,7 +24,7 @@ def trained(text_file, tmp_path_factory):  # noqa: F811
 
 def again(text_file, folder, model, **changes) -> list[str]:  # noqa: F811
     """Options of a run that starts from a model."""
-    own = dict.fromkeys(("state_size", "factor_shapes", "wiring", "input_dropout"))
+    own = dict.fromkeys(("state_size", "factor_shapes", "block_type", "input_dropout"))
     return options(text_file, folder, model=model, max_steps=2, eval_steps=2, **{**own, **changes})
 
 

@@ -45,7 +45,7 @@ def test_scores_of_texts_with_and_without_context():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"wiring": "plain"}, {"cell_type": "kru_lstm"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"block_type": "plain"}, {"cell_type": "kru_lstm"}], ids=str)
 def test_packed_texts_that_end_are_scored_to_their_ends(options):
     """As trl packs them: the end token behind each text, all of them in one row, each text's first token not scored."""
     tokenizer = build_char_tokenizer("abcdefghi")

@@ -22,7 +22,7 @@ from training.records.run_record import read_options
 from training.train import main
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--state_size=24", "--factor_shapes=4x4,6x6", "--wiring=plain", "--max_steps=6", "--eval_steps=3"]
+TINY = ["--state_size=24", "--factor_shapes=4x4,6x6", "--block_type=plain", "--max_steps=6", "--eval_steps=3"]
 TINY += ["--save_steps=3", "--per_device_train_batch_size=2", "--sequence_length=16", "--sample_length=30", "--use_cpu"]
 
 

@@ -265,7 +265,7 @@ def test_learning_rate_schedule():
 
 
 def test_factors_have_their_own_rate_and_no_decay():
-    model = build_model("causal_lm", ModelOptions(state_size=24, wiring="plain"), vocab_size=10)
+    model = build_model("causal_lm", ModelOptions(state_size=24, block_type="plain"), vocab_size=10)
     run = parse_arguments(["--weight_decay", "0.1", "--factor_learning_rate_scale", "0.2"]).run
     groups = parameter_groups(model, run)
     factors = {id(p) for _, p in model.recurrent_parameters()}
@@ -275,7 +275,9 @@ def test_factors_have_their_own_rate_and_no_decay():
     assert all(p.ndim == 1 for p in groups[1]["params"])
     assert groups[1]["weight_decay"] == 0.0
     assert groups[0]["weight_decay"] == 0.1
-    gated = build_model("causal_lm", ModelOptions(cell_type="kru_lstm", state_size=24, wiring="plain"), vocab_size=10)
+    gated = build_model(
+        "causal_lm", ModelOptions(cell_type="kru_lstm", state_size=24, block_type="plain"), vocab_size=10
+    )
     bias = gated.model.layers[0].recurrence.bias
     assert bias.ndim == 2 and any(bias is p for p in parameter_groups(gated, run)[1]["params"])
 

@@ -130,7 +130,7 @@ def test_every_machine_that_trained_is_recorded(text_file, tmp_path, uninterrupt
 def test_baselines_resume_and_evaluate(text_file, tmp_path, architecture, capsys):
     from training.evaluate import main as evaluate
 
-    changes = {"architecture": architecture, "factor_shapes": None, "wiring": None, "num_hidden_layers": 2}
+    changes = {"architecture": architecture, "factor_shapes": None, "block_type": None, "num_hidden_layers": 2}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(options(text_file, whole, **changes)) == 0
     assert main(options(text_file, cut, **changes)) == 0
@@ -201,7 +201,7 @@ def test_not_a_number_stops_and_keeps_the_last_good_checkpoint(text_file, tmp_pa
 @pytest.mark.parametrize(
     ("model", "advice"),
     [
-        ({"architecture": "rnn", "factor_shapes": None, "wiring": None}, ""),
+        ({"architecture": "rnn", "factor_shapes": None, "block_type": None}, ""),
         ({"cell_type": "kru_janet"}, ", or --factor_learning_rate_scale"),
         ({}, ", or --factor_learning_rate_scale, or raise --unitary_loss_coef"),
     ],
@@ -291,7 +291,7 @@ def test_norm_of_the_recurrent_matrix_is_held(text_file, tmp_path, driver):
 
 @pytest.mark.parametrize("other", ["--architecture=lstm", "--cell_type=kru_gru", "--train_factors=false"])
 def test_no_norm_to_hold(text_file, tmp_path, other, capsys):
-    kind = {"factor_shapes": None, "wiring": None} if "lstm" in other else {}
+    kind = {"factor_shapes": None, "block_type": None} if "lstm" in other else {}
     assert main([*options(text_file, tmp_path, max_recurrent_norm=1, **kind), other]) == 1
     assert "max_recurrent_norm" in capsys.readouterr().err
 

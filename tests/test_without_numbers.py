@@ -4,13 +4,13 @@ import contextlib
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, WIRINGS, assert_near, tiny_config
+from helpers import BLOCKS, GATED, LOGITS, assert_near, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
 
-EVERY = pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
+EVERY = pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
 HEADS = {
     "language model": (KRUForCausalLM, {}),
     "sequence": (KRUForSequenceClassification, {}),
@@ -19,7 +19,7 @@ HEADS = {
     "music": (KRUForPianoRoll, {"input_size": 7}),
 }
 EVERY_HEAD = pytest.mark.parametrize("head", HEADS)
-TRACED = [(head, WIRINGS[4]) for head in HEADS] + [("language model", options) for options in (WIRINGS[3], *GATED)]
+TRACED = [(head, BLOCKS[4]) for head in HEADS] + [("language model", options) for options in (BLOCKS[3], *GATED)]
 
 
 def build(head, options):

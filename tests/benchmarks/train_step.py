@@ -71,7 +71,7 @@ def make_loop(folder: str, batch: int, length: int, words: list[str], stop: Stop
 
 def contenders(state_size: int) -> dict[str, list[str]]:
     """Options of each: the recipe's own kind of network with 2x2 factors and with larger ones, and torch's layers."""
-    kru = ["--state_size", str(state_size), "--wiring", "plain"]
+    kru = ["--state_size", str(state_size), "--block_type", "plain"]
     size = ["--state_size", str(state_size), "--hidden_size", str(state_size)]
     return {
         "kru 2×2": [*kru, "--factor_size", "2"],

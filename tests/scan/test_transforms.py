@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import GATED, LOGITS, RELATIVE, WIRINGS, assert_near, tiny_config, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, RELATIVE, assert_near, tiny_config, tiny_model
 from problems import problem
 from torch.autograd import forward_ad
 
@@ -60,7 +60,7 @@ def test_other_engines_refuse(function, backend):
         torch.func.vmap(lambda x: function(x, backend))(inputs.expand(3, *inputs.shape))
 
 
-@pytest.mark.parametrize("options", [*WIRINGS, *GATED], ids=str)
+@pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
 def test_functional_gradient_of_a_model(options):
     model = tiny_model(**options)
     model(IDS, labels=IDS).loss.backward()
@@ -120,7 +120,7 @@ def test_second_derivatives_are_refused(function, backend, power):
 def test_second_derivatives_of_a_model(power):
     """A penalty on gradients, with everything between the recurrence and the loss, against finite differences."""
     torch.manual_seed(0)
-    config = tiny_config(wiring="plain", num_labels=2, scan_backend="reference", input_scale=1.0)
+    config = tiny_config(block_type="plain", num_labels=2, scan_backend="reference", input_scale=1.0)
     model = KRUForSequenceClassification(config).eval().double()
     x = torch.randn(2, 3, config.hidden_size, dtype=torch.float64, requires_grad=True)
 

@@ -24,7 +24,7 @@ KRU: Condition = {"architecture": KRONECKER}
 SOFT: Condition = {"architecture": ("kru",)}
 COMPLEX: Condition = {**KRU, "cell_type": ("kru",)}
 TRAINED: Condition = {**SOFT, "cell_type": ("kru",), "train_factors": (True,)}
-RESIDUAL: Condition = {**KRU, "wiring": ("residual",)}
+RESIDUAL: Condition = {**KRU, "block_type": ("residual",)}
 LAYERS: Condition = {"architecture": BASELINES, "num_hidden_layers": 2}
 
 
@@ -75,7 +75,7 @@ class ModelOptions(Options):
     )
     num_hidden_layers: int | None = of_new("Number of recurrent layers.")
     hidden_size: int | None = of_new("Width of the real features between layers, and of the embedding.")
-    wiring: str | None = of_new(
+    block_type: str | None = of_new(
         "How kru layers are joined: residual, or plain (the paper's network).",
         KRU,
         replaces=("num_hidden_layers", "hidden_size", "io_rank"),

@@ -11,6 +11,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers.hf_argparser import string_to_bool
 
+from kru_hf.configuration_kru import REMOVED
+
 from ..common.errors import UserError, printable
 from .fields import MAX_COUNT, NEVER, check, fields_of, require
 from .rule import settle
@@ -61,7 +63,9 @@ def or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)`, or an empty string if nothing is near."""
+    """What to say after an unknown name: what replaces it, ` (did you mean 'x'?)`, or nothing if nothing is near."""
+    if name in REMOVED:
+        return f": {REMOVED[name]}"
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""
 

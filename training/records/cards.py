@@ -45,7 +45,7 @@ RECIPE_OPTIONS = (
     *("plateau_factor", "weight_decay", "max_grad_norm", "mixed_precision"),
 )
 CONFIG_ROWS = (
-    *("cell_type", "wiring", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
+    *("cell_type", "block_type", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
     *("kronecker_terms", "intermediate_size", "recurrent_terms", "recurrent_init", "recurrent_init_scale"),
     *("recurrent_init_max_phase", "chrono_max_length", "train_factors"),
     *("input_dropout", "state_dropout", "hidden_dropout", "cell"),
