@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
 from .documents import per_document
-from .modeling_kru import KRUModel, KRUModelOutput, KRUPreTrainedModel, step_targets, target_share
+from .modeling_kru import KRUModelOutput, KRUPreTrainedModel, step_targets, target_share
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -108,7 +108,7 @@ class _Classifier(KRUPreTrainedModel):
         super().__init__(config)
         if config.input_size is not None:
             self.main_input_name = "input_values"
-        self.model = KRUModel(config)
+        self.model = self.make_body(config)
         self.score = nn.Linear(self.score_size(config), config.num_labels)
         self.post_init()
 

@@ -71,6 +71,10 @@ class KRUPreTrainedModel(PreTrainedModel):
         config.validate_kru_options()  # a field may have been assigned since it was made
         super().__init__(config, *args, **kwargs)
 
+    def make_body(self, config: KRUConfig) -> "KRUModel":
+        """What a head reads: here a :class:`KRUModel`; a head on another network gives another body."""
+        return KRUModel(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -308,7 +312,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
                 f"a language model reads token ids: input_size must be None, got {config.input_size} (a config of "
                 f"{', '.join(config.architectures or ['none'])})"
             )
-        self.model = KRUModel(config)
+        self.model = self.make_body(config)
         self.lm_head = nn.Linear(config.feature_size, config.vocab_size)
         self.post_init()
 

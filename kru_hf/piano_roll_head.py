@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_kru import KRUCache, refuse_bidirectional
 from .configuration_kru import KRUConfig
-from .modeling_kru import KRUModel, KRUPreTrainedModel
+from .modeling_kru import KRUPreTrainedModel
 from .transforms import can_look_at
 
 PIANO_KEYS = 88  # width of a frame where the config names none
@@ -211,7 +211,7 @@ class KRUForPianoRoll(PianoRollMixin, KRUPreTrainedModel):
             config.input_size = PIANO_KEYS
         super().__init__(config)
         self.width = config.input_size
-        self.model = KRUModel(config)
+        self.model = self.make_body(config)
         self.key_head = nn.Linear(config.feature_size, self.width)
         self.key_head.starts_silent = True  # type: ignore[assignment]
         self.post_init()

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from kru_hf import KRUConfig, KRUForCausalLM, plan_factor_shapes
 from training.common.errors import UserError
-from training.models import piano_roll_head  # noqa: F401 (registers the baselines' head)
 from training.models.build import build_model
 from training.models.sizing import UNUSED, fit_to_budget, kronecker_sizes
 from training.options.model import ARCHITECTURES, ModelOptions

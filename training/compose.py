@@ -171,8 +171,6 @@ def run(argv: list[str]) -> dict[str, Any] | None:
     record = read_record(options.model)
     if record.options.get("task") != "piano_roll":
         raise UserError(f"model={options.model!r} was trained for {record.options.get('task')!r}, not piano_roll")
-    from .tasks import piano_roll  # noqa: F401 (registers the baselines' head)
-
     model, _ = load_model(options.model, "piano_roll")
     check_device(model.config, torch.device("cpu"))
     if model.width != NUM_PITCHES:

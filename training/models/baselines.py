@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
 
-from kru_hf.cache_kru import KRUCache, check_cache, initial_state
+from kru_hf import KRUCache, kroneckerize
+from kru_hf.cache_kru import check_cache, initial_state
 from kru_hf.cells import CELLS as KRONECKER_CELLS
 from kru_hf.cells import check_chrono, gate_bias
 from kru_hf.configuration_kru import LIMITS
-from kru_hf.kroneckerize import kroneckerize
-from kru_hf.modeling_kru import KRUCausalLMOutput, KRUModelOutput
+from kru_hf.documents import read_batch
+from kru_hf.modeling_kru import KRUModelOutput, KRUPreTrainedModel
 
-from .structured import STRUCTURES, LowRankMatrix, OrthogonalMatrix, StructuredRNN
+from .heads import register_heads
+from .structured import MATRICES, StructuredRNN
 
 TORCH_CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
-CELLS = (*TORCH_CELLS, *STRUCTURES)
+CELLS = (*TORCH_CELLS, *MATRICES)
 
 
 @strict
@@ -82,8 +83,16 @@ class BaselineConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """The stock check knows attention layers only."""
 
-    def validate_baseline_options(self) -> None:
-        """Every field within its range."""
+    # What the heads of kru_hf ask of a config beside the fields.
+    bidirectional = False
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what a head reads."""
+        return self.state_size
+
+    def validate_kru_options(self) -> None:
+        """Every field within its range; the models of kru_hf ask again when they are made."""
         if self.cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
         for name in ("vocab_size", "state_size", "hidden_size", "num_hidden_layers"):
@@ -114,25 +123,37 @@ class BaselineConfig(PreTrainedConfig):
             )
 
 
-class BaselinePreTrainedModel(PreTrainedModel):
-    """Weights and their start."""
+class Baseline(KRUPreTrainedModel):
+    """Its body is a recurrent network of torch; `unitary_loss` is None."""
 
-    config: BaselineConfig
-    config_class = BaselineConfig
-    base_model_prefix = "model"
-    _is_stateful = True
+    config: BaselineConfig  # type: ignore[assignment]
+    config_class = BaselineConfig  # type: ignore[assignment]
+    supports_gradient_checkpointing = False
+
+    def make_body(self, config: Any) -> Any:
+        return BaselineModel(config)
+
+    @staticmethod
+    def score_size(config: Any) -> int:
+        """Width of what a classifier's linear map reads: H."""
+        return config.state_size
+
+    def with_penalty(
+        self, loss: Tensor | None, outputs: Any, share: Tensor | float = 1.0
+    ) -> tuple[Tensor | None, None]:
+        return loss, None
+
+    def read(self, features: Tensor, head: nn.Linear) -> Tensor:
+        return head(nn.functional.dropout(features, self.config.state_dropout, self.training))  # (B, T, out)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Embedding):
-            # As torch starts it: transformers' 0.02 costs an LSTM 0.16 bits in 1,500 steps. Tied, it is a head as well.
-            tied = self.config.tie_word_embeddings
-            init.normal_(module.weight, std=self.config.initializer_range if tied else 1.0)
-        if isinstance(module, LowRankMatrix):
-            module.reset()
-        if (limit := getattr(module, "init_bound", None)) is not None:
-            init.uniform_(cast(Tensor, module.weight), -limit, limit)
+        if isinstance(module, tuple(MATRICES.values())):
+            module.reset()  # type: ignore[operator]
+        if isinstance(module, StructuredRNN):
+            for linear in module.input_maps:
+                init.uniform_(linear.weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)  # type: ignore[arg-type]
         if isinstance(module, nn.RNNBase):
             bound = module.hidden_size**-0.5
             for name, parameter in module.named_parameters():
@@ -154,26 +175,13 @@ class BaselinePreTrainedModel(PreTrainedModel):
         marks = (".weight_hh_", ".matrices.", ".parametrizations.weight_hh_")
         return [(name, p) for name, p in self.named_parameters() if any(mark in f".{name}" for mark in marks)]
 
-    def num_recurrent_parameters(self) -> int:
-        """Real parameters of the recurrent matrices."""
-        return sum(parameter.numel() for _, parameter in self.recurrent_parameters()) - self.num_unread()
-
-    def num_parameters(self, *args: Any, **kwargs: Any) -> int:
-        """As in transformers, without the entries that an orthogonal parametrization stores but never reads."""
-        return super().num_parameters(*args, **kwargs) - self.num_unread()
-
-    def num_unread(self) -> int:
-        """Stored numbers that are no parameters."""
-        matrices = [m for m in self.modules() if isinstance(m, (OrthogonalMatrix, LowRankMatrix))]
-        return sum(matrix.num_unread for matrix in matrices)
-
 
 def build_recurrent(config: BaselineConfig) -> Any:
     """The recurrent layers that ``config.cell`` names: a module called like ``nn.RNN(batch_first=True)``."""
     width = int(config.hidden_size if config.input_size is None else config.input_size)
     dropout = float(config.hidden_dropout) if config.num_hidden_layers > 1 else 0.0
     layers = config.num_hidden_layers
-    if config.cell in STRUCTURES:
+    if config.cell in MATRICES:
         return StructuredRNN(config.cell, width, config.state_size, layers, dropout, config.recurrent_rank)
     if config.recurrent_factor_shapes is None:
         return TORCH_CELLS[config.cell](width, config.state_size, layers, batch_first=True, dropout=dropout)
@@ -182,14 +190,16 @@ def build_recurrent(config: BaselineConfig) -> Any:
         return kroneckerize(module, config.recurrent_factor_shapes, init="fresh")[0]
 
 
-class BaselineModel(BaselinePreTrainedModel):
-    """Embedding (or a linear map of continuous frames) and recurrent layers."""
+class BaselineModel(Baseline):
+    """Embedding (none for continuous frames, which are read as they are) and recurrent layers."""
 
     def __init__(self, config: BaselineConfig) -> None:
-        super().__init__(config)
-        width = int(config.hidden_size or config.state_size)
-        self.embed_tokens: Any = nn.Embedding(config.vocab_size, width) if config.input_size is None else None
-        self.dropout = nn.Dropout(config.input_dropout)
+        super().__init__(config)  # type: ignore[arg-type]
+        self.embed_tokens: Any = None
+        if config.input_size is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            # As torch starts it: transformers' 0.02 costs an LSTM 0.16 bits in 1,500 steps. Tied, it is a head as well.
+            self.embed_tokens.init_std = config.initializer_range if config.tie_word_embeddings else 1.0
         self.recurrent = build_recurrent(config)
         self.post_init()
 
@@ -208,8 +218,7 @@ class BaselineModel(BaselinePreTrainedModel):
         given = [state for state in states if state is not None]
         if not given:
             return None
-        stacked = torch.stack(given).unbind(2)  # planes × (L, B, H)
-        parts = tuple(part.contiguous() for part in stacked)
+        parts = tuple(part.contiguous() for part in torch.stack(given).unbind(2))  # planes × (L, B, H)
         return parts if planes == 2 else parts[0]
 
     def forward(
@@ -219,62 +228,35 @@ class BaselineModel(BaselinePreTrainedModel):
         past_key_values: KRUCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        input_values: Tensor | None = None,
         **kwargs: Any,
     ) -> KRUModelOutput:
-        """input_ids (B, T) or inputs_embeds (B, T, D) from the state in `past_key_values` to features (B, T, H)."""
-        if attention_mask is not None and not bool(attention_mask[:, -self._length(input_ids, inputs_embeds) :].all()):
-            raise ValueError("the baselines do not take padded batches: attention_mask must be all ones")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
-        features, final = self.recurrent(self.dropout(x), self.initial(past_key_values, x.shape[0]))  # (B, T, H)
-        if past_key_values is not None or use_cache:
-            cache: Any = past_key_values if past_key_values is not None else KRUCache(self.config.num_hidden_layers)
+        """As KRUModel: ids (B, T), or embeddings or frames (B, T, D), to features (B, T, H).
+
+        Raises:
+            ValueError: not exactly one of them is given, frames of another shape, or padded or packed batches.
+        """
+        given = [x for x in (input_ids, inputs_embeds, input_values) if x is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of input_ids, inputs_embeds and input_values")
+        batch, length = given[0].shape[:2]
+        if read_batch(attention_mask, kwargs, batch, length, given[0].device) != (None, None):
+            raise ValueError("the baselines do not take padded or packed batches: attention_mask must be all ones")
+        width = self.config.input_size
+        if input_values is not None and (input_values.ndim != 3 or input_values.shape[-1] != width):
+            raise ValueError(f"input_values must have the shape (B, T, {width}), got {tuple(input_values.shape)}")
+        x = given[0].to(self.dtype) if input_ids is None else self.embed_tokens(input_ids)  # (B, T, D)
+        x = nn.functional.dropout(x, self.config.input_dropout, self.training)  # (B, T, D)
+        features, final = self.recurrent(x, self.initial(past_key_values, batch))  # (B, T, H)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache: Any = past_key_values
+        if cache is None and use_cache:
+            cache = KRUCache(self.config.num_hidden_layers)
+        if cache is not None:
             parts = final if isinstance(final, tuple) else (final,)
             for layer, state in zip(cache.layers, torch.stack(parts, 2).unbind(0), strict=True):  # (B, planes, H)
-                layer.store(state, x.shape[1])
-        returned: Any = cache if use_cache else None
-        return KRUModelOutput(last_hidden_state=features, past_key_values=returned)
-
-    @staticmethod
-    def _length(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-        tensor = input_ids if input_ids is not None else inputs_embeds
-        if tensor is None:
-            raise ValueError("give input_ids or inputs_embeds")
-        return tensor.shape[1]
+                layer.store(state, length)
+        return KRUModelOutput(last_hidden_state=features, past_key_values=cache if use_cache else None)
 
 
-class BaselineForCausalLM(BaselinePreTrainedModel, GenerationMixin):
-    """Language model with the forward signature and the output of KRUForCausalLM; `unitary_loss` is None."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: BaselineConfig) -> None:
-        super().__init__(config)
-        self.model = BaselineModel(config)
-        self.dropout = nn.Dropout(config.state_dropout)
-        self.lm_head = nn.Linear(config.state_size, config.vocab_size)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: KRUCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> KRUCausalLMOutput:
-        """See KRUForCausalLM: labels (B, T) are shifted inside, `shift_labels` (B, T) are aligned with the logits."""
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(self.dropout(out.last_hidden_state)[:, keep])  # (B, T, V)
-        loss: Any = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return KRUCausalLMOutput(loss=loss, logits=logits, past_key_values=out.past_key_values)
-
-
-AutoConfig.register("kru_baseline", BaselineConfig, exist_ok=True)
-AutoModelForCausalLM.register(BaselineConfig, BaselineForCausalLM, exist_ok=True)
+globals().update(register_heads(Baseline, BaselineConfig))

@@ -12,24 +12,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 from transformers import initialization as init
 
-from kru_hf import (
-    KRUConfig,
-    KRUForCausalLM,
-    KRUForPianoRoll,
-    KRUForSequenceClassification,
-    KRUForTokenClassification,
-)
+from kru_hf import KRUConfig
 from kru_hf.kronecker import to_complex, to_planes
 from kru_hf.recurrence import KRURecurrence
+
+from .heads import register_heads
 
 
 @strict
@@ -70,8 +59,8 @@ class UnitaryExponential(nn.Module):
         return to_planes((log - log.mH) / 4, 0).to(factor.dtype)  # (2, P, P)
 
 
-class StrictlyUnitary:
-    """Puts generators in place of the factors of a KRU model; first in the list of bases."""
+class UnitaryKRU:
+    """Its W is strictly unitary: generators stand in place of the factors."""
 
     def __init__(self, config: UnitaryKRUConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -92,32 +81,4 @@ class StrictlyUnitary:
                 init.copy_(generators[str(index)].original, UnitaryExponential().right_inverse(start))
 
 
-class UnitaryKRUForCausalLM(StrictlyUnitary, KRUForCausalLM):
-    """KRUForCausalLM with a strictly unitary W."""
-
-    config_class = UnitaryKRUConfig
-
-
-class UnitaryKRUForSequenceClassification(StrictlyUnitary, KRUForSequenceClassification):
-    """KRUForSequenceClassification with a strictly unitary W."""
-
-    config_class = UnitaryKRUConfig
-
-
-class UnitaryKRUForTokenClassification(StrictlyUnitary, KRUForTokenClassification):
-    """KRUForTokenClassification with a strictly unitary W."""
-
-    config_class = UnitaryKRUConfig
-
-
-class UnitaryKRUForPianoRoll(StrictlyUnitary, KRUForPianoRoll):
-    """KRUForPianoRoll with a strictly unitary W."""
-
-    config_class = UnitaryKRUConfig
-
-
-AutoConfig.register("kru_unitary", UnitaryKRUConfig, exist_ok=True)
-AutoModel.register(UnitaryKRUConfig, UnitaryKRUForPianoRoll, exist_ok=True)
-AutoModelForCausalLM.register(UnitaryKRUConfig, UnitaryKRUForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(UnitaryKRUConfig, UnitaryKRUForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(UnitaryKRUConfig, UnitaryKRUForTokenClassification, exist_ok=True)
+globals().update(register_heads(UnitaryKRU, UnitaryKRUConfig))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..common.files import fingerprint
 from ..data.splits import SPLITS
-from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
 from .base import Batch
 from .sequences import GeneratedOptions, SequenceTask, check_generated
 

@@ -15,7 +15,6 @@ from ..common.files import fingerprint
 from ..data.espeak import load_espeak
 from ..data.speech import FEATURES, Utterance, features, frame_labels, load_timit, phone_classes
 from ..data.splits import SPLITS
-from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
 from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch, Layout, TaskOutput
 from .sequences import IGNORED, SequenceTask

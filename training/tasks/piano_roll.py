@@ -15,7 +15,6 @@ from kru_hf.piano_roll import MAX_GRID, NUM_PITCHES, roll_to_frames
 from kru_hf.piano_roll_head import frame_nats
 
 from ..data.music_data import CHORALES, Pieces, describe_report, load_pieces
-from ..models import piano_roll_head as piano_roll_baseline  # noqa: F401 (registers the baselines' head)
 from ..options.fields import AT_LEAST_0, AT_LEAST_1, Options, at_most, option
 from .base import Batch, Layout, Task, TaskOutput
 

@@ -13,7 +13,6 @@ import torch
 
 from ..common.files import fingerprint
 from ..data.pixels import DIGITS, Pictures, fixed_permutation, load_pictures
-from ..models import heads as baseline_heads  # noqa: F401 (registers the baselines' head)
 from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch
 from .sequences import SequenceTask
