@@ -13,16 +13,15 @@ from transformers import (
 
 from . import compiled  # noqa: F401  (registers operators)
 from .cache_kru import KRUCache
-from .char_tokenizer import build_char_tokenizer
 from .configuration_kru import KRUConfig
 from .heads_kru import KRUForSequenceClassification, KRUForTokenClassification
 from .kronecker import kron_apply, kron_dense, plan_factor_shapes, random_unitary, unitary_penalty
-from .kroneckerize import KroneckerizeReport, dekroneckerize, kroneckerize
-from .layers import KRU, KRUGRU, KRUJANET, KRULSTM
+from .layers import KRU, KRUGRU, KRUJANET, KRULSTM, KroneckerizeReport, dekroneckerize, kroneckerize
 from .modeling_kru import KRUForCausalLM, KRUModel, KRUPreTrainedModel
 from .piano_roll_head import KRUForPianoRoll
 from .recurrence import KRURecurrence
 from .scan import backend_report, kron_scan, use_backend
+from .text import build_char_tokenizer
 
 __version__ = "0.1.0"
 

@@ -1,10 +1,23 @@
-"""The recurrent state as a transformers cache: between steps of ``generate()``, between windows of truncated BPTT."""
+"""What a call is given beside its inputs: the recurrent state, which steps count, and where documents begin.
+
+The state is a transformers cache, between steps of ``generate()`` and between windows of truncated BPTT. Packed batches
+put documents behind each other in one row and mark where each begins: ``position_ids`` that start again, ``seq_idx``,
+``cu_seq_lens_q``, or an attention mask that numbers its segments.
+"""
 
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from .transforms import can_look_at, is_transformed
+
+# Bounds of documents in a row, 0, n_0, n_0 + n_1, …, as the collators of transformers, trl and others name them.
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
+# At or below it a number of an additive mask leaves a step out: -inf, the least of a dtype, -1e9, -10000.
+LEFT_OUT = -1000.0
 
 
 class KRUCacheLayer(CacheLayerMixin):
@@ -151,3 +164,170 @@ def refuse_bidirectional(config: Any, what: str) -> None:
     """A ValueError that names the field if ``config.bidirectional``, for a head that predicts what comes next."""
     if config.bidirectional:
         raise ValueError(f"{what} must not read ahead: bidirectional must be False, got True")
+
+
+def _require(condition: Tensor, message: str, result: Tensor, found: Tensor | None = None) -> Tensor:
+    """``result``, and a ValueError unless ``condition`` () holds; where code must not look, an error of the run."""
+    if is_transformed([condition]):
+        condition = torch.func.debug_unwrap(condition).all()  # ()
+    if not can_look_at(condition):
+        if torch.jit.is_tracing():  # which leaves out what has no result
+            return torch.ops.aten._functional_assert_async.msg(condition, message, result)
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        if found is not None:
+            low, high = (float(n) for n in torch.func.debug_unwrap(found).aminmax())
+            message += f", got {low:.4g} to {high:.4g}"
+        raise ValueError(message)
+    return result
+
+
+def read_mask(attention_mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """The last T steps of an attention mask (B, ≥T): which count (B, T) bool, and the segments' numbers (B, T).
+
+    A mask holds 0 (padding) and 1, or numbers its documents 1, 2, …, or is additive, of floats: 0 for steps that count
+    and very negative numbers elsewhere. None: all steps count, there are no numbers.
+
+    Raises:
+        ValueError: another shape, or other numbers; floats that are 0 throughout could mean either.
+    """
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] < length:
+        raise ValueError(f"attention_mask must have the shape ({batch}, {length}) or be longer, got {shape}")
+    steps = attention_mask[:, -length:]  # (B, T)
+    numbers = None
+    if steps.dtype == torch.bool:
+        mask = steps  # (B, T)
+    else:
+        whole = attention_mask  # (B, ≥T): one that is additive may be 0 in a window
+        allowed = (
+            "attention_mask must hold 0 and 1, the numbers 1, 2, … of documents and 0, or additive floats, 0 and -inf"
+        )
+        if whole.is_floating_point():
+            additive = ((whole == 0) | (whole <= LEFT_OUT)).all() & (whole < 0).any()  # ()
+            counted = ((whole >= 0) & (whole == whole.round()) & whole.isfinite()).all() & (whole > 0).any()  # ()
+            mask = torch.where(additive, steps == 0, steps > 0)  # (B, T)
+            mask = _require(additive | counted, allowed, mask, whole)
+            numbers = torch.where(additive, 0, steps)  # (B, T)
+        else:
+            mask, numbers = _require((whole >= 0).all(), allowed, steps > 0, whole), steps  # (B, T)
+        if can_look_at(numbers) and bool((numbers <= 1).all()):
+            numbers = None
+    return (None if can_look_at(mask) and bool(mask.all()) else mask), numbers
+
+
+def _begins(numbers: Tensor, mask: Tensor | None, step: int) -> Tensor:
+    """Where ``numbers`` (B, T) do not go on, by ``step`` a column, from the last step before that counts: (B, T)."""
+    columns = torch.arange(numbers.shape[1], device=numbers.device)  # (T,)
+    if mask is None:
+        last = (columns - 1).expand_as(numbers)  # (B, T)
+    else:
+        last = torch.where(mask, columns, -1).cummax(1).values.roll(1, 1)  # (B, T)
+        last = torch.where(columns == 0, -1, last)  # (B, T)
+    before = numbers.gather(1, last.clamp(min=0))  # (B, T)
+    goes_on = (numbers == before + step) | (numbers == before + step * (columns - last))  # (B, T)
+    begins = (last >= 0) & ~goes_on  # (B, T)
+    return begins if mask is None else begins & mask
+
+
+def _integers(name: str, value: Any, device: torch.device) -> Tensor:
+    tensor = torch.as_tensor(value, device=device)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must hold integers, got {tensor.dtype}")
+    return tensor.long()
+
+
+def _of_steps(name: str, value: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    """Integers (B, T) from (B, ≥T), (1, ≥T) or (≥T,), of which the last T count."""
+    tensor = _integers(name, value, device)
+    rows = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+    if rows.dim() != 2 or rows.shape[0] not in (1, batch) or rows.shape[1] < length:
+        raise ValueError(f"{name} must have the shape ({batch}, {length}), got {tuple(tensor.shape)}")
+    return rows[:, -length:].expand(batch, length)
+
+
+def _of_bounds(name: str, value: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    """Numbers of documents (1, T) from their bounds 0 … T in a single row."""
+    bounds = _integers(name, value, device)
+    if batch != 1 or bounds.dim() != 1:
+        raise ValueError(
+            f"{name} holds the bounds of documents in a single row: it must be 1-D and the batch (1, T), got "
+            f"{tuple(bounds.shape)} and {(batch, length)}"
+        )
+    if can_look_at(bounds):
+        found = bounds.tolist()
+        if not found or found[0] != 0 or found[-1] > length or sorted(found) != found:
+            raise ValueError(f"{name} must rise from 0 to at most T = {length}, got {found}")
+    columns = torch.arange(length, device=device)  # (T,)
+    return (columns[:, None] >= bounds).sum(1)[None]  # (1, T)
+
+
+def read_batch(
+    attention_mask: Tensor | None, marks: dict[str, Any], batch: int, length: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which steps count and at which a document begins, (B, T) bool each; None: all of them, and none.
+
+    A document begins at a step t > 0 that counts and does not go on from the last one before it that counts: neither
+    the position nor the column of ``position_ids`` is the next one, or the number of ``seq_idx`` (of the segment in the
+    mask, of the interval of ``cu_seq_lens_q``) is another. The first step of a row that counts begins none: it
+    goes on from the state that is carried, if there is one. So positions that only count mark nothing.
+
+    Args:
+        attention_mask: see :func:`read_mask`. marks: what a model was called with beside its inputs; ``position_ids``,
+            ``seq_idx``, ``cu_seq_lens_q`` and its like (a single row) are read, and ``document_starts`` (B, T), the
+            result of an earlier call, is taken as it is.
+
+    Raises:
+        ValueError: shapes or values that do not fit.
+    """
+    mask, numbers = None, None
+    if attention_mask is not None:
+        mask, numbers = read_mask(attention_mask.to(device), batch, length)
+    if marks.get("document_starts") is not None:
+        return mask, marks["document_starts"]
+    found = [] if numbers is None else [_begins(numbers, mask, 0)]
+    for name in ("position_ids", "seq_idx", *BOUNDS):
+        if marks.get(name) is not None:
+            read = _of_bounds if name in BOUNDS else _of_steps
+            found.append(_begins(read(name, marks[name], batch, length, device), mask, int(name == "position_ids")))
+    if not found:
+        return mask, None
+    starts = torch.stack(found).any(0)  # (B, T)
+    return mask, None if can_look_at(starts) and not bool(starts.any()) else starts
+
+
+class DocumentRows:
+    """Each document of a batch as a row of its own, padded on the right: (B, T, …) to (documents, longest, …)."""
+
+    def __init__(self, starts: Tensor) -> None:
+        columns = torch.arange(starts.shape[1], device=starts.device)  # (T,)
+        number = starts.cumsum(1)  # (B, T)
+        ends = (number[:, -1] + 1).cumsum(0)  # (B,)
+        self.row = (ends - number[:, -1] - 1)[:, None] + number  # (B, T)
+        self.column = columns - torch.where(starts, columns, 0).cummax(1).values  # (B, T)
+        self.count, self.longest = int(ends[-1]), int(self.column.max()) + 1
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(B, T, …) to (documents, longest, …); zeros (False) stand behind shorter documents."""
+        empty = x.new_zeros(self.count, self.longest, *x.shape[2:])
+        return empty.index_put((self.row, self.column), x)
+
+    def steps(self, mask: Tensor | None) -> Tensor:
+        """Which steps of the documents count, (documents, longest), from those of the batch (B, T) or None."""
+        return self.unpack(torch.ones_like(self.row, dtype=torch.bool) if mask is None else mask)
+
+
+def per_document(features: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """features (B, T, D) and mask (B, T) by documents: (documents, longest, D) and (documents, longest).
+
+    Raises:
+        RuntimeError: a document begins where code must not depend on values (compiled, traced), when that is run: the
+            number of rows would.
+    """
+    if starts is None:
+        return features, mask
+    if can_look_at(starts):
+        rows = DocumentRows(starts)
+        return rows.unpack(features), rows.steps(mask)
+    message = "packed documents cannot be compiled, traced or transformed: give each a row of its own"
+    return _require(~starts.any(), message, features), mask

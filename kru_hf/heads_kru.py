@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .cache_kru import KRUCache
+from .cache_kru import KRUCache, per_document
 from .configuration_kru import KRUConfig
-from .documents import per_document
 from .modeling_kru import KRUModelOutput, KRUPreTrainedModel, step_targets, target_share
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")

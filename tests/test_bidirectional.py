@@ -14,7 +14,7 @@ from kru_hf import (
 )
 from kru_hf.cells import BY_TYPE
 from kru_hf.configuration_kru import CELL_TYPES
-from kru_hf.readout import normed_linear
+from kru_hf.maps import normed_linear
 from training.common.errors import UserError
 from training.loop.arguments import parse_arguments
 from training.models.build import build_model

@@ -19,8 +19,7 @@ from kru_hf import (
     KRUForTokenClassification,
     kroneckerize,
 )
-from kru_hf.kronecker_linear import KroneckerLinear
-from kru_hf.readout import _as_installed, is_bare
+from kru_hf.maps import KroneckerLinear, _as_installed, is_bare
 
 EVERY = pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
 EIGHT_BITS = 0.05  # of the largest logit

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kru_hf import KRUForTokenClassification
-from kru_hf.readout import normed_linear
+from kru_hf.maps import normed_linear
 
 HALF = 2e-3  # of the largest entry: two units in the last place of float16
 

@@ -15,6 +15,7 @@ from hub_server import HubServer
 from hub_store import Proposal
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 import kru_hf
 from kru_hf import KRUForCausalLM
@@ -74,7 +75,7 @@ def test_published_model_generates_elsewhere_without_the_package(trained: Path, 
     assert hub.repos[("model", "me/kru")].private
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
     model = KRUForCausalLM.from_pretrained(trained)
-    tokenizer = kru_hf.char_tokenizer.PreTrainedTokenizerFast.from_pretrained(trained)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained)
     expected = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=20, do_sample=False)[0].tolist()
 
     code = ELSEWHERE.format(arguments=("me/kru", done.commit, PROMPT))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kru_hf import KRUConfig, KRUModel
-from kru_hf.kronecker_linear import KroneckerLinear
+from kru_hf.maps import KroneckerLinear
 
 EXAMPLES = 60
 FLOAT64 = 1e-12

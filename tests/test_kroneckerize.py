@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kru_hf.kronecker import kron_product
-from kru_hf.kroneckerize import (
+from kru_hf.layers.kroneckerize import (
     GATES,
     dekroneckerize,
     kroneckerize,

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
-from kru_hf.feed_forward import KRUFeedForward
 from kru_hf.kronecker import kron_dense, to_complex
 from kru_hf.layers import KRU, KRUGRU, KRUJANET, KRULSTM
+from kru_hf.maps import KRUFeedForward
 
 FLOAT64_TOLERANCE = 1e-10
 TWINS = {KRULSTM: torch.nn.LSTM, KRUGRU: torch.nn.GRU}

@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from kru_hf.piano_roll import MidiError, read_midi
+from kru_hf.music import MidiError, read_midi
 from training.data.music_data import describe_report, load_pieces
 from training.options.data import DataOptions
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kru_hf.piano_roll import frames_to_roll, quantise, read_midi, write_midi
+from kru_hf.music import frames_to_roll, quantise, read_midi, write_midi
 from training import compose, evaluate, train
 from training.common.errors import UserError
 from training.data import music_data

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModel
 
 from kru_hf import KRUCache, KRUConfig, KRUForPianoRoll
-from kru_hf.piano_roll import (
+from kru_hf.music import (
     MidiError,
     PianoRoll,
     draw_roll,

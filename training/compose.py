@@ -17,7 +17,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from kru_hf.piano_roll import (
+from kru_hf.music import (
     MAX_FRAMES,
     MAX_GRID,
     NUM_PITCHES,

@@ -7,7 +7,7 @@ from problems import problem
 from torch.autograd import forward_ad
 
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, kron_scan
-from kru_hf.readout import normed_linear
+from kru_hf.maps import normed_linear
 
 IDS = torch.randint(1, 11, (2, 5), generator=torch.Generator().manual_seed(0))
 P = problem("kru", [(2, 2), (3, 3)], 2, 4)

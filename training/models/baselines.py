@@ -11,11 +11,10 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from kru_hf import KRUCache, kroneckerize
-from kru_hf.cache_kru import check_cache, initial_state
+from kru_hf.cache_kru import check_cache, initial_state, read_batch
 from kru_hf.cells import CELLS as KRONECKER_CELLS
 from kru_hf.cells import check_chrono, gate_bias
 from kru_hf.configuration_kru import LIMITS
-from kru_hf.documents import read_batch
 from kru_hf.modeling_kru import KRUModelOutput, KRUPreTrainedModel
 
 from .heads import register_heads

@@ -1,4 +1,4 @@
-"""A linear map of RMS-normalised features, without a normalised copy of them."""
+"""The maps around the recurrence: dense, or sums of Kronecker products; the normalised readout, the feed-forward."""
 
 from typing import Any, cast
 
@@ -6,8 +6,74 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kronecker_linear import KroneckerLinear
 from .transforms import is_transformed
+
+
+def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:
+    """A linear map without bias whose output starts with ``scale`` times the standard deviation of its input.
+
+    The standard deviation of the weights is left on the module for ``_init_weights``, which sees leaf modules only.
+    """
+    module = nn.Linear(in_features, out_features, bias=False)
+    module.init_std = scale * in_features**-0.5
+    return module
+
+
+class KroneckerLinear(nn.Module):
+    """y = W x with W = Σ_{i < n} A_i ⊗ B_i; ``mixing`` holds A (n, n, n), ``blocks`` holds B (n, out/n, in/n).
+
+    The parameterized hypercomplex multiplication (PHM) layer of Zhang et al., ICLR 2021: out·in/n + n³ parameters in
+    place of out·in, and of full rank all the same. n must divide both widths.
+    """
+
+    def __init__(self, in_features: int, out_features: int, terms: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.terms = in_features, out_features, terms
+        self.mixing = nn.Parameter(torch.empty(terms, terms, terms))
+        self.blocks = nn.Parameter(torch.empty(terms, out_features // terms, in_features // terms))
+        # An entry of W is a sum of n products: with both at these values its variance is that of ``linear``.
+        self.mixing_std, self.blocks_std = terms**-0.5, scale * in_features**-0.5
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in), built from its terms: what a dense map of the same function would hold."""
+        weight = torch.einsum("iab,icd->acbd", self.mixing, self.blocks)  # (n, out/n, n, in/n)
+        return weight.reshape(self.out_features, self.in_features)  # (out, in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) to (…, out)."""
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, terms={self.terms}"
+
+
+def structured_linear(
+    in_features: int, out_features: int, terms: int | None, scale: float = 1.0
+) -> nn.Linear | KroneckerLinear:
+    """A map without bias: dense, or of that many Kronecker terms. Its output starts with ``scale`` times the input's
+    standard deviation."""
+    if terms is None:
+        return linear(in_features, out_features, scale)
+    return KroneckerLinear(in_features, out_features, terms, scale)
+
+
+class KRUFeedForward(nn.Module):
+    """Pre-norm SwiGLU (Shazeer 2020): W_down (silu(W_gate x) ⊙ W_up x), of width I (``intermediate_size``).
+
+    The recurrence mixes steps, this block mixes the features of one step: it has no state.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, epsilon: float, terms: int | None = None) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden_size, eps=epsilon)
+        self.gate_up_proj = structured_linear(hidden_size, 2 * intermediate_size, terms)
+        self.down_proj = structured_linear(intermediate_size, hidden_size, terms)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (B, T, D) to the branch that is added to them (B, T, D)."""
+        gate, up = self.gate_up_proj(self.norm(hidden_states)).chunk(2, -1)  # (B, T, I) each
+        return self.down_proj(F.silu(gate) * up)  # (B, T, D)
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .kronecker import plan_with_warning
-from .recurrence import KRURecurrence
+from ..kronecker import plan_with_warning
+from ..recurrence import KRURecurrence
 
 
 class _KroneckerLayer(nn.Module):

@@ -30,7 +30,7 @@ class Score:
         ticks_per_quarter: ticks in a quarter note.
         notes: (start, end, pitch) of every note that ends, but drums; held by a pedal it ends with the pedal.
         tempos: (tick, quarter notes a minute).
-        report: counts of what was changed or dropped, by the names of ``kru_hf.piano_roll.PROBLEMS``.
+        report: counts of what was changed or dropped, by the names of ``rolls.PROBLEMS``.
     """
 
     ticks_per_quarter: float
