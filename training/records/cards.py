@@ -1,116 +1,122 @@
-"""Model cards, rendered from what a run's folder records; a field that the folder lacks stays blank."""
+"""Model cards: card.md.jinja filled from what a run's folder records; a field that the folder lacks stays blank."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from markupsafe import Markup
 
-from ..common.errors import UserError
+from ..common.checkpoint import COMPANIONS
 from ..common.files import check_fields, one_line, read_json
-from .card_text import (
-    BLANK,
-    CITATION,
-    DATA_SOURCES,
-    METRICS,
-    DataSource,
-    how_to_load,
-    limits,
-    local_place,
-    plain,
-    shown,
-    snippet,
-)
+from ..options.data import DataOptions
+from ..options.fields import fields_of
+from ..options.model import ModelOptions
+from ..options.rule import idle, is_off
+from ..options.run import RunOptions
 from .results_page import beside
 from .run_record import RECIPE, RESULTS, RUN, RunRecord
+from .text import METRICS, TEMPLATES, table
 
-TEMPLATE = Path(__file__).parent / "card.md.jinja"
-SPLITS = ("train_", "validation_", "test_")  # what the record of a data set counts begins with one of these
-PAPER = "https://arxiv.org/abs/1705.10142"
-# A short piece that a released music model brings along, its picture, and how `training.compose` made it.
-COMPOSITION = ("composition.mid", "composition.png", "composition.json")
-COMPOSITION_FIELDS = {"command": str, "prime_frames": int, "num_frames": int, "report": dict[str, Any]}
-REPORT_FIELDS = {
-    **dict.fromkeys(("density", "lowest", "highest"), float | None),
-    **dict.fromkeys(("density_band", "lowest_band", "highest_band"), list[float | int]),
-    "within": bool,
-}
 RECIPE_OPTIONS = (
     *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("sequence_length", "carry_state", "frames_per_quarter", "transpose", "optimizer", "adam_beta1", "adam_beta2"),
     *("learning_rate", "factor_learning_rate_scale", "lr_scheduler_type", "warmup_steps", "min_learning_rate_ratio"),
     *("plateau_factor", "weight_decay", "max_grad_norm", "mixed_precision"),
 )
-CONFIG_ROWS = (
-    *("cell_type", "block_type", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
+CONFIG_FIELDS = (
+    *("activation", "cell_type", "block_type", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
     *("kronecker_terms", "intermediate_size", "recurrent_terms", "recurrent_init", "recurrent_init_scale"),
     *("recurrent_init_max_phase", "chrono_max_length", "train_factors"),
     *("input_dropout", "state_dropout", "hidden_dropout", "cell"),
 )
+COMPOSITION = {"command": str, "prime_frames": int, "num_frames": int, "report": dict[str, Any]}
+BANDS = {"density": "keys per frame", "lowest": "lowest pitch", "highest": "highest pitch"}
 
 
-class CardRecord(RunRecord):
-    """What a run's folder says about itself, and what follows for a card."""
+class DataSource(NamedTuple):
+    """What is known of a built-in data set beyond what a run records."""
 
-    @property
-    def source(self) -> DataSource | None:
-        """What is known of the data beyond the record."""
-        return DATA_SOURCES.get(self.data.get("name", BLANK))
+    description: str
+    license: str = "none needed: generated"
+    language: str | None = None
 
-    def data_license(self, given: str | None) -> str:
-        """Licence of the data: as given now or to the training, or known for a built-in set, or blank."""
-        return given or self.options.get("data_license") or (self.source.license if self.source else BLANK)
 
-    def figures(self) -> list[tuple[str, Any, Any]]:
-        """Metric name, validation and test figure, of those that `all_results.json` holds."""
-        pairs = [(name, self.results.get(f"validation_{name}"), self.results.get(f"test_{name}")) for name in METRICS]
-        return [pair for pair in pairs if pair[1:] != (None, None)]
+DATA_SOURCES = {
+    "python_docs": DataSource(
+        "CPython's language reference, as the interpreter ships it in pydoc_data.topics",
+        "PSF-2.0 (code examples also 0BSD)",
+        "en",
+    ),
+    "bach_chorales": DataSource(
+        "J. S. Bach's chorales as music21's corpus has them",
+        "the works are in the public domain; the encodings come under the terms of music21's corpus",
+    ),
+    "digits": DataSource("8x8 pictures of handwritten digits that scikit-learn ships (UCI)", "CC-BY-4.0"),
+    "espeak": DataSource(
+        "sentences made by the training code and spoken by the program espeak-ng, with its own phone timings",
+        language="en",
+    ),
+    "copy_memory": DataSource("generated by the training code"),
+    "adding": DataSource("generated by the training code"),
+}
+UNKNOWN = DataSource("", "")
+
+
+def source_of(record: RunRecord) -> DataSource:
+    """What is known of the data beyond the record."""
+    return DATA_SOURCES.get(record.data.get("name", ""), UNKNOWN)
+
+
+def license_of(record: RunRecord, given: str | None) -> str:
+    """Licence of the data: as given now or to the training, or known for a built-in set, or blank."""
+    return given or record.options.get("data_license") or source_of(record).license
+
+
+def figures_of(record: RunRecord) -> list[tuple[str, Any, Any]]:
+    """Metric, validation and test figure, of those that `all_results.json` holds."""
+    pairs = [(name, *(record.results.get(f"{split}_{name}") for split in ("validation", "test"))) for name in METRICS]
+    return [pair for pair in pairs if pair[1:] != (None, None)]
 
 
 def missing_fields(folder: Path, data_license: str | None = None) -> list[str]:
     """What a card needs before it is published and the folder does not say, as names of fields with their file."""
-    record = CardRecord.read(folder)
+    record = RunRecord.read(folder)
     needed = {
         "architectures (config.json)": record.class_name,
         f"task ({RECIPE})": record.options.get("task"),
         f"data.name ({RUN})": record.data.get("name"),
-        "licence of the data (--data_license)": record.data_license(data_license),
+        "licence of the data (--data_license)": license_of(record, data_license),
         f"num_parameters ({RESULTS})": record.results.get("num_parameters"),
         f"num_recurrent_parameters ({RESULTS})": record.results.get("num_recurrent_parameters"),
-        f"a validation_ or test_ figure ({RESULTS})": record.figures(),
+        f"a validation_ or test_ figure ({RESULTS})": figures_of(record),
     }
-    return [name for name, value in needed.items() if value in (None, BLANK, [])]
+    return [name for name, value in needed.items() if value in (None, "", [])]
 
 
-def composition(folder: Path) -> dict[str, Any] | None:
-    """How the released piece was made and how it compares with the training pieces; None without such a piece."""
-    if not all((folder / name).is_file() for name in COMPOSITION):
-        return None
-    path = folder / COMPOSITION[2]
+def composition_of(folder: Path) -> dict[str, Any]:
+    """How the released piece was made and how it compares with the training pieces; empty without such a piece."""
+    if not all((folder / name).is_file() for name in COMPANIONS):
+        return {}
+    path = folder / COMPANIONS[2]
     made = read_json(path)
-    check_fields(path, made, COMPOSITION_FIELDS, required=True)
-    report = made["report"]
-    check_fields(f"{path}: report", report, REPORT_FIELDS, required=True)
-    names, figures = {"density": "keys a frame", "lowest": "lowest pitch", "highest": "highest pitch"}, []
-    for key, name in names.items():
-        band = report[f"{key}_band"]
-        if len(band) != 2:
-            raise UserError(f"{path}: report: {key}_band={band} is not valid: it must be two figures")
-        figures.append(f"{name} {shown(report[key])} (training pieces: {shown(band[0])} to {shown(band[1])})")
-    return {**made, "command": one_line(made["command"]), "figures": ", ".join(figures), "within": report["within"]}
+    check_fields(path, made, COMPOSITION, required=True)
+    bands = {f"{name}_band": list[float | int] for name in BANDS}
+    check_fields(f"{path}: report", made["report"], {**dict.fromkeys(BANDS, float | None), **bands}, required=True)
+    return made
 
 
-def eval_results(record: CardRecord) -> list[EvalResult]:
+def eval_results(record: RunRecord) -> list[EvalResult]:
     """The figures as the Hub's model-index wants them."""
     name, config, revision = (
-        one_line(record.data.get(key) or BLANK) for key in ("name", "dataset_config", "dataset_revision")
+        one_line(record.data.get(key) or "") for key in ("name", "dataset_config", "dataset_revision")
     )
     return [
         EvalResult(
-            task_type=record.head[1],
+            task_type=record.head.task,
             dataset_type=name,
             dataset_name=name,
             dataset_config=config or None,
@@ -120,7 +126,7 @@ def eval_results(record: CardRecord) -> list[EvalResult]:
             metric_name=METRICS[metric],
             metric_value=value,
         )
-        for metric, *values in (record.figures() if name else [])
+        for metric, *values in (figures_of(record) if name else [])
         for split, value in zip(("validation", "test"), values, strict=True)
         if value is not None
     ]
@@ -135,62 +141,46 @@ def on_hub(name: str | None) -> list[str]:
     return [name] if name and "/" in name else []
 
 
-def card_data(record: CardRecord, title: str, license: str) -> ModelCardData:
+def card_data(record: RunRecord, title: str, license: str) -> ModelCardData:
     """The metadata at the head of the card."""
     results = eval_results(record)
     return ModelCardData(
         library_name="transformers",
         license=license,
-        language=record.source.language if record.source else None,
-        pipeline_tag=record.head[1] if record.head[1] != "other" else None,
+        language=source_of(record).language,
+        pipeline_tag=record.head.task if record.head.task != "other" else None,
         tags=[*(["kru", "kronecker", "arxiv:1705.10142"] if record.is_kru else []), "recurrent-neural-network"],
         datasets=on_hub(record.data.get("name")) or None,
         base_model=next(iter(on_hub(record.options.get("model"))), None),
-        metrics=[metric for metric, *_ in record.figures()] or None,
+        metrics=[metric for metric, *_ in figures_of(record)] or None,
         model_name=title if results else None,
         eval_results=results or None,
     )
 
 
-def architecture_rows(record: CardRecord) -> list[tuple[str, str]]:
-    """Names and values of the config fields that describe the network."""
-    config = record.config
-    rows = [("state_size N", shown(config.get("state_size"))), ("vocab_size V", shown(config.get("vocab_size")))]
-    names = list(CONFIG_ROWS)
-    if record.is_kru:
-        shapes = config.get("factor_shapes") or []
-        rows.append(("Factor shapes P_f x Q_f", " ⊗ ".join(f"{p}x{q}" for p, q in shapes)))
-    if record.is_kru and not record.is_gated:
-        rows.append(("unitary_loss_coef λ", shown(config.get("unitary_loss_coef"))))
-        names.insert(0, "activation")
-    return rows + [(name, shown(config[name])) for name in names if config.get(name) is not None]
+def recipe_of(record: RunRecord) -> list[tuple[str, Any]]:
+    """The options that describe the training and had an effect, and how far it came."""
+    fields = fields_of([RunOptions, ModelOptions, DataOptions])
+    given = {name: value for name, value in record.options.items() if name in fields}
+    without = {*idle(given, fields), *(name for name, value in given.items() if is_off(fields[name], value))}
+    options = [(name, record.options.get(name)) for name in RECIPE_OPTIONS if name not in without]
+    processes = [("processes", machine.get("processes")) for machine in record.machines[-1:]]
+    done = [("steps done", record.results.get("steps")), ("step of these weights", record.results.get("best_step"))]
+    return [(name, value) for name, value in (*options, *processes, *done) if value is not None]
 
 
-def recipe_rows(record: CardRecord) -> list[tuple[str, str]]:
-    """Names and values of the options that describe the training; those without effect in this run are left out."""
-    options = record.options
-    idle = {"num_train_epochs"} if (options.get("max_steps") or -1) > 0 else {"max_steps"}
-    idle |= set() if options.get("lr_scheduler_type") == "plateau" else {"plateau_factor"}
-    idle |= set() if options.get("lr_scheduler_type") == "cosine" else {"min_learning_rate_ratio"}
-    idle |= {"adam_beta1", "adam_beta2"} if options.get("optimizer") == "rmsprop" else set()
-    names = [name for name in RECIPE_OPTIONS if options.get(name) is not None and name not in idle]
-    rows = [(name, shown(options[name])) for name in names]
-    rows += [("processes", shown(machine["processes"])) for machine in record.machines[-1:] if "processes" in machine]
-    done = (("steps", "steps done"), ("best_step", "step of these weights"))
-    return rows + [(text, shown(record.results[name])) for name, text in done if record.results.get(name)]
+def quoted(text: str) -> Markup:
+    """A text as a string of Python."""
+    escaped = text.encode("unicode_escape").decode().replace('"', '\\"')
+    return Markup(f'"{escaped}"')
 
 
-def speed(record: CardRecord) -> str:
-    """Run time and throughput, as far as recorded."""
-    wall, used, rate = (
-        record.results.get(name) for name in ("train_runtime", "processor_seconds", "train_tokens_per_second")
-    )
-    parts = [
-        f"{shown(float(wall or 0))} s",
-        f"{shown(float(used))} s of processor time" if used is not None else BLANK,
-        f"at {rate:,.0f} elements of the sequence a second" if rate else BLANK,
-    ]
-    return ", ".join(part for part in parts if part) if wall is not None else BLANK
+def local_place(folder: Path) -> str:
+    """The folder relative to here, or its name: never an absolute path, and never what could be a name on the Hub."""
+    try:
+        return f"./{folder.resolve().relative_to(Path.cwd()).as_posix()}"
+    except ValueError:
+        return f"./{folder.name}"
 
 
 def render_card(
@@ -211,49 +201,41 @@ def render_card(
     Raises:
         UserError: one of the folder's files is damaged; it is named.
     """
-    record = CardRecord.read(Path(folder))
-    name = shown(record.data.get("name"))
-    pin = (revision or "main") if repo_id else None
-    own = f"{record.class_name or 'Model'} {record.data.get('name') or BLANK}"
-    title = repo_id.split("/")[-1] if repo_id else one_line(own)
-    kind = "A Kronecker recurrent unit" if record.is_kru else "A recurrent baseline"
-    sizes = {key.replace("_", " "): value for key, value in record.data.items() if key.startswith(SPLITS)}
-    source = record.source
-    # What is published always brings its code; a folder of this repository leaves it to the checkout that it lies in.
-    carries_code = repo_id is not None or (record.folder / "modeling_kru.py").is_file()
-    paper = f"[Kronecker Recurrent Units]({PAPER}) (Jose, Cissé, Fleuret, ICML 2018)"
-    card = ModelCard.from_template(
-        card_data(record, title, license),
-        template_path=str(TEMPLATE),
-        title=plain(title),
-        summary=f"{kind}" + (f" trained on {name}" if name else BLANK) + f". The method: {paper}.",
-        task=shown(record.options.get("task")),
-        data={
-            "name": name,
-            "description": source.description if source else BLANK,
-            "license": shown(record.data_license(data_license)),
-            "revision": shown(record.data.get("dataset_revision")),
-            "sha256": shown(record.data.get("sha256")),
-            "size": ", ".join(f"{shown(value)} {plain(name)}" for name, value in sizes.items()),
-        },
-        architecture={
-            "name": plain(record.class_name),
-            "num_parameters": shown(record.results.get("num_parameters")),
-            "num_recurrent_parameters": shown(record.results.get("num_recurrent_parameters")),
-            "rows": architecture_rows(record),
-        },
-        is_kru=record.is_kru,
-        is_gated=record.is_gated,
-        recipe=recipe_rows(record),
-        versions=", ".join(f"{plain(key)} {plain(value)}" for key, value in record.run.get("versions", {}).items()),
-        results=[(METRICS[n], shown(validation), shown(test)) for n, validation, test in record.figures()],
-        beside=beside(record.folder),
-        speed=speed(record),
-        learning_curve=(record.folder / "learning_curve.png").is_file(),
-        composition=composition(record.folder),
-        how_to_load=how_to_load(record, pin, carries_code),
-        snippet=(snippet(record, repo_id or local_place(record.folder), pin, carries_code) if record.is_kru else BLANK),
-        limits=limits(record),
-        citation=CITATION,
+    folder = Path(folder)
+    record = RunRecord.read(folder)
+    data, config, composition = record.data, record.config, composition_of(folder)
+    title = one_line(f"{record.class_name or 'Model'} {data.get('name') or ''}")
+    title = repo_id.split("/")[-1] if repo_id else title
+    report = composition.get("report", {})
+    sizes = [(name.replace("_", " "), n) for name, n in data.items() if name.startswith(("train_", "valid", "test_"))]
+    shown_fields = CONFIG_FIELDS if record.is_kru and not record.is_gated else CONFIG_FIELDS[1:]  # no activation
+    metric, rows = beside(folder)
+    return TEMPLATES.get_template("card.md.jinja").render(
+        card_data=Markup(card_data(record, title, license).to_yaml()),
+        title=title,
+        record=record,
+        head=record.head,
+        data=data,
+        config=config,
+        options=record.options,
+        results=record.results,
+        run=record.run,
+        source=source_of(record),
+        data_license=license_of(record, data_license),
+        sizes=sizes,
+        fields=[(name, config[name]) for name in shown_fields if config.get(name) is not None],
+        recipe=recipe_of(record),
+        figures=[(METRICS[name], *values) for name, *values in figures_of(record)],
+        table=table,
+        metric=metric,
+        beside=rows,
+        learning_curve=(folder / "learning_curve.png").is_file(),
+        composition=composition,
+        command=Markup(one_line(composition.get("command", ""))),
+        bands=[(text, report[name], *report[f"{name}_band"]) for name, text in BANDS.items() if report],
+        # What is published always brings its code; a folder of this repository leaves it to its checkout.
+        carries_code=repo_id is not None or (folder / "modeling_kru.py").is_file(),
+        place=quoted(repo_id or local_place(folder)),
+        pin=quoted(revision or "main") if repo_id else None,
+        revision=revision,
     )
-    return str(card)

@@ -23,11 +23,11 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import kru_hf
 
+from ..common.checkpoint import COMPANIONS
 from ..common.errors import UserError
 from ..common.files import read_json
 from ..models.build import load_model
-from .card_text import DATA_SOURCES
-from .cards import COMPOSITION, missing_fields, render_card
+from .cards import DATA_SOURCES, missing_fields, render_card
 from .hub import (
     PROPOSAL,
     check_access,
@@ -47,7 +47,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 # What a new version brings or removes. Everything else in the repository is the owner's, and stays.
 COPIED_FILES = (
     *(WEIGHTS, "generation_config.json", *TOKENIZER_FILES),
-    *(RECIPE, RUN, RESULTS, HISTORY, "learning_curve.png", *COMPOSITION),
+    *(RECIPE, RUN, RESULTS, HISTORY, "learning_curve.png", *COMPANIONS),
 )
 HEADS = {
     "KRUForCausalLM": "causal_lm",

@@ -2,7 +2,7 @@
 
 `recipe.yaml` has every option resolved, so that `training.train RUN/recipe.yaml` repeats the run whatever defaults
 become; `run.json` the data, versions, machines, times and the command; `history.csv` one row per evaluation and at most
-200 of training.
+100 of training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from huggingface_hub import hf_hub_download
@@ -30,24 +30,34 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 RECIPE, RUN, RESULTS, HISTORY = ckpt.RECORD
-# End of the class name -> Auto class, task of the Hub.
+
+
+class Head(NamedTuple):
+    """How a head is loaded: transformers' auto class, the Hub's task, and its name in models/build.py."""
+
+    auto: str
+    task: str
+    name: str
+
+
+# By the end of the class name.
 HEADS = {
-    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "ForPianoRoll": ("AutoModel", "other"),
+    "ForCausalLM": Head("AutoModelForCausalLM", "text-generation", "causal_lm"),
+    "ForSequenceClassification": Head(
+        "AutoModelForSequenceClassification", "text-classification", "sequence_classification"
+    ),
+    "ForTokenClassification": Head("AutoModelForTokenClassification", "token-classification", "token_classification"),
+    "ForPianoRoll": Head("AutoModel", "other", "piano_roll"),
 }
 TRAINING = ("train_loss", "learning_rate")
-TRAINING_ROWS = 200
+TRAINING_ROWS = 100
 MAPPING = dict[str, Any]
-SIZES = ("state_size", "vocab_size", "input_size", "io_rank", "num_hidden_layers", "recurrent_rank", "kronecker_terms")
-# Types of the fields that are read of each file; other fields are left alone.
+# Types of the fields that are computed with; others are shown as they are.
 FIELDS: dict[str, dict[str, Any]] = {
     "config.json": {
-        **dict.fromkeys(("model_type", "cell_type", "cell"), str | None),
-        **dict.fromkeys((*SIZES, "intermediate_size"), int | None),
         **dict.fromkeys(("factor_shapes", "recurrent_factor_shapes"), list[list[int]] | None),
         "architectures": list[str] | None,
+        "num_hidden_layers": int | None,
     },
     RUN: {
         **dict.fromkeys(("data", "versions"), MAPPING),
@@ -56,13 +66,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         "command": str,
     },
     RECIPE: {
-        **dict.fromkeys(("task", "architecture", "model", "data_license", "mixed_precision"), str | None),
-        **dict.fromkeys(("optimizer", "lr_scheduler_type", "dataset"), str | None),
-        **dict.fromkeys(("seed", "max_steps", "parameter_budget", "sequence_length", "state_size"), int | None),
-        "max_recurrent_norm": float | None,
+        **dict.fromkeys(("task", "architecture", "model", "data_license", "dataset", "mixed_precision"), str | None),
+        **dict.fromkeys(("seed", "max_steps", "parameter_budget", "sequence_length"), int | None),
     },
     "data": dict.fromkeys(("name", "dataset_config", "dataset_revision", "sha256"), str | None),
-    "machine": {"processes": int, "threads": int, "device": str | None, "processor": str | None},
+    "machine": {"processes": int, "threads": int},
 }
 
 
@@ -70,8 +78,9 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def recipe_text(values: Mapping[str, Any]) -> str:
-    """Options as a recipe."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10**9)
+    """Options as a recipe; one that was not given (None) has no line."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=10**9)
 
 
 def thinned(history: list[dict[str, Any]], limit: int = TRAINING_ROWS) -> list[dict[str, Any]]:
@@ -125,9 +134,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """A JSON object of a run's folder, with the fields that are used in their types; empty if it is not there."""
+    """config.json or run.json of a run's folder, with the fields that are used in their types; empty if not there."""
     values = read_json(path, optional=True)
-    check_fields(path, values, FIELDS.get(path.name, {}))
+    check_fields(path, values, FIELDS[path.name])
     return values
 
 
@@ -180,9 +189,11 @@ class RunRecord:
         return (self.config.get("architectures") or [""])[0]
 
     @property
-    def head(self) -> tuple[str, str]:
-        """Auto class and Hub task."""
-        return next((value for end, value in HEADS.items() if self.class_name.endswith(end)), ("AutoModel", "other"))
+    def head(self) -> Head:
+        """How the class is loaded."""
+        return next(
+            (head for end, head in HEADS.items() if self.class_name.endswith(end)), Head("AutoModel", "other", "")
+        )
 
     @property
     def is_kru(self) -> bool:
@@ -196,7 +207,7 @@ class RunRecord:
 
 
 def read_record(model: str) -> RunRecord:
-    """The record of a trained folder or Hub id, with what is needed to evaluate it or to go on from it.
+    """The record of a trained folder or Hub id, with what is needed to evaluate it or to train it further.
 
     Raises:
         UserError: it has none, or one that cannot be read.

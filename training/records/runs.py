@@ -6,15 +6,17 @@ setting that differ in their seed alone are one row.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from kru_hf.cells import BY_TYPE
 
@@ -24,9 +26,9 @@ from ..common.files import check_fields, one_line, read, read_json
 from ..common.machine import shown_path
 from ..options.model import OFF_AT_ZERO
 from ..tasks import get_task, task_names
-from .card_text import shown
 from .paper_figures import ADDING, COPY, JSB, PERMUTED, PHONEMES, PIANO, PTB_LARGE, PTB_SMALL, SEQUENTIAL
 from .run_record import HISTORY, RESULTS, RUN, RunRecord, read_history
+from .text import shown
 
 RUNS = "runs.jsonl"
 POINTS = 40  # of a learning curve
@@ -38,7 +40,7 @@ INCIDENTAL = {
     "use_cpu", "evaluate_test", "data_license", "dataset", "eval_batch_size", "scan_backend", "use_cache",
     "parameter_budget", "eval_steps", "architecture",
 }  # fmt: skip
-PTB_SIZES = ((160_000, PTB_SMALL), (500_000, PTB_LARGE))
+OFF = (*OFF_AT_ZERO, "max_recurrent_norm")
 NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "orthogonal": "orthogonal RNN", "low_rank": "low-rank RNN"}
 CELLS = {name: "KRU" if cell.complex else f"Kron-{cell.name.upper()}" for name, cell in BY_TYPE.items()}
 
@@ -54,8 +56,9 @@ class Entry:
     seeds: list[int] = field(default_factory=list)
     variant: str | None = None  # what sets it apart from others of the same label, where that was told in words
     released: str | None = None  # folder of the model beside runs.jsonl
-    results: dict[str, Any] = field(default_factory=dict)  # of several seeds means, or [least, most]; {}: not finished
-    spread: dict[str, float] | None = None  # standard deviations over the seeds, of validation and test figure
+    # Of several seeds means, or [least, most]; {}: not finished.
+    results: dict[str, float | int | list[float | int]] = field(default_factory=dict)
+    spread: dict[str, float | int] | None = None  # standard deviations over the seeds, of validation and test figure
     decimals: int | None = None  # of the figures, where fewer are known than a page shows
     stopped_at: int | None = None  # step of the last checkpoint of a run that has not finished
     recipe: dict[str, Any] = field(default_factory=dict)  # the options that are known and not None
@@ -65,11 +68,6 @@ class Entry:
     history: list[list[float | int]] | None = None  # pairs of step and validation figure
 
     @property
-    def greater(self) -> bool:
-        """Whether more of the metric is better."""
-        return METRIC_ORDER[self.metric]
-
-    @property
     def is_kru(self) -> bool:
         """Whether the model is the project's own; strictly unitary ones, whose names begin so, are baselines."""
         return self.label.split(" ")[0] in CELLS.values()
@@ -77,13 +75,15 @@ class Entry:
     @property
     def machine(self) -> str:
         """Where it ran, in short; blank where that was not recorded."""
-        return ", then ".join(dict.fromkeys(machine_name(machine) for machine in self.machines))
+        return ", then ".join(dict.fromkeys(map(machine_name, self.machines)))
 
     @cached_property
     def choices(self) -> dict[str, Any]:
         """All options that distinguish this run from one of another row."""
-        off = (*OFF_AT_ZERO, "max_recurrent_norm")
-        return {k: v for k, v in self.recipe.items() if k not in INCIDENTAL and v is not None and (v or k not in off)}
+        return {k: v for k, v in self.recipe.items() if k not in INCIDENTAL and v is not None and (v or k not in OFF)}
+
+
+TYPES = get_type_hints(Entry)
 
 
 def machine_name(given: dict[str, Any]) -> str:
@@ -97,14 +97,10 @@ def machine_name(given: dict[str, Any]) -> str:
 
 def factors(shapes: Iterable[list[int]]) -> str:
     """`7·8·9`, `2^9` for nine 2x2 factors, `3x4·4x3` for rectangular ones."""
-    names = [str(p) if p == q else f"{p}x{q}" for p, q in shapes]
-    runs: list[list[str]] = []
-    for name in names:
-        if runs and runs[-1][0] == name:
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-    return "·".join(run[0] if len(run) == 1 else f"{run[0]}^{len(run)}" for run in runs)
+    runs = [
+        (name, len(list(same))) for name, same in itertools.groupby(f"{p}x{q}" if p != q else f"{p}" for p, q in shapes)
+    ]
+    return "·".join(f"{name}^{count}" if count > 1 else name for name, count in runs)
 
 
 # ---- from a run's folder to a line ----
@@ -122,22 +118,22 @@ def metric_of(record: RunRecord) -> str:
 def setting_of(record: RunRecord) -> str:
     """The task on its data, as the paper names it where it has it."""
     options, data = record.options, shown(record.data.get("name"))
-    task, length = shown(options.get("task")), options.get("sequence_length")
-    if task in ("copy_memory", "adding"):
-        return (COPY if task == "copy_memory" else ADDING).format(length)
-    if task == "phonemes" and "timit" in data.lower():
-        return PHONEMES if options.get("phone_set") != 39 else f"{PHONEMES}, 39 classes"
+    task, name = shown(options.get("task")), data.lower()
     permuted = any(value and "permut" in key for key, value in options.items())
-    if task == "pixel_mnist" and re.search(r"(^|/)mnist\b", data.lower()):  # not Fashion-MNIST and its like
-        return PERMUTED if permuted else SEQUENTIAL
-    if task == "char_lm" and re.search(r"ptb|penn", data.lower()):
-        size = record.results.get("num_parameters") or options.get("parameter_budget") or 0
-        return next((name for limit, name in PTB_SIZES if size <= limit), "Penn Treebank characters, larger models")
     # Published figures are from training pieces as they are: transposed ones are another setting.
     changed = ", transposed training pieces" if options.get("transpose") else ""
-    for pattern, name in (("jsb", JSB), ("piano.?midi", PIANO)):
-        if task == "piano_roll" and re.search(pattern, data.lower()):
-            return name + changed
+    if task in ("copy_memory", "adding"):
+        return (COPY if task == "copy_memory" else ADDING).format(options.get("sequence_length"))
+    if task == "phonemes" and "timit" in name:
+        return PHONEMES if options.get("phone_set") != 39 else f"{PHONEMES}, 39 classes"
+    if task == "pixel_mnist" and re.search(r"(^|/)mnist\b", name):  # not Fashion-MNIST and its like
+        return PERMUTED if permuted else SEQUENTIAL
+    if task == "char_lm" and re.search(r"ptb|penn", name):
+        size = record.results.get("num_parameters") or options.get("parameter_budget") or 0
+        large = PTB_LARGE if size <= 500_000 else "Penn Treebank characters, larger models"
+        return PTB_SMALL if size <= 160_000 else large
+    if task == "piano_roll" and re.search("jsb|piano.?midi", name):
+        return (JSB if "jsb" in name else PIANO) + changed
     return f"{task or 'task not recorded'} on {data or 'data not recorded'}{changed}{', permuted' * permuted}"
 
 
@@ -146,21 +142,24 @@ def label_of(record: RunRecord) -> str:
     config = record.config
     if not config:  # a run that ended before its first evaluation, or whose config.json was removed
         return f"{record.options.get('architecture') or 'model'} {record.options.get('state_size') or ''}"
+    unitary = config.get("model_type") == "kru_unitary"
+    if unitary or record.is_kru:
+        kind = "strictly unitary " * unitary + CELLS.get(config.get("cell_type", "kru"), "KRU")
+        shapes = config.get("factor_shapes") or []
+    else:
+        kind, shapes = NAMES.get(config.get("cell", ""), "model"), config.get("recurrent_factor_shapes")
     layers = config.get("num_hidden_layers") or 1
-    several = f", {layers} layers" if layers > 1 else ""
-    size = config.get("state_size", "")
-    if config.get("model_type") in ("kru", "kru_unitary"):
-        kind = CELLS.get(config.get("cell_type", "kru"), "KRU")
-        kind = f"strictly unitary {kind}" if config["model_type"] == "kru_unitary" else kind
-        rank = f", rank-{config['io_rank']} maps" if config.get("io_rank") else ""
-        rank += f", maps of {config['kronecker_terms']} terms" if config.get("kronecker_terms") else ""
-        rank += f", feed-forward {config['intermediate_size']}" if config.get("intermediate_size") else ""
-        frozen = "" if config.get("train_factors", True) else ", frozen factors"
-        return f"{kind} {size} ({factors(config.get('factor_shapes') or [])}){rank}{frozen}{several}"
-    rank = f", rank {config['recurrent_rank']}" if config.get("recurrent_rank") else ""
-    shapes = config.get("recurrent_factor_shapes")
-    kron = f" ({factors(shapes)})" if shapes else ""
-    return f"{NAMES.get(config.get('cell', ''), 'model')} {size}{rank}{kron}{several}"
+    parts = [
+        f"{kind} {config.get('state_size', '')}",
+        f", rank {config['recurrent_rank']}" if config.get("recurrent_rank") else "",
+        f" ({factors(shapes)})" if shapes is not None else "",
+        f", rank-{config['io_rank']} maps" if config.get("io_rank") else "",
+        f", maps of {config['kronecker_terms']} terms" if config.get("kronecker_terms") else "",
+        f", feed-forward {config['intermediate_size']}" if config.get("intermediate_size") else "",
+        "" if config.get("train_factors", True) else ", frozen factors",
+        f", {layers} layers" if layers > 1 else "",
+    ]
+    return "".join(parts)
 
 
 def entry_of(folder: Path, table: Path) -> Entry:
@@ -185,7 +184,7 @@ def entry_of(folder: Path, table: Path) -> Entry:
         setting=setting_of(record),
         label=label_of(record),
         metric=metric,
-        seeds=[record.options["seed"]] if "seed" in record.options else [],
+        seeds=[options["seed"]] if "seed" in options else [],
         released=released,
         results={name: value for name, value in record.results.items() if value is not None},
         stopped_at=stopped,
@@ -223,6 +222,20 @@ def is_run(folder: Path) -> bool:
     return not ckpt.is_checkpoint(folder) and any((folder / name).is_file() for name in (RUN, RESULTS))
 
 
+def parse_line(line: str, place: str) -> Entry:
+    """A line of runs.jsonl. Raises `UserError`, naming the place, if it is not as it must be."""
+    values = read(Path(place), lambda _: json.loads(line))
+    if not isinstance(values, dict) or values.keys() - TYPES.keys():
+        raise UserError(f"{place}: it must be an object of {', '.join(TYPES)}")
+    check_fields(place, values, {name: TYPES[name] for name in ("name", "setting", "label", "metric")}, required=True)
+    check_fields(place, values, TYPES)
+    if values["metric"] not in METRIC_ORDER:
+        raise UserError(f"{place}: metric={values['metric']!r} is not valid: one of {', '.join(METRIC_ORDER)}")
+    if any(len(point) != 2 for point in values.get("history") or []):
+        raise UserError(f"{place}: history is not valid: it must hold pairs of step and figure")
+    return Entry(**values)
+
+
 def read_runs(table: Path) -> list[Entry]:
     """The lines of a folder's runs.jsonl, in their order; none if there is no such file.
 
@@ -230,44 +243,15 @@ def read_runs(table: Path) -> list[Entry]:
         UserError: a line is not as it must be; it is named.
     """
     path = table / RUNS
-    if not path.is_file():
-        return []
-    kinds = {**dict.fromkeys(("name", "setting", "label", "metric"), str)}
-    others = {
-        "seeds": list[int],
-        **dict.fromkeys(("variant", "released"), str | None),
-        **dict.fromkeys(("results", "recipe", "data"), dict[str, Any]),
-        "spread": dict[str, float | int] | None,
-        "machines": list[dict[str, Any]],
-        "commands": list[str],
-        "history": list[list[float | int]] | None,
-        **dict.fromkeys(("stopped_at", "decimals"), int | None),
-    }
-    entries = []
-    for number, line in enumerate(read(path, lambda file: file.read_text(encoding="utf-8")).splitlines(), 1):
-        place = f"{path}, line {number}"
-        values = read(Path(place), lambda _, line=line: json.loads(line))  # type: ignore[misc]
-        if not isinstance(values, dict) or values.keys() - {f.name for f in fields(Entry)}:
-            raise UserError(f"{place}: it must be an object of {', '.join(f.name for f in fields(Entry))}")
-        check_fields(place, values, kinds, required=True)
-        check_fields(place, values, others)
-        results = values.get("results", {})
-        check_fields(f"{place}: results", results, dict.fromkeys(results, float | list[float | int]))
-        if values["metric"] not in METRIC_ORDER:
-            raise UserError(f"{place}: metric={values['metric']!r} is not valid: one of {', '.join(METRIC_ORDER)}")
-        if any(len(point) != 2 for point in values.get("history") or []):
-            raise UserError(f"{place}: history is not valid: it must hold pairs of step and figure")
-        entries.append(Entry(**values))
-    return entries
+    lines = read(path, lambda file: file.read_text(encoding="utf-8")).splitlines() if path.is_file() else []
+    return [parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def write_runs(table: Path, entries: Iterable[Entry]) -> None:
     """Replace a folder's runs.jsonl."""
-    lines = [
-        json.dumps({k: v for k, v in asdict(entry).items() if v not in (None, [], {})}, ensure_ascii=False, default=str)
-        for entry in entries
-    ]
-    ckpt.write_text(table / RUNS, "".join(f"{line}\n" for line in lines))
+    lines = [{k: v for k, v in asdict(entry).items() if v not in (None, [], {})} for entry in entries]
+    text = "".join(f"{json.dumps(line, ensure_ascii=False, default=str)}\n" for line in lines)
+    ckpt.write_text(table / RUNS, text)
 
 
 def add(entries: list[Entry], new: Entry) -> list[Entry]:
@@ -276,10 +260,9 @@ def add(entries: list[Entry], new: Entry) -> list[Entry]:
     A released model that is one of several seeds of a line gives it its curve; the figures stay those of all seeds.
     """
     for index, old in enumerate(entries):
-        if old.name != new.name and (old.released is None or old.released != new.released):
-            continue
-        kept = replace(old, history=new.history) if len(old.seeds) > 1 else replace(new, variant=old.variant)
-        return [*entries[:index], kept, *entries[index + 1 :]]
+        if old.name == new.name or (old.released is not None and old.released == new.released):
+            kept = replace(old, history=new.history) if len(old.seeds) > 1 else replace(new, variant=old.variant)
+            return [*entries[:index], kept, *entries[index + 1 :]]
     return [*entries, new]
 
 
@@ -291,7 +274,7 @@ class Row:
     """The runs of one model in one setting that differ in their seed alone."""
 
     label: str  # with what sets it apart from others of the same model
-    entries: tuple[Entry, ...]
+    entries: list[Entry]
 
     @property
     def first(self) -> Entry:
@@ -317,34 +300,26 @@ class Row:
         """Mean of the metric, and its standard deviation (n − 1) over two seeds and more; None if not measured."""
         name = f"{split}_{self.first.metric}"
         values = self.values(name)
-        if self.first.spread is not None and values:
+        if not values:
+            return None
+        if self.first.spread is not None:
             return values[0], self.first.spread.get(name)
-        return mean_and_spread(values) if values else None
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
     @property
     def order(self) -> tuple[bool, float]:
         """What sorts rows best first by validation, by test where that is missing, and last those with neither."""
         found = self.figure("validation") or self.figure("test")
-        return found is None, (-1 if self.first.greater else 1) * found[0] if found else math.inf
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and the standard deviation of a sample (n − 1) where there are two and more."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+        return found is None, (-1 if METRIC_ORDER[self.first.metric] else 1) * found[0] if found else math.inf
 
 
 def settings(entries: Iterable[Entry]) -> dict[str, list[Row]]:
     """Rows of each setting: the best first by validation, then those without a figure."""
     grouped: dict[str, dict[str, list[Entry]]] = {}
-    place = {}
-    for number, entry in enumerate(entries):
+    for entry in entries:
         grouped.setdefault(entry.setting, {}).setdefault(entry.label, []).append(entry)
-        place[id(entry)] = number
     return {
-        setting: sorted(
-            (row for group in models.values() for row in rows(group)),
-            key=lambda row: (*row.order, place[id(row.first)]),
-        )
+        setting: sorted((row for group in models.values() for row in rows(group)), key=lambda row: row.order)
         for setting, models in grouped.items()
     }
 
@@ -355,23 +330,20 @@ def rows(group: list[Entry]) -> list[Row]:
     for entry in group:
         told = json.dumps(entry.choices, sort_keys=True, default=str) if entry.variant is None else entry.variant
         variants.setdefault(f"{entry.name if entry.spread else ''} {told}", []).append(entry)
-    members = list(variants.values())
+    untold = [runs[0] for runs in variants.values() if runs[0].variant is None]
     table = []
-    for runs in members:
-        apart = runs[0].variant
-        if apart is None:
-            apart = difference(runs[0], [other[0] for other in members if other[0].variant is None])
-        name = f"{runs[0].label}, {apart}" if apart else runs[0].label
-        repeats: list[list[Entry]] = []  # a seed twice is no second seed: it gets a row of its own
+    for runs in variants.values():
+        first = runs[0]
+        apart = difference(first, untold) if first.variant is None else first.variant
+        name = f"{first.label}, {apart}" if apart else first.label
+        repeats: dict[int, list[Entry]] = {}  # a seed twice is no second seed: it gets a row of its own
+        seen: Counter[int] = Counter()
         for run in sorted(runs, key=lambda run: run.seeds or [math.inf]):
-            place = next((row for row in repeats if not any(set(other.seeds) & set(run.seeds) for other in row)), None)
-            if place is None:
-                repeats.append([run])
-            else:
-                place.append(run)
-        for number, row in enumerate(repeats, 1):
-            again = f", same seed again ({number})" if number > 1 and runs[0].variant is None else ""
-            table.append(Row(name + again, tuple(row)))
+            repeats.setdefault(max((seen[seed] for seed in run.seeds), default=0), []).append(run)
+            seen.update(run.seeds)
+        for number, again in repeats.items():
+            told = f", same seed again ({number + 1})" if number and first.variant is None else ""
+            table.append(Row(name + told, again))
     return table
 
 
