@@ -31,9 +31,9 @@ def test_thinning_keeps_every_evaluation_and_the_last_steps():
     rows = thinned(history)
     assert [row["step"] for row in rows if "validation_bpc" in row] == list(range(3, 1234, 3))
     trained = [row["step"] for row in rows if "train_loss" in row]
-    assert len(trained) <= 200 and trained[-1] == 1233
+    assert len(trained) <= 100 and trained[-1] == 1233
     assert len({after - before for before, after in zip(trained, trained[1:], strict=False)}) == 1
-    assert thinned(BIG[:200]) == BIG[:200] and thinned([]) == []
+    assert thinned(BIG[:100]) == BIG[:100] and thinned([]) == []
 
 
 def test_history_is_read_back_exactly(tmp_path: Path):
@@ -63,7 +63,7 @@ def test_a_recipe_says_all_that_a_run_was(tmp_path: Path, words: list[str]):
     recipe = resolved(first, config, "bf16")
     assert set(recipe) == set(first.flat()) - OCCASION
     (tmp_path / "recipe.yaml").write_text(recipe_text(recipe))
-    assert read_options(tmp_path / "recipe.yaml") == recipe
+    assert read_options(tmp_path / "recipe.yaml") == {name: v for name, v in recipe.items() if v is not None}
     again = parse_arguments([str(tmp_path / "recipe.yaml")])
     assert built(again) == config.to_dict()
     assert resolved(again, config, again.run.mixed_precision or "") == recipe
