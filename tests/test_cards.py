@@ -10,8 +10,7 @@ from finished_run import edit, make_run
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_imports
 
-from training.records.cards import DATA_SOURCES
-from training.records.cards import missing_fields, render_card
+from training.records.cards import DATA_SOURCES, missing_fields, render_card
 from training.records.paper_figures import FIGURES, PTB_SMALL
 from training.records.publishing import auto_map, code_files
 from training.report import main as report

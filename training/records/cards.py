@@ -78,7 +78,8 @@ def license_of(record: RunRecord, given: str | None) -> str:
 
 def figures_of(record: RunRecord) -> list[tuple[str, Any, Any]]:
     """Metric, validation and test figure, of those that `all_results.json` holds."""
-    pairs = [(name, *(record.results.get(f"{split}_{name}") for split in ("validation", "test"))) for name in METRICS]
+    results = record.results
+    pairs = [(name, results.get(f"validation_{name}"), results.get(f"test_{name}")) for name in METRICS]
     return [pair for pair in pairs if pair[1:] != (None, None)]
 
 
