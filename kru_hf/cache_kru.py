@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from .transforms import can_look_at, is_transformed
@@ -230,36 +231,30 @@ def _begins(numbers: Tensor, mask: Tensor | None, step: int) -> Tensor:
     return begins if mask is None else begins & mask
 
 
-def _integers(name: str, value: Any, device: torch.device) -> Tensor:
+def _numbers(name: str, value: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    """The integers of ``name`` as numbers of steps or documents, (B, T), or (1, T) of ``BOUNDS`` 0 … T.
+
+    Steps may be (B, ≥T), (1, ≥T) or (≥T,), of which the last T count.
+    """
     tensor = torch.as_tensor(value, device=device)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} must hold integers, got {tensor.dtype}")
-    return tensor.long()
-
-
-def _of_steps(name: str, value: Any, batch: int, length: int, device: torch.device) -> Tensor:
-    """Integers (B, T) from (B, ≥T), (1, ≥T) or (≥T,), of which the last T count."""
-    tensor = _integers(name, value, device)
-    rows = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
-    if rows.dim() != 2 or rows.shape[0] not in (1, batch) or rows.shape[1] < length:
-        raise ValueError(f"{name} must have the shape ({batch}, {length}), got {tuple(tensor.shape)}")
-    return rows[:, -length:].expand(batch, length)
-
-
-def _of_bounds(name: str, value: Any, batch: int, length: int, device: torch.device) -> Tensor:
-    """Numbers of documents (1, T) from their bounds 0 … T in a single row."""
-    bounds = _integers(name, value, device)
-    if batch != 1 or bounds.dim() != 1:
+    tensor, found = tensor.long(), tuple(tensor.shape)
+    if name not in BOUNDS:
+        rows = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+        if rows.dim() != 2 or rows.shape[0] not in (1, batch) or rows.shape[1] < length:
+            raise ValueError(f"{name} must have the shape ({batch}, {length}), got {found}")
+        return rows[:, -length:].expand(batch, length)
+    if batch != 1 or tensor.dim() != 1:
         raise ValueError(
             f"{name} holds the bounds of documents in a single row: it must be 1-D and the batch (1, T), got "
-            f"{tuple(bounds.shape)} and {(batch, length)}"
+            f"{found} and {(batch, length)}"
         )
-    if can_look_at(bounds):
-        found = bounds.tolist()
-        if not found or found[0] != 0 or found[-1] > length or sorted(found) != found:
-            raise ValueError(f"{name} must rise from 0 to at most T = {length}, got {found}")
-    columns = torch.arange(length, device=device)  # (T,)
-    return (columns[:, None] >= bounds).sum(1)[None]  # (1, T)
+    if can_look_at(tensor):
+        bounds = tensor.tolist()
+        if not bounds or bounds[0] != 0 or bounds[-1] > length or sorted(bounds) != bounds:
+            raise ValueError(f"{name} must rise from 0 to at most T = {length}, got {bounds}")
+    return (torch.arange(length, device=device)[:, None] >= tensor).sum(1)[None]  # (1, T)
 
 
 def read_batch(
@@ -288,33 +283,18 @@ def read_batch(
     found = [] if numbers is None else [_begins(numbers, mask, 0)]
     for name in ("position_ids", "seq_idx", *BOUNDS):
         if marks.get(name) is not None:
-            read = _of_bounds if name in BOUNDS else _of_steps
-            found.append(_begins(read(name, marks[name], batch, length, device), mask, int(name == "position_ids")))
+            numbers = _numbers(name, marks[name], batch, length, device)
+            found.append(_begins(numbers, mask, int(name == "position_ids")))
     if not found:
         return mask, None
     starts = torch.stack(found).any(0)  # (B, T)
     return mask, None if can_look_at(starts) and not bool(starts.any()) else starts
 
 
-class DocumentRows:
-    """Each document of a batch as a row of its own, padded on the right: (B, T, …) to (documents, longest, …)."""
-
-    def __init__(self, starts: Tensor) -> None:
-        columns = torch.arange(starts.shape[1], device=starts.device)  # (T,)
-        number = starts.cumsum(1)  # (B, T)
-        ends = (number[:, -1] + 1).cumsum(0)  # (B,)
-        self.row = (ends - number[:, -1] - 1)[:, None] + number  # (B, T)
-        self.column = columns - torch.where(starts, columns, 0).cummax(1).values  # (B, T)
-        self.count, self.longest = int(ends[-1]), int(self.column.max()) + 1
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(B, T, …) to (documents, longest, …); zeros (False) stand behind shorter documents."""
-        empty = x.new_zeros(self.count, self.longest, *x.shape[2:])
-        return empty.index_put((self.row, self.column), x)
-
-    def steps(self, mask: Tensor | None) -> Tensor:
-        """Which steps of the documents count, (documents, longest), from those of the batch (B, T) or None."""
-        return self.unpack(torch.ones_like(self.row, dtype=torch.bool) if mask is None else mask)
+def _by_document(x: Tensor, starts: Tensor) -> Tensor:
+    """(B, T, …) to (documents, longest, …): each document is a row, zeros (False) stand behind shorter ones."""
+    rows = [row.tensor_split(begins.nonzero()[:, 0].cpu()) for row, begins in zip(x, starts, strict=True)]
+    return pad_sequence([document for row in rows for document in row], batch_first=True)
 
 
 def per_document(features: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -327,7 +307,7 @@ def per_document(features: Tensor, mask: Tensor | None, starts: Tensor | None) -
     if starts is None:
         return features, mask
     if can_look_at(starts):
-        rows = DocumentRows(starts)
-        return rows.unpack(features), rows.steps(mask)
+        counted = torch.ones_like(starts) if mask is None else mask  # (B, T)
+        return _by_document(features, starts), _by_document(counted, starts)
     message = "packed documents cannot be compiled, traced or transformed: give each a row of its own"
     return _require(~starts.any(), message, features), mask

@@ -196,6 +196,34 @@ def random_orthogonal(rows: int, columns: int, generator: torch.Generator | None
     return (q if rows >= columns else q.mT).float()
 
 
+def factorings(size: int, least: int = 2) -> list[tuple[int, ...]]:
+    """All ways to write N = ``size`` as a product of sizes from ``least`` on, each in ascending order."""
+    found: list[tuple[int, ...]] = [(size,)]
+    for divisor in range(least, math.isqrt(size) + 1):
+        if size % divisor == 0:
+            found += [(divisor, *rest) for rest in factorings(size // divisor, divisor)]
+    return found
+
+
+def check_shapes(shapes: Sequence[Sequence[int] | int], size: int, name: str = "state_size") -> list[list[int]]:
+    """``factor_shapes`` as pairs [P, Q], of which an integer gives a square one.
+
+    Raises:
+        ValueError: no pairs of positive integers, or ∏ P_f or ∏ Q_f is not ``size``, the value of the option ``name``.
+    """
+    pairs = [[shape, shape] if isinstance(shape, int) else shape for shape in shapes]
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+            raise ValueError(f"factor_shapes must hold pairs [P, Q] of positive integers, got {pair!r}")
+    if not pairs:
+        raise ValueError("factor_shapes must hold at least one pair [P, Q], got an empty list")
+    rows, columns = (math.prod(sizes) for sizes in zip(*pairs, strict=True))
+    if not rows == columns == size:
+        found = f"{[list(pair) for pair in pairs]} multiply to {rows}x{columns}"
+        raise ValueError(f"factor_shapes {found}; both must equal {name} = {size}")
+    return [list(pair) for pair in pairs]
+
+
 def plan_factor_shapes(state_size: int, factor_size: int) -> list[list[int]]:
     """Square factor shapes with product ``state_size`` and sizes as near ``factor_size`` as the divisors of N allow.
 
@@ -210,23 +238,11 @@ def plan_factor_shapes(state_size: int, factor_size: int) -> list[list[int]]:
         raise ValueError(f"state_size must be at most {MOST_UNITS:,}, got {state_size:,}")
     if factor_size < 2:
         raise ValueError(f"factor_size must be at least 2, got {factor_size}")
-    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
 
-    def plan(rest: int, least: int) -> tuple[float, tuple[int, ...]]:
-        """(cost, sizes in ascending order, each at least ``least``) of the best factoring of ``rest``."""
-        if rest == 1:
-            return 0.0, ()
-        if (rest, least) not in best:
-            choices: list[tuple[float, tuple[int, ...]]] = [(math.log(rest / factor_size) ** 2, (rest,))]
-            for divisor in range(least, math.isqrt(rest) + 1):
-                if rest % divisor == 0:
-                    cost, tail = plan(rest // divisor, divisor)
-                    choices.append((cost + math.log(divisor / factor_size) ** 2, (divisor, *tail)))
-            best[rest, least] = min(choices)
-        return best[rest, least]
+    def cost(sizes: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+        return sum(math.log(size / factor_size) ** 2 for size in reversed(sizes)), sizes
 
-    _, sizes = plan(state_size, 2)
-    return [[size, size] for size in sizes or (1,)]
+    return [[size, size] for size in min(factorings(state_size), key=cost)]
 
 
 def plan_with_warning(state_size: int, factor_size: int) -> list[list[int]]:

@@ -192,7 +192,6 @@ def test_report_counts_what_is_left():
         gate = GATES["LSTM"].index(fit.gate)
         old, new = (getattr(m, fit.weight).detach().chunk(4)[gate] for m in (before, lstm))
         assert fit.relative_error == pytest.approx(relative(new, old), rel=FLOAT32_TOLERANCE)
-        assert fit.compression == pytest.approx(144 / 25)
     text = str(report)
     assert "1,152 -> 200 (5.8x fewer)" in text
     assert text.count("\n") == 1 + 8
@@ -342,28 +341,24 @@ def test_target_parameters_of_a_whole_module():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        ({"factor_shapes": [(3, 3), (5, 5)]}, ValueError, "multiply to 15×15, but hidden_size=12 needs 12×12"),
-        ({"factor_shapes": [(3, 2), (4, 4)]}, ValueError, "multiply to 12×8"),
-        ({"factor_shapes": []}, ValueError, "factor_shapes=.. multiply to 1×1"),
-        ({"factor_shapes": [3, 4]}, ValueError, r"factor_shapes\[0\] must be a pair \(P, Q\), got 3"),
-        ({"factor_shapes": [(3, 3), (4, 4, 1)]}, ValueError, r"factor_shapes\[1\] must be a pair"),
-        ({"factor_shapes": [(3.0, 3), (4, 4)]}, TypeError, r"factor_shapes\[0\] must hold two integers"),
-        ({"factor_shapes": [(-3, -3), (-4, -4)]}, ValueError, "must hold positive sizes"),
-        ({}, ValueError, "either factor_shapes or target_parameters"),
-        (
-            {"factor_shapes": [(12, 12)], "target_parameters": 9},
-            ValueError,
-            "either factor_shapes or target_parameters",
-        ),
-        ({"target_parameters": 67}, ValueError, "target_parameters=67 is too small.*need 68 parameters"),
-        ({"factor_shapes": [(12, 12)], "init": "svd"}, ValueError, "init must be 'nearest' or 'fresh', got 'svd'"),
+        ({"factor_shapes": [(3, 3), (5, 5)]}, "multiply to 15x15; both must equal hidden_size = 12"),
+        ({"factor_shapes": [(3, 2), 4]}, "multiply to 12x8"),
+        ({"factor_shapes": []}, "factor_shapes must hold at least one pair"),
+        ({"factor_shapes": [3, "4"]}, r"factor_shapes must hold pairs \[P, Q\] of positive integers, got '4'"),
+        ({"factor_shapes": [(3, 3), (4, 4, 1)]}, r"must hold pairs \[P, Q\] of positive integers, got \(4, 4, 1\)"),
+        ({"factor_shapes": [(3.0, 3), (4, 4)]}, r"of positive integers, got \(3.0, 3\)"),
+        ({"factor_shapes": [(-3, -3), (-4, -4)]}, r"of positive integers, got \(-3, -3\)"),
+        ({}, "either factor_shapes or target_parameters"),
+        ({"factor_shapes": [(12, 12)], "target_parameters": 9}, "either factor_shapes or target_parameters"),
+        ({"target_parameters": 67}, "target_parameters=67 is too small.*need 68 parameters"),
+        ({"factor_shapes": [(12, 12)], "init": "svd"}, "init must be 'nearest' or 'fresh', got 'svd'"),
     ],
 )
-def test_bad_arguments_leave_the_module_alone(arguments, error, message):
+def test_bad_arguments_leave_the_module_alone(arguments, message):
     lstm = nn.LSTM(5, 12)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         kroneckerize(lstm, **arguments)
     assert type(lstm) is nn.LSTM
 

@@ -7,11 +7,12 @@ import signal
 
 import pytest
 
+from kru_hf.kronecker import factorings
 from training import kroneckerize_lm
 from training.common.errors import Interrupted, UserError
 from training.common.lock import locked
 from training.evaluate import main as evaluate
-from training.kroneckerize_lm import KroneckerizeOptions, main, nearest_shapes, square_factorings
+from training.kroneckerize_lm import KroneckerizeOptions, main, nearest_shapes
 from training.models.build import load_model
 from training.train import main as train
 
@@ -99,7 +100,7 @@ def test_without_a_fine_tune_nothing_is_trained(lstm, text_file, tmp_path, capsy
 
 
 def test_shapes_are_the_nearest_of_all():
-    assert square_factorings(12) == [(12,), (2, 6), (2, 2, 3), (3, 4)]
+    assert factorings(12) == [(12,), (2, 6), (2, 2, 3), (3, 4)]
     assert nearest_shapes(180, 5) == [[2, 2], [90, 90]]
     assert nearest_shapes(180, 20) == [[5, 5], [36, 36]]
     assert nearest_shapes(180, 100) == [[2, 2], [5, 5], [18, 18]]
@@ -108,7 +109,7 @@ def test_shapes_are_the_nearest_of_all():
         found = nearest_shapes(360, ratio)
         assert math.prod(p for p, _ in found) == 360
         distance = abs(math.log(360**2 / sum(p * p for p, _ in found)) - wanted)
-        for sizes in square_factorings(360)[1:]:
+        for sizes in factorings(360)[1:]:
             assert distance <= abs(math.log(360**2 / sum(n * n for n in sizes)) - wanted) + 1e-12
     with pytest.raises(UserError, match="state_size=13 of the model is prime"):
         nearest_shapes(13, 5)

@@ -109,7 +109,7 @@ def test_layers_without_a_twin_packed_and_bidirectional(layer_class):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         KRU(3, 4, num_layers=0)
-    with pytest.raises(ValueError, match="must multiply to state_size = 5"):
+    with pytest.raises(ValueError, match="multiply to 2x2; both must equal state_size = 5"):
         KRULSTM(3, 5, factor_shapes=[[2, 2]])
     with pytest.raises(ValueError, match="input must be"):
         KRUGRU(3, 4)(torch.zeros(2, 2, 5))

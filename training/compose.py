@@ -17,18 +17,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from kru_hf.music import (
-    MAX_FRAMES,
-    MAX_GRID,
-    NUM_PITCHES,
-    MidiError,
-    PianoRoll,
-    check_length,
-    draw_roll,
-    read_midi,
-    write_midi,
-    write_wav,
-)
+from kru_hf.music import MidiError, PianoRoll, draw_roll, read_midi, write_midi, write_wav
+from kru_hf.music.render import check_length
+from kru_hf.music.rolls import MAX_FRAMES, MAX_GRID, NUM_PITCHES
 
 from .common.checkpoint import PRESENTED, RUN_FILES
 from .common.errors import UserError

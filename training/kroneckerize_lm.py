@@ -22,6 +22,7 @@ import transformers
 from accelerate import Accelerator
 
 from kru_hf import kroneckerize
+from kru_hf.kronecker import factorings
 
 from .common import checkpoint as ckpt
 from .common import processes
@@ -82,22 +83,13 @@ class KroneckerizeOptions:
         return ratios
 
 
-def square_factorings(size: int, least: int = 2) -> list[tuple[int, ...]]:
-    """All ways to write N = `size` as a product of sizes from `least` on, in ascending order; N alone among them."""
-    found: list[tuple[int, ...]] = [(size,)]
-    for divisor in range(least, math.isqrt(size) + 1):
-        if size % divisor == 0:
-            found += [(divisor, *rest) for rest in square_factorings(size // divisor, divisor)]
-    return found
-
-
 def nearest_shapes(state_size: int, ratio: float) -> list[list[int]]:
     """Square factors of N = `state_size` whose compression N² / Σ P_f² is nearest to `ratio`, the fewer at a tie.
 
     Raises:
         UserError: N is prime.
     """
-    choices = [sizes for sizes in square_factorings(state_size) if len(sizes) > 1]
+    choices = [sizes for sizes in factorings(state_size) if len(sizes) > 1]
     if not choices:
         raise UserError(f"state_size={state_size} of the model is prime: it has no Kronecker factors")
 

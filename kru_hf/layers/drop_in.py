@@ -3,7 +3,6 @@
 nn.LSTM(64, 900, num_layers=2, batch_first=True)  ->  KRULSTM(64, 900, num_layers=2, batch_first=True)
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ..kronecker import plan_with_warning
+from ..kronecker import check_shapes, plan_with_warning
 from ..recurrence import KRURecurrence
 
 
@@ -37,6 +36,7 @@ class _KroneckerLayer(nn.Module):
 
     proj_size = 0  # read by code that knows torch's layers
     _cell: str  # a name of CELLS
+    _pair = False  # whether the caller's state is (h, c)
     _cell_options: tuple[str, ...] = ("init_scale", "chrono_max_length", "terms")  # of KRURecurrence
 
     def __init__(
@@ -78,9 +78,7 @@ class _KroneckerLayer(nn.Module):
         if factor_shapes is None:
             shapes = plan_with_warning(state_size, 8 if factor_size is None else factor_size)
         else:
-            shapes = [[shape, shape] if isinstance(shape, int) else list(shape) for shape in factor_shapes]
-        if any(math.prod(sizes) != state_size for sizes in zip(*shapes, strict=True)) or not shapes:
-            raise ValueError(f"factor_shapes {shapes} must multiply to state_size = {state_size} on both sides")
+            shapes = check_shapes(factor_shapes, state_size)
         self.input_size, self.state_size, self.num_layers = input_size, state_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
         self.num_directions = 2 if bidirectional else 1
@@ -100,20 +98,27 @@ class _KroneckerLayer(nn.Module):
 
     def _planes(self, hx: Any, batch: int | None) -> Tensor:
         """The caller's initial state, for ``batch`` sequences or one without a batch, to (L·directions, B, S, N)."""
-        return self._state_tensor("h_0", hx, cast(KRURecurrence, self.recurrences[0]).state_planes, batch)
+        parts = hx if self._pair else (hx,)
+        if not isinstance(parts, (tuple, list)) or len(parts) != 1 + self._pair:
+            raise ValueError(
+                f"the initial state of {type(self).__name__} is a pair (h_0, c_0), got {type(hx).__name__}"
+            )
+        rows, planes = len(self.recurrences), cast(KRURecurrence, self.recurrences[0]).state_planes // len(parts)
+        width = planes * self.state_size
+        shape = (rows, width) if batch is None else (rows, batch, width)
+        for name, value in zip(("h_0", "c_0"), parts, strict=False):
+            if not isinstance(value, Tensor) or value.shape != shape:
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} must be a tensor of the shape {shape}, got {found}")
+        return torch.cat([value.reshape(rows, -1, planes, self.state_size) for value in parts], 2)
 
     def _state(self, planes: Tensor) -> Any:
-        """(L·directions, B, S, N) to what the caller gets."""
-        return planes.flatten(-2).clone()  # (L·directions, B, ·N), no view: it can be detached in place
-
-    def _state_tensor(self, name: str, value: Any, planes: int, batch: int | None) -> Tensor:
-        """A state (L·directions, B, planes·N), or without B, to (L·directions, B, planes, N)."""
-        rows, width = self.num_layers * self.num_directions, planes * self.state_size
-        shape = (rows, width) if batch is None else (rows, batch, width)
-        if not isinstance(value, Tensor) or value.shape != shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a tensor of the shape {shape}, got {found}")
-        return value.reshape(rows, -1, planes, self.state_size)
+        """(L·directions, B, S, N) to what the caller gets: a state, or a pair, (L·directions, B, ·N) each."""
+        # No views: c's storage need not live as long as h, and each can be detached in place.
+        parts = [
+            part.flatten(-2).clone(memory_format=torch.contiguous_format) for part in planes.chunk(1 + self._pair, 2)
+        ]
+        return tuple(parts) if self._pair else parts[0]
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Tensor | PackedSequence, Any]:
         """Run over T steps.
@@ -218,34 +223,24 @@ class KRU(_KroneckerLayer):
 class KRULSTM(_KroneckerLayer):
     """LSTM with Kronecker recurrent matrices: features N wide a direction; state (h, c), (L·directions, B, N) each.
 
-    Further options: ``init_scale`` and ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
+    Further options: ``init_scale``, ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
     """
 
     _cell = "lstm"
-
-    def _planes(self, hx: tuple[Tensor, Tensor], batch: int | None) -> Tensor:
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            raise ValueError(f"the initial state of KRULSTM is a pair (h_0, c_0), got {type(hx).__name__}")
-        h, c = (self._state_tensor(name, value, 1, batch) for name, value in zip(("h_0", "c_0"), hx, strict=True))
-        return torch.cat([h, c], 2)  # (L·directions, B, 2, N)
-
-    def _state(self, planes: Tensor) -> tuple[Tensor, Tensor]:
-        h, c = planes.unbind(2)  # (L·directions, B, N) each
-        # No views: c's storage need not live as long as h, and both can be detached in place.
-        return h.clone(memory_format=torch.contiguous_format), c.clone(memory_format=torch.contiguous_format)
+    _pair = True
 
 
 class KRUGRU(_KroneckerLayer):
     """GRU with Kronecker recurrent matrices: features N wide a direction; state (L·directions, B, N).
 
-    Further options: ``init_scale`` and ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
+    Further options: ``init_scale``, ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
     """
 
     _cell = "gru"
 
 
 class KRUJANET(_KroneckerLayer):
-    """JANET, the LSTM with a forget gate alone, with Kronecker recurrent matrices: half the parameters of ``KRULSTM``.
+    """JANET, the LSTM with only a forget gate, with Kronecker recurrent matrices: half the parameters of ``KRULSTM``.
 
     Features N wide a direction; state (L·directions, B, N). See ``cells`` for its equation. Further options:
     ``init_scale``, ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.

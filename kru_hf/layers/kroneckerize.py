@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..kronecker import kron_product, random_orthogonal
+from ..kronecker import check_shapes, factorings, kron_product, random_orthogonal
 
 GATES = {
     "RNN_TANH": ("hidden",),
@@ -36,52 +36,34 @@ class GateFit:
 
     weight: str
     gate: str
-    parameters_before: int
-    parameters_after: int
     relative_error: float
-
-    @property
-    def compression(self) -> float:
-        """Recurrent parameters before / after: 20.0 means twenty times fewer."""
-        return self.parameters_before / self.parameters_after
 
 
 @dataclass(frozen=True)
 class KroneckerizeReport:
-    """Result of :func:`kroneckerize`; ``print`` shows a table with a row for each gate."""
+    """Result of :func:`kroneckerize`: recurrent parameters of the module before and after; ``print`` shows a table."""
 
     factor_shapes: tuple[tuple[int, int], ...]
     init: str
+    parameters_before: int
+    parameters_after: int
     gates: tuple[GateFit, ...]
 
     @property
-    def parameters_before(self) -> int:
-        """Recurrent parameters of the module before."""
-        return sum(gate.parameters_before for gate in self.gates)
-
-    @property
-    def parameters_after(self) -> int:
-        """Recurrent parameters of the module after: all factors of all gates."""
-        return sum(gate.parameters_after for gate in self.gates)
-
-    @property
     def compression(self) -> float:
-        """Recurrent parameters before / after."""
+        """Recurrent parameters before / after, the same for each gate: 20.0 means twenty times fewer."""
         return self.parameters_before / self.parameters_after
 
     def __str__(self) -> str:
         shapes = " ⊗ ".join(f"{p}×{q}" for p, q in self.factor_shapes)
         width = max(len(gate.weight) for gate in self.gates)
-        lines = [
-            f"{shapes} ({self.init}): recurrent parameters {self.parameters_before:,} -> {self.parameters_after:,}"
-            f" ({self.compression:.1f}x fewer)",
-            f"{'weight':<{width}}  {'gate':<7}  {'compression':>11}  {'relative error':>14}",
+        counts = f"{self.parameters_before:,} -> {self.parameters_after:,} ({self.compression:.1f}x fewer)"
+        head = [
+            f"{shapes} ({self.init}): recurrent parameters {counts}",
+            f"{'weight':<{width}}  gate     relative error",
         ]
-        lines += [
-            f"{gate.weight:<{width}}  {gate.gate:<7}  {gate.compression:>10.1f}x  {gate.relative_error:>14.4f}"
-            for gate in self.gates
-        ]
-        return "\n".join(lines)
+        rows = [f"{fit.weight:<{width}}  {fit.gate:<7}  {fit.relative_error:>14.4f}" for fit in self.gates]
+        return "\n".join(head + rows)
 
 
 def nearest_kronecker(weight: Tensor, factor_shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -121,7 +103,7 @@ def _rank_one(tensor: Tensor) -> list[Tensor]:
     count = tensor.ndim
     # Contiguous once: every sweep then reads them as plain matrix-vector products.
     unfoldings = [tensor.movedim(f, 0).contiguous() for f in range(count)]  # [(P_f·Q_f, the other axes in order)]
-    vectors = [_leading_vector(unfolding.flatten(1)) for unfolding in unfoldings]  # [(P_f·Q_f,)]
+    vectors = [torch.linalg.svd(each.flatten(1), full_matrices=False).U[:, 0] for each in unfoldings]  # [(P_f·Q_f,)]
     explained = -1.0
     for _ in range(ALS_SWEEPS):
         for f in range(count):
@@ -141,27 +123,16 @@ def _rank_one(tensor: Tensor) -> list[Tensor]:
     return vectors
 
 
-def _leading_vector(matrix: Tensor) -> Tensor:
-    """Unit left singular vector (R,) of the largest singular value of ``matrix`` (R, C), by the smaller Gram matrix."""
-    rows, columns = matrix.shape
-    if rows <= columns:
-        return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -1]  # (R,)
-    right = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -1]  # (C,)
-    left = matrix @ right  # (R,)
-    norm = torch.linalg.vector_norm(left)
-    return left / norm if norm > 0 else torch.full_like(left, 1 / math.sqrt(rows))
-
-
 class KroneckerWeight(nn.Module):
     """Parametrization of a recurrent weight (G·N, N): factors (G, P_f, Q_f), one stack of gates for each f.
 
-    Assigning a dense weight (``module.weight_hh_l0 = dense``) takes the nearest factors, see :func:`nearest_kronecker`.
+    Assigning a dense weight (``module.weight_hh_l0 = dense``) takes the nearest factors, see :func:`nearest_kronecker`;
+    while ``fresh``, it takes fresh ones.
     """
 
-    def __init__(self, factor_shapes: Sequence[tuple[int, int]], gates: int) -> None:
+    def __init__(self, factor_shapes: Sequence[tuple[int, int]], gates: int, fresh: bool = False) -> None:
         super().__init__()
-        self.factor_shapes = tuple(factor_shapes)
-        self.gates = gates
+        self.factor_shapes, self.gates, self.fresh = tuple(factor_shapes), gates, fresh
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Factors, each (G, P_f, Q_f), to the dense weight (G·N, N)."""
@@ -169,6 +140,8 @@ class KroneckerWeight(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> list[Tensor]:
         """Dense weight (G·N, N) to the nearest factors, each (G, P_f, Q_f)."""
+        if self.fresh:
+            return [factor.to(weight) for factor in fresh_factors(self.factor_shapes, self.gates)]
         fits = [nearest_kronecker(gate, self.factor_shapes) for gate in weight.chunk(self.gates)]
         return [torch.stack(gates) for gates in zip(*fits, strict=True)]  # [(G, P_f, Q_f)]
 
@@ -184,17 +157,10 @@ def plan_target_shapes(state_size: int, gates: int, target_parameters: int) -> l
         ValueError: even the prime factors of N need more than ``target_parameters``.
     """
 
-    def splits(rest: int, least: int) -> list[tuple[int, ...]]:
-        found: list[tuple[int, ...]] = [(rest,)]
-        for divisor in range(least, math.isqrt(rest) + 1):
-            if rest % divisor == 0:
-                found += [(divisor, *tail) for tail in splits(rest // divisor, divisor)]
-        return found
-
     def cost(sizes: tuple[int, ...]) -> int:
         return gates * sum(size * size for size in sizes)
 
-    choices = splits(state_size, 2)
+    choices = factorings(state_size)
     fitting = [sizes for sizes in choices if cost(sizes) <= target_parameters]
     if not fitting:
         smallest = min(choices, key=cost)
@@ -208,7 +174,7 @@ def plan_target_shapes(state_size: int, gates: int, target_parameters: int) -> l
 
 def kroneckerize(
     module: nn.RNNBase,
-    factor_shapes: Sequence[Sequence[int]] | None = None,
+    factor_shapes: Sequence[Sequence[int] | int] | None = None,
     *,
     target_parameters: int | None = None,
     init: Literal["nearest", "fresh"] = "nearest",
@@ -217,8 +183,8 @@ def kroneckerize(
 
     Args:
         module: ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU`` with hidden size N. Input weights and biases stay as they are.
-        factor_shapes: (P_f, Q_f) of each factor, ∏ P_f = ∏ Q_f = N, the same for every gate. With a non-square factor
-            the rank of a gate is at most ∏ min(P_f, Q_f) < N.
+        factor_shapes: (P_f, Q_f) of each factor, or P_f of a square one, the same for every gate; ∏ P_f = ∏ Q_f = N.
+            With a non-square factor the rank of a gate is at most ∏ min(P_f, Q_f) < N.
         target_parameters: instead of ``factor_shapes``, the most recurrent parameters that the whole module may keep:
             the square factors that come nearest to it from below. Few sizes exist: N = 512 has 2·256, 4·128, 8·64, ….
         init: "nearest" approximates the present weights in the Frobenius norm. With two factors that is the global
@@ -234,7 +200,7 @@ def kroneckerize(
         one buffer at each call and may warn once about it: the rebuilt weights cannot live in a buffer for good.
 
     Raises:
-        TypeError: ``module`` is no ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``, or a shape holds anything but integers.
+        TypeError: ``module`` is no ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``.
         ValueError: shapes that do not give N, both or neither of the two sizes, an unknown ``init``, ``proj_size`` > 0,
             a recurrent weight that is parametrized already, is no parameter, or is not finite. The module is then
             unchanged.
@@ -259,28 +225,26 @@ def kroneckerize(
             f" got factor_shapes={factor_shapes}, target_parameters={target_parameters}"
         )
     size = module.hidden_size
-    if factor_shapes is not None:
-        shapes = _checked_shapes(factor_shapes, size)
+    if target_parameters is None:
+        shapes = [(p, q) for p, q in check_shapes(factor_shapes or [], size, "hidden_size")]
     else:
-        assert target_parameters is not None
         shapes = plan_target_shapes(size, len(names) * len(gate_names), target_parameters)
 
     fits = []
     for name in names:
         weight = module.get_parameter(name).detach().clone()  # (G·N, N)
-        parametrize.register_parametrization(module, name, _FreshStart(shapes, weight, init))
-        # The starting values are in place: from here on the parametrization is the plain one.
-        parametrizations: Any = module.parametrizations
-        parametrizations[name][0] = KroneckerWeight(shapes, len(gate_names))
+        parametrization = KroneckerWeight(shapes, len(gate_names), fresh=init == "fresh")
+        parametrize.register_parametrization(module, name, parametrization)
+        parametrization.fresh = False
         dense = getattr(module, name).detach()  # (G·N, N)
         pairs = zip(gate_names, weight.chunk(len(gate_names)), dense.chunk(len(gate_names)), strict=True)
         for gate, before, after in pairs:
             error = float(torch.linalg.vector_norm(after.double() - before.double()))
             norm = float(torch.linalg.vector_norm(before.double()))
-            relative = error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
-            fits.append(GateFit(name, gate, size * size, sum(p * q for p, q in shapes), relative))
+            fits.append(GateFit(name, gate, error / norm if norm > 0 else (0.0 if error == 0 else math.inf)))
     own_rnn_class(module)
-    return module, KroneckerizeReport(tuple(shapes), init, tuple(fits))
+    counts = len(fits) * size * size, len(fits) * sum(p * q for p, q in shapes)
+    return module, KroneckerizeReport(tuple(shapes), init, *counts, tuple(fits))
 
 
 def dekroneckerize(module: nn.RNNBase) -> nn.RNNBase:
@@ -317,19 +281,6 @@ def dekroneckerize(module: nn.RNNBase) -> nn.RNNBase:
     return module
 
 
-class _FreshStart(KroneckerWeight):
-    """A parametrization that gives register_parametrization its starting factors."""
-
-    def __init__(self, factor_shapes: Sequence[tuple[int, int]], weight: Tensor, init: str) -> None:
-        super().__init__(factor_shapes, weight.shape[0] // weight.shape[1])
-        self.init = init
-
-    def right_inverse(self, weight: Tensor) -> list[Tensor]:
-        if self.init == "nearest":
-            return super().right_inverse(weight)
-        return [factor.to(weight) for factor in fresh_factors(self.factor_shapes, self.gates)]  # [(G, P_f, Q_f)]
-
-
 def _recurrent_names(module: nn.RNNBase) -> list[str]:
     """Names of the recurrent weights, after a check that the module is one of the three that can be factored."""
     if not isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)):
@@ -337,26 +288,6 @@ def _recurrent_names(module: nn.RNNBase) -> list[str]:
     if module.proj_size:
         raise ValueError(f"proj_size={module.proj_size} is not supported: the recurrent weights are not square")
     return [name for name in module._flat_weights_names if name.startswith("weight_hh")]
-
-
-def _checked_shapes(factor_shapes: Sequence[Sequence[int]], size: int) -> list[tuple[int, int]]:
-    """``factor_shapes`` as tuples, each (P, Q), with ∏ P = ∏ Q = ``size``."""
-    shapes: list[tuple[int, int]] = []
-    for index, shape in enumerate(factor_shapes):
-        if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence) or len(shape) != 2:
-            raise ValueError(f"factor_shapes[{index}] must be a pair (P, Q), got {shape!r}")
-        if not all(isinstance(side, int) and not isinstance(side, bool) for side in shape):
-            raise TypeError(f"factor_shapes[{index}] must hold two integers, got {shape!r}")
-        if min(shape) < 1:
-            raise ValueError(f"factor_shapes[{index}] must hold positive sizes, got {shape!r}")
-        shapes.append((shape[0], shape[1]))
-    rows, columns = math.prod(p for p, _ in shapes), math.prod(q for _, q in shapes)
-    if not shapes or rows != size or columns != size:
-        raise ValueError(
-            f"factor_shapes={[list(shape) for shape in shapes]} multiply to {rows}×{columns},"
-            f" but hidden_size={size} needs {size}×{size}"
-        )
-    return shapes
 
 
 def fresh_factors(factor_shapes: Sequence[tuple[int, int]], gates: int) -> list[Tensor]:

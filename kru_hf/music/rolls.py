@@ -76,18 +76,11 @@ class PianoRoll:
     def notes(self) -> list[tuple[int, int, int]]:
         """(start frame, frames, pitch) of every note, in that order."""
         assert self.onsets is not None
-        found = []
-        for key in range(NUM_PITCHES):
-            sounding, begins = self.roll[:, key], self.onsets[:, key]  # (T,)
-            start = None
-            for frame in range(len(sounding) + 1):
-                on = frame < len(sounding) and sounding[frame]
-                if start is not None and (not on or begins[frame]):
-                    found.append((start, frame - start, key + LOWEST_PITCH))
-                    start = None
-                if on and start is None:
-                    start = frame
-        return sorted(found)
+        before = np.vstack([np.zeros_like(self.roll[:1]), self.roll[:-1]])  # (T, 88)
+        begins = self.roll & (self.onsets | ~before)  # (T, 88)
+        ends = self.roll & np.vstack([(begins | ~self.roll)[1:], np.ones_like(self.roll[:1])])  # (T, 88): last frames
+        pairs = zip(np.argwhere(begins.T).tolist(), np.argwhere(ends.T).tolist(), strict=True)
+        return sorted((start, last + 1 - start, key + LOWEST_PITCH) for (key, start), (_, last) in pairs)
 
     def frame_seconds(self) -> np.ndarray:
         """When each frame begins, and when the last one ends, in seconds: (T + 1,).
@@ -163,14 +156,6 @@ def quantise(notes: Iterable[tuple[float, float, int]], frames_per_quarter: int)
     return PianoRoll(edges[:-1].cumsum(0) > 0, onsets, frames_per_quarter, report=dict(report))
 
 
-def _symusic() -> Any:
-    try:
-        import symusic
-    except ImportError as error:
-        raise MidiError("writing MIDI files needs symusic: pip install 'kru-hf[music]'") from error
-    return symusic
-
-
 def read_midi(path: str | Path, frames_per_quarter: int = 4) -> PianoRoll:
     """A MIDI file on a grid of its own beats, so that changes of tempo do not shift notes; drums are dropped.
 
@@ -216,10 +201,13 @@ def read_midi(path: str | Path, frames_per_quarter: int = 4) -> PianoRoll:
 
 def write_midi(piece: PianoRoll, path: str | Path, velocity: int = 80) -> None:
     """Write a piece as a MIDI file with one piano track; :func:`read_midi` with the same grid gives the piece again."""
-    symusic = _symusic()
+    try:
+        import symusic
+    except ImportError as error:
+        raise MidiError("writing MIDI files needs symusic: pip install 'kru-hf[music]'") from error
     ticks = min(TICKS_PER_FRAME, 0x7FFF // piece.frames_per_quarter)  # the header has 15 bits for those of a quarter
-    score = symusic.Score(ticks * piece.frames_per_quarter)
-    track = symusic.Track(name="piano", program=0, is_drum=False)
+    score: Any = symusic.Score(ticks * piece.frames_per_quarter)
+    track: Any = symusic.Track(name="piano", program=0, is_drum=False)
     for start, length, pitch in piece.notes():
         track.notes.append(symusic.Note(start * ticks, length * ticks, pitch, velocity))
     score.tracks.append(track)

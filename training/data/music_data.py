@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kru_hf.music import PROBLEMS, MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
+from kru_hf.music import MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
+from kru_hf.music.rolls import PROBLEMS
 
 from ..common.errors import UserError, printable
 from ..options.data import DataOptions
@@ -63,7 +64,7 @@ class Pieces:
 
 def piece_figures(roll: np.ndarray) -> dict[str, float]:
     """Notes that sound in a frame on average, and the lowest and highest MIDI pitch, of a roll (T, 88)."""
-    from kru_hf.music import LOWEST_PITCH
+    from kru_hf.music.rolls import LOWEST_PITCH
 
     sounding = np.flatnonzero(roll.any(0)) + LOWEST_PITCH
     low, high = (float(sounding[0]), float(sounding[-1])) if len(sounding) else (float("nan"), float("nan"))

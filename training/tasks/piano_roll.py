@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kru_hf import KRUCache
-from kru_hf.music import MAX_GRID, NUM_PITCHES, roll_to_frames
+from kru_hf.music.rolls import MAX_GRID, NUM_PITCHES, roll_to_frames
 from kru_hf.piano_roll_head import frame_nats
 
 from ..data.music_data import CHORALES, Pieces, describe_report, load_pieces
