@@ -1,57 +1,26 @@
 """``kron_scan``: the recurrence of every cell with one signature and several engines, and which of them runs."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cells import ACTIVATIONS, CELLS, Cell
 from .kronecker import check_choice, merge_terms
-from .scan_checks import check_scan
-from .scan_cpu import backward as cpu_backward
-from .scan_cpu import forward as cpu_forward
-from .scan_cpu import obstacle as cpu_obstacle
-from .scan_cpu import saved_shape as cpu_saved_shape
-from .scan_cpu import unavailable_reason as cpu_unavailable_reason
-from .scan_portable import backward as portable_backward
-from .scan_portable import forward as portable_forward
-from .scan_portable import obstacle as portable_obstacle
-from .scan_portable import saved_shape as portable_saved_shape
+from .scan_call import Engine, ScanCall, check_scan
+from .scan_cpu import ENGINE as CPU
+from .scan_portable import ENGINE as PORTABLE
 from .scan_reference import scan_reference
-from .scan_triton import backward as triton_backward
-from .scan_triton import forward as triton_forward
-from .scan_triton import obstacle as triton_obstacle
-from .scan_triton import saved_shape as triton_saved_shape
-from .scan_triton import unavailable_reason as triton_unavailable_reason
+from .scan_triton import ENGINE as TRITON
 from .transforms import BACKENDS, differentiable_once, is_concrete, is_transformed, transformed_backend
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(NamedTuple):
-    """What an engine's module offers; factors are (R, K, P_f, Q_f), the cell is an entry of CELLS.
-
-    obstacle(inputs, factors, cell) -> why it cannot run these tensors, or None
-    forward(inputs, factors, bias, initial_state, mask, starts, cell, activation, save) -> states, final_state, saved:
-        one tensor, what backward needs beside states, empty without ``save``
-    backward(d_states, d_final, inputs, factors, bias, initial_state, mask, starts, states, saved, cell, activation)
-        -> gradients of inputs, factors (a list), bias and initial state; either of the first two may be None
-    saved_shape(inputs.shape, cell) -> shape of ``saved``
-    """
-
-    obstacle: Callable[..., str | None]
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, list[Tensor], Tensor, Tensor]]
-    saved_shape: Callable[..., tuple[int, ...]]
-
-
-ENGINES = {
-    "cpu": Engine(cpu_obstacle, cpu_forward, cpu_backward, cpu_saved_shape),
-    "triton": Engine(triton_obstacle, triton_forward, triton_backward, triton_saved_shape),
-    "portable": Engine(portable_obstacle, portable_forward, portable_backward, portable_saved_shape),
-}
+ENGINES: dict[str, Engine] = {"cpu": CPU, "triton": TRITON, "portable": PORTABLE}
 # Engine -> its operator for compiled and traced code, with the arguments of forward and the cell's name for the cell.
 # The installed package fills it in; code that was loaded from a model's repository registers nothing with torch.
 COMPILED: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
@@ -63,27 +32,23 @@ class EngineScan(torch.autograd.Function):
     """(states, final_state) by an engine, with its analytic backward."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, inputs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        bias, initial_state, mask, starts, cell, activation, *factors = rest
-        run = ENGINES[name].forward
-        states, final, saved = run(inputs, factors, bias, initial_state, mask, starts, cell, activation, True)
+    def forward(ctx: Any, engine: str, cell: Cell, activation: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        states, final, saved = ENGINES[engine].forward(ScanCall.of(cell, activation, tensors), True)
         ctx.set_materialize_grads(False)
-        ctx.name, ctx.cell, ctx.activation = name, cell, activation
-        ctx.save_for_backward(inputs, bias, initial_state, mask, starts, states, saved, *factors)
+        ctx.engine, ctx.cell, ctx.activation = engine, cell, activation
+        ctx.save_for_backward(states, saved, *tensors)
         return states, final
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_states: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, bias, initial_state, mask, starts, states, saved, *factors = ctx.saved_tensors
+        states, saved, *tensors = ctx.saved_tensors
         if d_states is None and d_final is None:
-            return (None,) * (8 + len(factors))
-        d_inputs, d_factors, d_bias, d_initial = ENGINES[ctx.name].backward(
-            d_states, d_final, inputs, factors, bias, initial_state, mask, starts, states, saved,
-            ctx.cell, ctx.activation,
-        )  # fmt: skip
-        d_state = None if initial_state is None else d_initial
-        return None, d_inputs, d_bias, d_state, None, None, None, None, *d_factors
+            return (None,) * (3 + len(tensors))
+        call = ScanCall.of(ctx.cell, ctx.activation, tensors)
+        d_inputs, d_factors, d_bias, d_initial = ENGINES[ctx.engine].backward(call, states, saved, d_states, d_final)
+        d_state = None if call.initial_state is None else d_initial
+        return None, None, None, d_inputs, d_bias, d_state, None, None, *d_factors
 
 
 def use_backend(name: str) -> None:
@@ -95,8 +60,7 @@ def use_backend(name: str) -> None:
 
 def unavailable_reason(name: str, cell: Cell | None = None) -> str | None:
     """Why the engine of that name cannot run (the cell, if one is given) here, or None."""
-    reasons = {"cpu": cpu_unavailable_reason, "triton": triton_unavailable_reason}
-    return reasons[name](cell) if name in reasons else None
+    return ENGINES[name].unavailable_reason(cell) if name in ENGINES else None
 
 
 def backend_report() -> str:
@@ -114,11 +78,9 @@ def backend_report() -> str:
 
 def choose_backend(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> tuple[str, str]:
     """The engine that "auto" takes for factors (R, K, P, Q), and why: the device's own if it can, else "portable"."""
-    native = "triton" if inputs.device.type == "cuda" else "cpu"
+    native = "triton" if inputs.is_cuda else "cpu"
     obstacle = ENGINES[native].obstacle(inputs, factors, cell)
-    if obstacle is None:
-        return native, f"the {native} engine runs {inputs.dtype} on {inputs.device.type}"
-    return "portable", f"the {native} engine cannot run: {obstacle}"
+    return (native, "it is the device's") if obstacle is None else ("portable", f"{native} cannot run: {obstacle}")
 
 
 def _tell(message: str) -> None:
@@ -173,31 +135,29 @@ def kron_scan(
     entry = CELLS[cell]
     if activation != ACTIVATIONS[0] and not entry.complex:
         raise ValueError(f"activation of the cell {cell!r} must stay {ACTIVATIONS[0]!r}, got {activation!r}")
-    factors = list(factors)
-    check_scan(entry, inputs, factors, bias, initial_state, mask, starts)
+    factors = [factor.unsqueeze(0) if factor.dim() == 3 else factor for factor in factors]
     if bias is None:
-        bias = inputs.new_zeros(entry.bias_shape(inputs.shape[3]))
-    if factors[0].dim() == 3:
-        factors = [factor.unsqueeze(0) for factor in factors]
-    elif len(merged := merge_terms(factors, entry.complex)) < len(factors):
+        bias = inputs.new_zeros(entry.bias_shape(math.prod(inputs.shape[-1:])))
+    call = ScanCall(inputs, factors, bias, initial_state, mask, starts, entry, activation)
+    check_scan(call)
+    if len(merged := merge_terms(factors, entry.complex)) < len(factors):
         _tell(f"kron_scan merges {len(factors[0])} terms of {len(factors)} factors: a dense product is cheaper")
-        factors = merged
-    if is_transformed((inputs, bias, initial_state, mask, starts, *factors)):
+        call = call._replace(factors=merged)
+    tensors = call.tensors()
+    if is_transformed(tensors):
         backend = transformed_backend(backend)
     elif inputs.is_meta and backend != "reference":
         backend = "portable"  # nothing to compute: the shapes of any engine
     elif backend == "auto":
-        backend, reason = choose_backend(inputs, factors, entry)
-        _tell(f"kron_scan uses the {backend} engine: {reason}")
-    elif backend != "reference" and (obstacle := ENGINES[backend].obstacle(inputs, factors, entry)) is not None:
+        backend, reason = choose_backend(inputs, call.factors, entry)
+        _tell(f"kron_scan uses the engine {backend}: {reason}")
+    elif backend != "reference" and (obstacle := ENGINES[backend].obstacle(inputs, call.factors, entry)) is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}")
     if backend == "reference":
-        return scan_reference(inputs, factors, bias, initial_state, mask, starts, entry, activation)
-    leaves = [inputs, bias, *factors, *(() if initial_state is None else (initial_state,))]
-    save = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    if backend in COMPILED and (torch.compiler.is_compiling() or not is_concrete([inputs, *factors])):
-        return COMPILED[backend](inputs, factors, bias, initial_state, mask, starts, cell, activation, save)[:2]
+        return scan_reference(call)
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if backend in COMPILED and (torch.compiler.is_compiling() or not is_concrete([inputs, *call.factors])):
+        return COMPILED[backend](*call[:6], cell, activation, save)[:2]
     if not save:  # generation: no autograd in the way
-        run = ENGINES[backend].forward
-        return run(inputs, factors, bias, initial_state, mask, starts, entry, activation, False)[:2]
-    return EngineScan.apply(backend, inputs, bias, initial_state, mask, starts, entry, activation, *factors)
+        return ENGINES[backend].forward(call, False)[:2]
+    return EngineScan.apply(backend, entry, activation, *tensors)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .cells import Cell
+from .scan_call import Engine, ScanCall
 
 __all__ = ["backward", "forward", "is_available", "obstacle", "saved_shape", "unavailable_reason"]
 
@@ -250,65 +251,46 @@ def saved_shape(inputs_shape: Sequence[int], cell: Cell) -> tuple[int, ...]:
     return (batch * length * units * cell.kept,)
 
 
-def forward(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    cell: Cell,
-    activation: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """states, final_state (B, S, N) and what the backward wants to have kept; the same bits for any number of threads.
 
     Raises:
         MemoryError: no memory for the workspace.
     """
-    batch, length, _, units = inputs.shape
-    plan, _, _, packed = _prepare(factors, cell, activation)
-    states = _fresh(*cell.states_shape(inputs.shape))
+    cell, (batch, length, _, units) = call.cell, call.inputs.shape
+    plan, _, _, packed = _prepare(call.factors, cell, call.activation)
+    states = _fresh(*cell.states_shape(call.inputs.shape))
     final_state = _fresh(batch, len(cell.states), units)  # (B, S, N)
-    saved = _fresh(*saved_shape(inputs.shape, cell)) if save else _fresh(0)
+    saved = _fresh(*saved_shape(call.inputs.shape, cell)) if save else _fresh(0)
     groups = -(-batch // plan.group)
     args = _Args(batch, length, min(groups, 4 * MAX_CHUNKS))
-    args.point(packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, starts=starts)
+    args.point(packed=packed, inputs=call.inputs, bias=call.bias, initial_state=call.initial_state)
+    args.point(mask=call.mask, starts=call.starts)
     args.point(states=states, final_state=final_state, saved=saved if saved.numel() else None)
     _run(_library.kru_forward, plan, args, plan.work * groups * length)
     return states, final_state, saved
 
 
 def backward(
-    d_states: Tensor | None,
-    d_final: Tensor | None,
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    states: Tensor,
-    saved: Tensor,
-    cell: Cell,
-    activation: str,
+    call: ScanCall, states: Tensor, saved: Tensor, d_states: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """d_inputs (B, T, K, N), d_factors (R, K, P_f, Q_f) each, d_bias and d_initial (B, S, N).
 
     Products and gates are computed again, from the states.
     """
-    batch, length, _, units = inputs.shape
-    plan, kept, pointers, packed = _prepare(factors, cell, activation)
+    cell, (batch, length, _, units) = call.cell, call.inputs.shape
+    plan, kept, pointers, packed = _prepare(call.factors, cell, call.activation)
     groups = -(-batch // plan.group)
     # Gradient buffers of at most a quarter of the states' bytes.
     chunks = min(groups, MAX_CHUNKS, max(states.numel() // (4 * plan.gradients), 4))
     chunk_grads = _fresh(chunks, plan.gradients)
-    d_inputs = _fresh(*inputs.shape)  # (B, T, K, N)
+    d_inputs = _fresh(*call.inputs.shape)  # (B, T, K, N)
     d_initial = _fresh(batch, len(cell.states), units)  # (B, S, N)
     d_factors = [_fresh(*factor.shape) for factor in kept]  # (R, K, P, Q) each
-    d_bias = _fresh(*bias.shape)
+    d_bias = _fresh(*call.bias.shape)
     args = _Args(batch, length, chunks)
-    args.point(packed=packed, inputs=inputs, bias=bias, initial_state=initial_state, mask=mask, starts=starts)
+    args.point(packed=packed, inputs=call.inputs, bias=call.bias, initial_state=call.initial_state)
+    args.point(mask=call.mask, starts=call.starts)
     args.point(states=states, saved=saved if saved.numel() else None, d_states=d_states, d_final=d_final)
     args.point(d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
     _run(_library.kru_backward, plan, args, 4 * plan.work * groups * length)
@@ -316,3 +298,6 @@ def backward(
     if _library.kru_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()):
         raise MemoryError("the native engine could not allocate its workspace")
     return d_inputs, d_factors, d_bias, d_initial
+
+
+ENGINE = Engine(unavailable_reason, obstacle, saved_shape, forward, backward)

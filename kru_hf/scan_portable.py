@@ -15,9 +15,15 @@ from torch import Tensor
 
 from .cells import Cell, State
 from .kronecker import apply_order, factor_gradients, merge_groups
+from .scan_call import Engine, ScanCall
 
 # Steps whose intermediates are alive at once in the backward pass: bounds its memory, amortises its calls.
 CHUNK = 16
+
+
+def unavailable_reason(cell: Cell | None = None) -> str | None:
+    """None: the engine runs wherever torch does."""
+    return None
 
 
 def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
@@ -105,34 +111,19 @@ def _step_of(times: Tensor | None, t: int | slice) -> Tensor | None:
     return None if times is None else times[:, t].mT if isinstance(t, slice) else times[:, t]
 
 
-def _first_state(inputs: Tensor, initial_state: Tensor | None, cell: Cell) -> State:
-    if initial_state is None:
-        initial_state = inputs.new_zeros(inputs.shape[0], len(cell.states), inputs.shape[3])
-    return cell.to_state(initial_state)
-
-
-def _read_bias(bias: Tensor, activation: str, steps: int) -> Tensor | None:
+def _read_bias(call: ScanCall, steps: int) -> Tensor | None:
     """The bias as it stands beside (M, B, N), with ``steps`` = 1, or (M, C, B, N); None where none is read."""
-    return None if activation == "identity" else bias.reshape(-1, *[1] * steps, bias.shape[-1])
+    return None if call.activation == "identity" else call.bias.reshape(-1, *[1] * steps, call.bias.shape[-1])
 
 
-def forward(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    cell: Cell,
-    activation: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """states, final_state and what backward needs (T, S − 1, B, N) if ``save``. See ``kron_scan`` for the contract."""
-    groups, b = merge_groups(_matrices(factors, cell)), _read_bias(bias, activation, 1)
-    begins = None if starts is None else ~starts
+    inputs, mask, cell = call.inputs, call.mask, call.cell
+    groups, b = merge_groups(_matrices(call.factors, cell)), _read_bias(call, 1)
+    begins = None if call.starts is None else ~call.starts
     states = inputs.new_empty(cell.states_shape(inputs.shape))
     saved = inputs.new_empty(saved_shape(inputs.shape, cell) if save else (0,))
-    state = _first_state(inputs, initial_state, cell)
+    state = cell.to_state(call.first_state())
     for t in range(inputs.shape[1]):
         state = _select(_step_of(begins, t), state)
         products = _products(groups, state[0], cell.matrices)  # (M, B, N)
@@ -160,26 +151,16 @@ def _before(states: Tensor, saved: Tensor, first: State, start: int, end: int, c
 
 
 def backward(
-    d_states: Tensor | None,
-    d_final: Tensor | None,
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    states: Tensor,
-    saved: Tensor,
-    cell: Cell,
-    activation: str,
+    call: ScanCall, states: Tensor, saved: Tensor, d_states: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of inputs (B, T, K, N), factors (R, K, P, Q), bias and initial state (B, S, N)."""
+    inputs, bias, mask, cell = call.inputs, call.bias, call.mask, call.cell
     batch, length, _, units = inputs.shape
-    matrices = _matrices(factors, cell)
-    groups, b = merge_groups(matrices), _read_bias(bias, activation, 2)
-    terms, count = len(factors[0]), len(groups[0])
+    matrices = _matrices(call.factors, cell)
+    groups, b = merge_groups(matrices), _read_bias(call, 2)
+    terms, count = len(call.factors[0]), len(groups[0])
     adjoints = [group.mT.conj_physical() for group in groups]  # (G, Q, P)
-    begins, first = None if starts is None else ~starts, _first_state(inputs, initial_state, cell)
+    begins, first = None if call.starts is None else ~call.starts, cell.to_state(call.first_state())
     d_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     d_bias, d_groups = torch.zeros_like(bias), [torch.zeros_like(group) for group in groups]
     d = tuple(torch.zeros_like(s) for s in first) if d_final is None else cell.to_state(d_final)
@@ -223,3 +204,6 @@ def backward(
     by_factor = [grad.unflatten(0, (terms, -1)) for grad in factor_gradients(matrices, d_groups)]  # (R, M, P, Q)
     d_factors = [cell.to_planes(grad.transpose(0, 1)).transpose(0, 1).contiguous() for grad in by_factor]
     return d_inputs, d_factors, d_bias, cell.from_state(d)
+
+
+ENGINE = Engine(unavailable_reason, obstacle, saved_shape, forward, backward)

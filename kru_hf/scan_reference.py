@@ -21,33 +21,21 @@ is infinite counts as NaN. Which of the two W would make of an infinite h depend
 engine could be held to it. Engines of float32 may take numbers below 1.2e-38, which are not normal, for zero.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .cells import Cell
 from .kronecker import kron_multiply
+from .scan_call import ScanCall
 
 
-def scan_reference(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    cell: Cell,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def scan_reference(call: ScanCall) -> tuple[Tensor, Tensor]:
     """The oracle of every engine; the contract is that of ``kron_scan``. Returns states and final_state, a copy."""
-    batch, length, _, units = inputs.shape
-    if initial_state is None:
-        initial_state = inputs.new_zeros(batch, len(cell.states), units)
+    inputs, factors, bias, _, mask, starts, cell, activation = call
+    length, units = inputs.shape[1], inputs.shape[3]
     u = cell.to_matrices(inputs.permute(2, 1, 0, 3))  # (M, T, B, N)
     terms = [[cell.to_matrices(factor[r]) for factor in factors] for r in range(len(factors[0]))]  # R × F × (M, P, Q)
     b = None if activation == "identity" else bias.view(-1, 1, units)  # (rows, 1, N)
-    state, states = cell.to_state(initial_state), []
+    state, states = cell.to_state(call.first_state()), []
     for t in range(length):
         if starts is not None:  # a new document: nothing is left of the one before
             state = tuple(s.where(~starts[:, t, None], 0) for s in state)

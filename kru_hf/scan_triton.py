@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .kronecker import factor_gradients, kron_product, to_complex, to_planes
+from .scan_call import Engine, ScanCall
 
 try:
     import triton
@@ -189,6 +190,16 @@ def _bytes(times: Tensor | None, inputs: Tensor) -> Tensor:
     return inputs if times is None else times.contiguous().view(torch.uint8)
 
 
+def _options(call: ScanCall, any_tensor: Tensor) -> tuple[list[Tensor], dict[str, bool]]:
+    """Mask and starts as the kernels read them, and what of the step there is."""
+    flags = {
+        "MODRELU": call.activation == "modrelu",
+        "MASKED": call.mask is not None,
+        "STARTS": call.starts is not None,
+    }
+    return [_bytes(times, any_tensor) for times in (call.mask, call.starts)], flags
+
+
 def _groups(factors: Sequence[Tensor], device: torch.device) -> tuple[int, list[Tensor], list[Tensor]]:
     """The cut, complex factors (E, P_f, Q_f), and A (E, 2, P, P) and C (E, 2, R, R), whose product is theirs."""
     plan = plan_groups([(factor.shape[2], factor.shape[3]) for factor in factors], _shared_limit(device))
@@ -204,30 +215,17 @@ def _warps(groups: Sequence[Tensor], units: int) -> int:
     return 4 if _tile(groups[0].shape[2]) * _tile(groups[1].shape[2]) <= units else 8
 
 
-def forward(
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    cell: Cell,
-    activation: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """states, final_state and, with ``save``, |z| (B, T, N). See ``kron_scan`` for the contract."""
-    batch, _, _, units = inputs.shape
-    inputs = _dense(inputs)
-    _, _, groups = _groups(factors, inputs.device)
-    if initial_state is None:
-        initial_state = inputs.new_zeros(batch, 2, units)  # (B, 2, N)
-    states, final = torch.empty_like(inputs), inputs.new_empty(batch, 2, units)  # (B, T, 2, N), (B, 2, N)
-    moduli = inputs.new_zeros(saved_shape(inputs.shape, cell) if save else (0,))  # (B, T, N): only modReLU's are stored
-    read = [_dense(tensor) for tensor in (groups[0], groups[1].mT, bias, initial_state)]  # A, C^T
-    times = [_bytes(mask, inputs), _bytes(starts, inputs)]
-    flags = {"MODRELU": activation == "modrelu", "MASKED": mask is not None, "STARTS": starts is not None, "SAVE": save}
+    inputs = _dense(call.inputs)
+    _, _, groups = _groups(call.factors, inputs.device)
+    states, final = torch.empty_like(inputs), call.state_like()  # (B, T, 2, N), (B, 2, N)
+    saved = saved_shape(inputs.shape, call.cell) if save else (0,)
+    moduli = inputs.new_zeros(saved)  # (B, T, N): only modReLU's are stored
+    read = [_dense(tensor) for tensor in (groups[0], groups[1].mT, call.bias, call.first_state())]  # A, C^T
+    times, flags = _options(call, inputs)
     tensors = [inputs, *read, *times, states, final, moduli]
-    _launch(forward_kernel, inputs, tensors, groups, _warps(groups, 2 * _IEEE_TILE), flags)
+    _launch(forward_kernel, inputs, tensors, groups, _warps(groups, 2 * _IEEE_TILE), flags | {"SAVE": save})
     return states, final, moduli
 
 
@@ -260,36 +258,26 @@ def _group_gradients(
 
 
 def backward(
-    d_states: Tensor | None,
-    d_final: Tensor | None,
-    inputs: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor,
-    initial_state: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    states: Tensor,
-    saved: Tensor,
-    cell: Cell,
-    activation: str,
+    call: ScanCall, states: Tensor, saved: Tensor, d_states: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of inputs (B, T, 2, N), factors (E, 2, P, Q), bias (N,) and initial state (B, 2, N)."""
     states = _dense(states)
-    cut, matrices, groups = _groups(factors, states.device)
-    if initial_state is None:
-        initial_state = states.new_zeros(states.shape[0], 2, states.shape[3])  # (B, 2, N)
+    cut, matrices, groups = _groups(call.factors, states.device)
+    initial_state = call.first_state()
     d_states = torch.zeros_like(states) if d_states is None else d_states
     d_final = torch.zeros_like(initial_state) if d_final is None else d_final
     left, right = (torch.stack((group[:, 0], -group[:, 1]), 1) for group in groups)  # conj(A), conj(C)
-    read = [_dense(tensor) for tensor in (d_states, d_final, left.mT, right, bias)]
-    d_inputs, d_initial = torch.empty_like(states), states.new_empty(initial_state.shape)  # (B, T, 2, N), (B, 2, N)
-    d_bias = states.new_empty(states.shape[0], *bias.shape)  # (B, N)
-    times = [_bytes(mask, states), _bytes(starts, states)]
-    flags = {"MODRELU": activation == "modrelu", "MASKED": mask is not None, "STARTS": starts is not None}
+    read = [_dense(tensor) for tensor in (d_states, d_final, left.mT, right, call.bias)]
+    d_inputs, d_initial = torch.empty_like(states), call.state_like()  # (B, T, 2, N), (B, 2, N)
+    d_bias = states.new_empty(states.shape[0], *call.bias.shape)  # (B, N)
+    times, flags = _options(call, states)
     tensors = [*read, *times, states, saved, d_inputs, d_bias, d_initial]
     _launch(backward_kernel, states, tensors, groups, _warps(groups, _IEEE_TILE), flags)
-    d_groups = [to_complex(grad, 1) for grad in _group_gradients(d_inputs, states, initial_state, starts, groups)]
+    d_groups = [to_complex(grad, 1) for grad in _group_gradients(d_inputs, states, initial_state, call.starts, groups)]
     d_factors = []
     for run, grad in ((matrices[:cut], d_groups[0]), (matrices[cut:], d_groups[1])):
         d_factors += factor_gradients(run, [grad], [len(run)]) if run else []
     return d_inputs, [to_planes(grad, 1) for grad in d_factors], d_bias.sum(0), d_initial
+
+
+ENGINE = Engine(unavailable_reason, obstacle, saved_shape, forward, backward)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 BACKENDS = ("auto", "reference", "portable", "cpu", "triton")  # engines of the recurrence; "auto" chooses one
@@ -19,9 +19,10 @@ def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a tensor carries a tangent, or stands inside ``torch.func.grad``, ``jvp``, ``vmap`` and their like."""
     if torch.compiler.is_compiling():
         return False
-    return any(
-        t is not None and (torch.func.debug_unwrap(t) is not t or unpack_dual(t).tangent is not None) for t in tensors
-    )
+    if forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
+        return False  # nothing of the kind is going on
+    given = [t for t in tensors if t is not None]
+    return any(torch.func.debug_unwrap(t) is not t or forward_ad.unpack_dual(t).tangent is not None for t in given)
 
 
 def is_concrete(tensors: Iterable[Tensor]) -> bool:

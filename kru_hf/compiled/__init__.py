@@ -11,85 +11,74 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
-from ..scan import COMPILED, ENGINES, Engine
-from ..scan_checks import Named, check_scan
+from ..scan import COMPILED, ENGINES
+from ..scan_call import Engine, ScanCall, check_scan
 from ..transforms import refuse_derivative
 
+# Of both operators, in the order of ScanCall, with the cell's name for the cell.
+ARGUMENTS = (
+    "Tensor inputs, Tensor[] factors, Tensor bias, Tensor? initial_state, Tensor? mask, Tensor? starts, "
+    "str cell, str activation"
+)
+FORWARD = f"({ARGUMENTS}, bool save) -> (Tensor, Tensor, Tensor)"
+BACKWARD = (
+    f"({ARGUMENTS}, Tensor states, Tensor saved, Tensor? d_states, Tensor? d_final) -> "
+    "(Tensor, Tensor[], Tensor, Tensor)"
+)
 
-def state_like(inputs: Tensor, cell: str) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], len(CELLS[cell].states), inputs.shape[3])  # (B, S, N)
+
+def read_call(arguments: Sequence[Any]) -> ScanCall:
+    """The call that an operator's arguments start with."""
+    inputs, factors, bias, initial_state, mask, starts, cell, activation, *_ = arguments
+    return ScanCall(inputs, list(factors), bias, initial_state, mask, starts, CELLS[cell], activation)
 
 
 def register(name: str, engine: Engine) -> Any:
     """Register kru_hf::<name>_scan and kru_hf::<name>_scan_backward; the first, differentiable once, is returned."""
 
-    def forward(
-        inputs: Tensor,
-        factors: Sequence[Tensor],
-        bias: Tensor,
-        initial_state: Tensor | None,
-        mask: Tensor | None,
-        starts: Tensor | None,
-        cell: str,
-        activation: str,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        check_scan(CELLS[cell], inputs, factors, bias, initial_state, mask, starts)
-        options = (CELLS[cell], activation, save)
-        return engine.forward(inputs, list(factors), bias, initial_state, mask, starts, *options)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        check_scan(call := read_call(arguments))
+        return engine.forward(call, arguments[8])
 
-    def backward(
-        d_states: Tensor | None,
-        d_final: Tensor | None,
-        inputs: Tensor,
-        factors: Sequence[Tensor],
-        bias: Tensor,
-        initial_state: Tensor | None,
-        mask: Tensor | None,
-        starts: Tensor | None,
-        states: Tensor,
-        saved: Tensor,
-        cell: str,
-        activation: str,
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        full, end = CELLS[cell].states_shape(inputs.shape), tuple(state_like(inputs, cell).shape)
-        others: list[Named] = [("d_states", d_states, full), ("d_final", d_final, end), ("states", states, full)]
-        others.append(("saved", saved, engine.saved_shape(inputs.shape, CELLS[cell])))
-        check_scan(CELLS[cell], inputs, factors, bias, initial_state, mask, starts, others)
-        read = (inputs, list(factors), bias, initial_state, mask, starts, states, saved)
-        return engine.backward(d_states, d_final, *read, CELLS[cell], activation)
+    def backward(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        call, given = read_call(arguments), arguments[8:]
+        shape, dtype = call.inputs.shape, call.inputs.dtype
+        full, end = call.cell.states_shape(shape), tuple(call.state_like().shape)
+        shapes = (full, engine.saved_shape(shape, call.cell), full, end)
+        names = ("states", "saved", "d_states", "d_final")
+        check_scan(call, [(*named, dtype) for named in zip(names, given, shapes, strict=True)])
+        return engine.backward(call, *given)
 
-    scan = torch.library.custom_op(f"kru_hf::{name}_scan", forward, mutates_args=())
-    scan_backward = torch.library.custom_op(f"kru_hf::{name}_scan_backward", backward, mutates_args=())
+    scan = torch.library.custom_op(f"kru_hf::{name}_scan", forward, mutates_args=(), schema=FORWARD)
+    scan_backward = torch.library.custom_op(f"kru_hf::{name}_scan_backward", backward, mutates_args=(), schema=BACKWARD)
 
     @scan.register_fake
-    def _(inputs, factors, bias, initial_state, mask, starts, cell, activation, save):
-        # One tensor on meta brings the others here.
-        check_scan(CELLS[cell], inputs, factors, bias, initial_state, mask, starts)
-        states = inputs.new_empty(CELLS[cell].states_shape(inputs.shape))
-        saved = inputs.new_empty(engine.saved_shape(inputs.shape, CELLS[cell]) if save else (0,))
-        return states, state_like(inputs, cell), saved
+    def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        check_scan(call := read_call(arguments))  # one tensor on meta brings the others here
+        shape = call.inputs.shape
+        saved = call.inputs.new_empty(engine.saved_shape(shape, call.cell) if arguments[8] else (0,))
+        return call.inputs.new_empty(call.cell.states_shape(shape)), call.state_like(), saved
 
     @scan_backward.register_fake
-    def _(d_states, d_final, inputs, factors, bias, initial_state, mask, starts, states, saved, cell, activation):
-        d_inputs, d_bias = inputs.new_empty(inputs.shape), bias.new_empty(bias.shape)
-        return d_inputs, [factor.new_empty(factor.shape) for factor in factors], d_bias, state_like(inputs, cell)
+    def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        call = read_call(arguments)
+        d_inputs, d_bias = (tensor.new_empty(tensor.shape) for tensor in (call.inputs, call.bias))
+        return d_inputs, [factor.new_empty(factor.shape) for factor in call.factors], d_bias, call.state_like()
 
     def setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-        u, factors, bias, initial_state, mask, starts, ctx.cell, ctx.activation, _ = inputs
-        states, _, saved = output
+        call, (states, _, saved) = read_call(inputs), output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved)
-        ctx.save_for_backward(u, bias, initial_state, mask, starts, states, saved, *factors)
+        ctx.options = (inputs[6], call.activation)
+        ctx.save_for_backward(states, saved, *call.tensors())
 
     def gradient(ctx: Any, d_states: Tensor | None, d_final: Tensor | None, _: Any) -> tuple:
-        u, bias, initial_state, mask, starts, states, saved, *factors = ctx.saved_tensors
+        states, saved, inputs, bias, initial_state, mask, starts, *factors = ctx.saved_tensors
         if d_states is None and d_final is None:
-            return None, [None] * len(factors), None, None, None, None, None, None, None
-        read = (u, factors, bias, initial_state, mask, starts, states, saved)
-        d_inputs, d_factors, d_bias, d_initial = scan_backward(d_states, d_final, *read, ctx.cell, ctx.activation)
-        d_state = None if initial_state is None else d_initial
-        return d_inputs, d_factors, d_bias, d_state, None, None, None, None, None
+            return None, [None] * len(factors), *[None] * 7
+        read = (inputs, factors, bias, initial_state, mask, starts, *ctx.options)
+        d_inputs, d_factors, d_bias, d_initial = scan_backward(*read, states, saved, d_states, d_final)
+        return d_inputs, d_factors, d_bias, None if initial_state is None else d_initial, *[None] * 5
 
     scan.register_autograd(gradient, setup_context=setup)
     scan_backward.register_autograd(refuse_derivative)

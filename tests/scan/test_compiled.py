@@ -42,19 +42,10 @@ def test_operators_are_registered_correctly(engine, dtype, cell, activation):
     torch.library.opcheck(COMPILED[engine], (inputs, factors, bias, state, *options, True))
     with torch.no_grad():
         states, final, saved = COMPILED[engine](inputs, factors, bias, state, *options, True)
-        read = [tensor.detach() for tensor in (inputs, bias, state)]
-        arguments = (
-            read[0],
-            [f.detach() for f in factors],
-            read[1],
-            read[2],
-            *options[:2],
-            states,
-            saved,
-            *options[2:],
-        )
+        arguments = (inputs.detach(), [f.detach() for f in factors], bias.detach(), state.detach(), *options)
         backward = getattr(torch.ops.kru_hf, f"{engine}_scan_backward").default
-        torch.library.opcheck(backward, (torch.randn_like(states), torch.randn_like(final), *arguments))
+        gradients = (torch.randn_like(states), torch.randn_like(final))
+        torch.library.opcheck(backward, (*arguments, states, saved, *gradients))
 
 
 @pytest.mark.parametrize("initial", [False, True])

@@ -29,8 +29,7 @@ GATED = {"inputs": (2, 3, 4, 6), "factors": [(4, 2, 2), (4, 3, 3)], "bias": (4, 
         ({"factors": []}, r"at least one"),
         ({"bias": (5,)}, r"bias must have the shape \(6,\), got \(5,\)"),
         ({"initial_state": (1, 2, 6)}, r"initial_state must have the shape"),
-        ({"mask": (2, 3)}, r"mask must be a bool tensor"),
-        ({"starts": (2, 4)}, r"starts must be a bool tensor of the shape \(2, 3\)"),
+        ({"starts": (2, 4)}, r"starts must have the shape \(2, 3\), got \(2, 4\)"),
         ({"activation": "relu"}, r"activation must be one of modrelu, identity, got 'relu'"),
         ({"backend": "torch"}, r"backend must be one of auto, reference, portable, cpu, triton, got 'torch'"),
         ({"cell": "rnn"}, r"cell must be one of kru, lstm, gru, janet.*, got 'rnn'"),
@@ -60,6 +59,8 @@ def test_bad_dtypes_and_devices_are_named():
         kron_scan(inputs, [factors[0].to_sparse()])
     with pytest.raises(TypeError, match="mask must be torch.bool on cpu like the inputs, got torch.bool on meta"):
         kron_scan(inputs, factors, mask=torch.ones(1, 1, dtype=torch.bool, device="meta"))
+    with pytest.raises(TypeError, match="mask must be torch.bool on cpu like the inputs, got torch.int64 on cpu"):
+        kron_scan(inputs, factors, mask=torch.ones(1, 1, dtype=torch.long))
 
 
 @needs_cpu
