@@ -140,7 +140,7 @@ def test_the_permutation_is_one_and_stays_what_it_is():
 def test_digits_split_and_scale():
     plain, permuted = make("pixel_mnist"), make("pixel_mnist", permuted=True)
     assert {split: plain.samples(split) for split in SPLITS} == DIGITS_SPLITS
-    every = np.concatenate([plain.pictures.pixels[split] for split in SPLITS])
+    every = np.concatenate([plain.dataset.pixels[split] for split in SPLITS])
     from sklearn.datasets import load_digits
 
     assert sorted(map(bytes, every)) == sorted(map(bytes, load_digits().data.astype(np.uint8)))
@@ -179,7 +179,7 @@ def test_pictures_of_an_image_column(tmp_path):
         table.to_parquet(tmp_path / f"{split}.parquet")
     pictures = load_pictures(DataOptions(dataset=str(tmp_path)))
     assert np.array_equal(pictures.pixels["test"], np.stack([a.ravel() for a in arrays]))
-    assert sorted(pictures.labels["validation"].tolist()) == [0, 1, 2]
+    assert sorted(pictures.splits["validation"].tolist()) == [0, 1, 2]
 
 
 # ---- models and runs ------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_every_mode_keeps_its_levels(tmp_path, mode):
     picture, expected, white = MODES[mode]
     cells = [{"bytes": file_bytes(picture, "TIFF" if mode in ("F", "CMYK", "I") else "PNG"), "path": None}] * 12
     found = load(tmp_path, "image", cells)
-    assert found.white == white and len(found.labels["train"]) == 10
+    assert found.white == white and len(found.splits["train"]) == 10
     assert found.pixels["train"].dtype == (np.float32 if mode == "F" else np.uint16 if white > 255 else np.uint8)
     for split in found.pixels:
         assert (found.pixels[split] == expected).all()
@@ -129,7 +129,7 @@ ONE = {"bytes": file_bytes(Pillow.fromarray(LEVELS))}
         ([ONE, {"bytes": None, "path": "nowhere.png"}], "row 1 cannot be read as a picture"),
         ([ONE, {"bytes": file_bytes(Pillow.new("L", (2, 2)))}], "must all have one size, and row 1 differs"),
         ([[1, 2], None], "row 1 is empty"),
-        ([[[1, 2], [3, 4]], [[1, 2], [3, None]]], "row 1 is empty"),
+        ([[[1, 2], [3, 4]], [[1, 2], [3, None]]], "row 1: a pixel is nan"),
         ([[1, 2], [1]], "must all have one size, and row 1 differs"),
         ([[1, 2], [1, -1]], "row 1: a pixel is -1, and must be a number from 0 to 1, 16, 255 or 65535"),
         ([[1.0, 2.0], [1.0, float("nan")]], "row 1: a pixel is nan"),

@@ -173,7 +173,7 @@ def test_no_direction_reads_padding(timit_folder, cell):
 
 def test_phoneme_batches(timit_folder):
     task = make("phonemes", {"dataset": str(timit_folder)}, phone_set=39)
-    frames = np.concatenate(task.frames["train"])
+    frames = np.concatenate([x for x, _ in task.dataset.splits["train"]])
     np.testing.assert_allclose(frames.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(frames[:, :13].std(0), 1, atol=1e-2)
     layout = Layout(2, 2)
@@ -181,7 +181,7 @@ def test_phoneme_batches(timit_folder):
     scored = [int((batch.inputs["labels"] != IGNORED).sum()) for batch in slots]
     assert [batch.loss_weight for batch in slots] == [pytest.approx(2 * n / sum(scored)) for n in scored]
     (batch,) = task.eval_batches("test", 0, 1)
-    lengths = [len(task.frames["test"][i]) for i in task.eval_order("test")]
+    lengths = [len(task.dataset.splits["test"][i][0]) for i in task.eval_order("test")]
     assert batch.inputs["input_values"].shape == (2, max(lengths), 26) and batch.num_elements == sum(lengths)
     assert (batch.inputs["labels"][0, lengths[0] :] == IGNORED).all()
     with pytest.raises(UserError, match="phone_set=48 is not valid: it must be 61 or 39"):
@@ -203,8 +203,7 @@ def test_espeak_says_where_its_phones_begin(monkeypatch, tmp_path):
     except UserError:
         pytest.skip("espeak-ng is not installed")
     monkeypatch.setattr(espeak, "UTTERANCES", {"train": 3, "validation": 1, "test": 1})
-    arrays = espeak.speak_all(0)
-    utterances = espeak.unpack(arrays, "train")
+    utterances = espeak.unpack(espeak.speak_all(0))["train"]
     assert len(utterances) == 3
     for utterance in utterances:
         assert utterance.samples.dtype == np.int16 and np.abs(utterance.samples).max() > 1000

@@ -54,10 +54,10 @@ def test_embedded_corpus_is_the_interpreters_own_in_name_order():
 def test_file_keeps_every_character_and_special_tokens_never_match(text_file):
     task = task_on(text_file)
     raw = text_file.read_bytes()
-    assert "".join(task.corpus.splits.values()).encode() == raw
+    assert "".join(task.dataset.splits.values()).encode() == raw
     assert task.dataset_record()["sha256"] == hashlib.sha256(raw).hexdigest()
     assert task.dataset_record()["name"] == "corpus.txt"
-    for split, text in task.corpus.splits.items():
+    for split, text in task.dataset.splits.items():
         assert task.tokenizer.decode(task.ids[split]) == text
         assert task.ids[split].tolist() == task.tokenizer(text)["input_ids"]
         assert len(task.ids[split]) == len(text)
@@ -88,7 +88,7 @@ def test_bad_corpus(tmp_path, content, message):
 
 def test_a_byte_order_mark_is_no_letter(tmp_path, text_file):
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + Path(text_file).read_bytes())
-    marked, plain = (task_on(path).corpus for path in (tmp_path / "marked.txt", text_file))
+    marked, plain = (task_on(path).dataset for path in (tmp_path / "marked.txt", text_file))
     assert marked.splits == plain.splits
 
 

@@ -4,61 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, Value
 
 from ..common.errors import UserError, printable
 from ..options.data import DataOptions
-from .splits import SPLITS, Parts
+from .splits import SPLITS, DataSet, Parts
 from .tables import TABLE_KINDS, TABLES, open_data, read_table, read_text
 
 EMBEDDED = "python_docs"
 HELD_OUT = 0.05  # share of the characters in each of validation and test, where the data has no splits of its own
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A text in three parts, and how to name it in a record that may be published."""
-
-    name: str
-    splits: Mapping[str, str]
-    notes: Sequence[str] = ()
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of train + validation + test in UTF-8: of the file itself where a single file was split."""
-        digest = hashlib.sha256()
-        for split in SPLITS:
-            digest.update(self.splits[split].encode())
-        return digest.hexdigest()
-
-    def record(self) -> dict[str, Any]:
-        """Name, SHA-256 and number of characters of each part."""
-        sizes = {f"{split}_characters": len(self.splits[split]) for split in SPLITS}
-        return {"name": self.name, "sha256": self.sha256, **sizes}
-
-
 def python_docs() -> str:
     """CPython's language reference as shipped with the interpreter: all topics in the order of their names."""
     topics = importlib.import_module("pydoc_data.topics").topics
     return "".join(topics[name] for name in sorted(topics))
-
-
-def rows_of(part: Any, options: DataOptions, name: str, notes: list[str]) -> list[str]:
-    """The texts of a part: rows of tables, whole files of text."""
-    if isinstance(part, Dataset):
-        return column(part, options.text_column, name, notes)
-    rows = []
-    for path in part:
-        if path.suffix.lower() in TABLES:
-            rows += column(read_table(path), options.text_column, printable(path.name), notes)
-        else:
-            options.refuse_hub_options()
-            rows.append(read_text(path))
-    return rows
 
 
 def column(table: Dataset, wanted: str, name: str, notes: list[str]) -> list[str]:
@@ -88,22 +51,32 @@ def joined(rows: Sequence[str]) -> str:
     return separator.join(rows)
 
 
-def load_corpus(options: DataOptions) -> Corpus:
+def load_corpus(options: DataOptions) -> DataSet:
     """The corpus that the options name.
 
     Raises:
         UserError: nothing there, not UTF-8, a missing column or one that holds no text, an empty part.
     """
+
+    def reader(part: Any, name: str, notes: list[str]) -> str:
+        if isinstance(part, Dataset):
+            return joined(column(part, options.text_column, name, notes))
+        rows = []
+        for path in part:
+            if path.suffix.lower() in TABLES:
+                rows += column(read_table(path), options.text_column, printable(path.name), notes)
+            else:
+                options.refuse_hub_options()
+                rows.append(read_text(path))
+        return joined(rows)
+
     if options.dataset in (None, EMBEDDED):
         options.refuse_hub_options()
-        parts, texts = Parts(EMBEDDED, {"train": None}), {"train": python_docs()}
+        parts = Parts(EMBEDDED, {"train": python_docs()})
     else:
-        parts = open_data(options, EMBEDDED, ((".txt",), *TABLE_KINDS), texts=True)
-        texts = {
-            split: joined(rows_of(part, options, f"{parts.name} {split}", parts.notes))
-            for split, part in parts.found.items()
-        }
-    name, train = printable(parts.name), texts["train"]
+        parts = open_data(options, EMBEDDED, ((".txt",), *TABLE_KINDS), reader)
+    name, texts = parts.name, parts.found
+    train = texts["train"]
     if parts.missing:
         times = len(parts.missing)
         least = round(2 / HELD_OUT)
@@ -118,4 +91,6 @@ def load_corpus(options: DataOptions) -> Corpus:
             raise UserError(
                 f"dataset={name!r}: the {split} part has {len(texts[split])} characters; each part needs at least 2"
             )
-    return Corpus(name, texts, parts.notes)
+    # Of the file itself where a single file was split.
+    digest = hashlib.sha256("".join(texts[split] for split in SPLITS).encode()).hexdigest()
+    return DataSet(name, texts, "characters", digest, parts.notes)

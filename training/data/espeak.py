@@ -6,15 +6,15 @@ import ctypes
 import ctypes.util
 import hashlib
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..common.errors import UserError
-from .music_data import cache_folder
+from .cache import cached
 from .speech import RATE, Segment, Utterance
 
 LIBRARIES = ("libespeak-ng.so.1", "libespeak-ng.so", "libespeak-ng.1.dylib", "libespeak-ng.dylib", "libespeak-ng.dll")
@@ -139,51 +139,39 @@ def load_espeak(seed: int = 0) -> tuple[dict[str, list[Utterance]], str]:
     """Spoken sentences by split, none in two of them, and espeak-ng's version: made once, then read from the cache."""
     version = library_version(_open())
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # sentences, voices, and how they are spoken
-    cache = cache_folder() / f"espeak-ng-{version}-{seed}-{code}.npz"
-    if not cache.is_file():
+
+    def make() -> dict[str, list[Any]]:
         print(f"data: espeak-ng {version} speaks {sum(UTTERANCES.values())} sentences, once", flush=True)
         # What espeak-ng says depends on what it has said before: a process of its own makes the same speech anywhere.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            arrays = pool.submit(speak_all, seed).result()
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}.npz")
-        np.savez(temporary, **arrays)
-        os.replace(temporary, cache)
-    with np.load(cache) as arrays:
-        return {split: unpack(arrays, split) for split in UTTERANCES}, version
+            return pool.submit(speak_all, seed).result()
+
+    return unpack(cached(f"espeak-ng-{version}-{seed}-{code}", make)), version
 
 
-def speak_all(seed: int) -> dict[str, Any]:
-    """All sentences as a few arrays by split: samples, where utterances end, and the segments."""
+def speak_all(seed: int) -> dict[str, list[Any]]:
+    """All sentences as columns: split, name, samples, and the segments (start, end, phone)."""
     speaker = Synthesizer()
     random = np.random.default_rng(seed)
     texts = iter(sentences(random, sum(UTTERANCES.values())))
-    arrays: dict[str, Any] = {}
+    columns: dict[str, list[Any]] = {name: [] for name in ("split", "name", "samples", "segments")}
     for split, number in UTTERANCES.items():
-        made = []
         for index in range(number):
             voice = VOICES[split][index % len(VOICES[split])]
             text, speed, pitch = next(texts), int(random.integers(140, 200)), int(random.integers(30, 70))
-            made.append(spoken(speaker, f"{voice}/{index}", text, voice, speed, pitch))
-        rows = [(i, seg.start, seg.end) for i, utterance in enumerate(made) for seg in utterance.segments]
-        arrays |= {
-            f"{split}_names": np.array([utterance.name for utterance in made]),
-            f"{split}_samples": np.concatenate([utterance.samples for utterance in made]),
-            f"{split}_ends": np.cumsum([len(utterance.samples) for utterance in made]),
-            f"{split}_segments": np.array(rows),
-            f"{split}_phones": np.array([seg.phone for utterance in made for seg in utterance.segments]),
-        }
-    return arrays
+            made = spoken(speaker, f"{voice}/{index}", text, voice, speed, pitch)
+            values = (split, made.name, made.samples, [asdict(segment) for segment in made.segments])
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+    return columns
 
 
-def unpack(arrays: Any, split: str) -> list[Utterance]:
-    """The utterances of a split from the arrays of :func:`speak_all`."""
-    names, rows, phones = (arrays[f"{split}_{part}"] for part in ("names", "segments", "phones"))
-    samples = np.split(arrays[f"{split}_samples"], arrays[f"{split}_ends"][:-1])
-    segments: list[list[Segment]] = [[] for _ in names]
-    for (index, start, end), phone in zip(rows.tolist(), phones.tolist(), strict=True):
-        segments[index].append(Segment(start, end, phone))
-    return [Utterance(*parts) for parts in zip(names.tolist(), samples, segments, strict=True)]
+def unpack(columns: dict[str, list[Any]]) -> dict[str, list[Utterance]]:
+    """The utterances by split from the columns of :func:`speak_all`."""
+    found: dict[str, list[Utterance]] = {split: [] for split in UTTERANCES}
+    for split, name, samples, segments in zip(*columns.values(), strict=True):
+        found[split].append(Utterance(name, np.asarray(samples, np.int16), [Segment(**values) for values in segments]))
+    return found
 
 
 def spoken(speaker: Synthesizer, name: str, text: str, voice: str, speed: int, pitch: int) -> Utterance:

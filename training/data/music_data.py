@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from kru_hf.music import MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
-from kru_hf.music.rolls import PROBLEMS
+from kru_hf.music.rolls import LOWEST_PITCH, PROBLEMS
 
-from ..common.errors import UserError, printable
+from ..common.errors import UserError
 from ..options.data import DataOptions
-from .splits import SPLITS, Parts
+from .cache import cached
+from .splits import SPLITS, DataSet, Parts
 from .tables import TABLE_KINDS, open_data, read_tables
 
 CHORALES = "bach_chorales"
@@ -33,39 +32,16 @@ IN_FILES = {
     "merged_tracks": "files whose tracks are laid over each other",
     "tempo_changes": "files with changes of tempo, which the grid leaves out",
 }
-
-
-@dataclass
-class Pieces:
-    """Rolls (T, 88) bool by split, and how to name them in a record that may be published."""
-
-    name: str
-    splits: Mapping[str, list[np.ndarray]]
-    frames_per_quarter: int
-    report: dict[str, int] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the notes of all pieces in their order."""
-        digest = hashlib.sha256()
-        for split in SPLITS:
-            for roll in self.splits[split]:
-                digest.update(json.dumps(roll_to_frames(roll)).encode())
-            digest.update(split.encode())
-        return digest.hexdigest()
-
-    def record(self) -> dict[str, Any]:
-        """Name, SHA-256, sizes, and the bands of density and pitch that the training pieces lie in."""
-        sizes = {f"{split}_pieces": len(self.splits[split]) for split in SPLITS}
-        frames = {f"{split}_frames": sum(map(len, self.splits[split])) for split in SPLITS}
-        return {"name": self.name, "sha256": self.sha256, **sizes, **frames, **bands(self.splits["train"])}
+WORDS = {
+    **PROBLEMS,
+    **IN_FILES,
+    "unusable_files": "files left out",
+    "short_pieces": "pieces of fewer than two frames left out",
+}
 
 
 def piece_figures(roll: np.ndarray) -> dict[str, float]:
     """Notes that sound in a frame on average, and the lowest and highest MIDI pitch, of a roll (T, 88)."""
-    from kru_hf.music.rolls import LOWEST_PITCH
-
     sounding = np.flatnonzero(roll.any(0)) + LOWEST_PITCH
     low, high = (float(sounding[0]), float(sounding[-1])) if len(sounding) else (float("nan"), float("nan"))
     return {"density": float(roll.sum(1).mean()), "lowest": low, "highest": high}
@@ -81,47 +57,48 @@ def bands(rolls: Sequence[np.ndarray]) -> dict[str, float]:
     return found
 
 
-def load_pieces(data: DataOptions, frames_per_quarter: int) -> Pieces:
-    """The pieces that the options name.
+def load_pieces(data: DataOptions, frames_per_quarter: int) -> DataSet:
+    """The pieces that the options name, as rolls (T, 88) bool; the record has the bands of the training pieces.
 
     Raises:
         UserError: nothing there, damaged, no column `notes`, no usable piece, too few pieces.
     """
     report = Counter[str]()
+
+    def reader(part: Any, name: str, notes: list[str]) -> list[np.ndarray]:
+        if isinstance(part, list) and part[0].suffix.lower() in MIDI_ENDINGS:
+            return read_midi_files(part, frames_per_quarter, report)
+        return [roll for rows, where in read_tables(part, name) for roll in read_rows(rows, where, report)]
+
     if data.dataset in (None, CHORALES):
         data.refuse_hub_options()
-        parts, splits = Parts(CHORALES, {"train": None}), {"train": music21_chorales(frames_per_quarter)}
+        parts = Parts(CHORALES, {"train": music21_chorales(frames_per_quarter)})
     else:
-        data.refuse_text_column("its column notes")
-        parts = open_data(data, CHORALES, (MIDI_ENDINGS, *TABLE_KINDS), whole=MIDI_ENDINGS)
-        splits = {
-            split: read_part(part, f"{parts.name} {split}", frames_per_quarter, report)
-            for split, part in parts.found.items()
-        }
-    name = printable(parts.name)
-    short = {split: [roll for roll in rolls if len(roll) < 2] for split, rolls in splits.items()}
-    report["short_pieces"] = sum(map(len, short.values()))
-    splits = {split: [roll for roll in rolls if len(roll) > 1] for split, rolls in splits.items()}
+        kinds = (MIDI_ENDINGS, *TABLE_KINDS)
+        parts = open_data(data, CHORALES, kinds, reader, whole=MIDI_ENDINGS, columns="its column notes")
+    splits = {split: [roll for roll in rolls if len(roll) > 1] for split, rolls in parts.found.items()}
+    report["short_pieces"] = sum(len(parts.found[split]) - len(rolls) for split, rolls in splits.items())
     if parts.missing:
         rolls = splits["train"]
         if len(rolls) <= len(parts.missing):
             raise UserError(
-                f"dataset={name!r} has {len(rolls)} usable pieces; splits need at least {len(parts.missing) + 1}"
+                f"dataset={parts.name!r} has {len(rolls)} usable pieces; splits need at least {len(parts.missing) + 1}"
             )
         order = np.random.default_rng(0).permutation(len(rolls))
         cuts = parts.cuts(len(rolls), max(1, round(len(rolls) * HELD_OUT)))
         splits |= {split: [rolls[i] for i in order[place]] for split, place in cuts.items()}
     for split in SPLITS:
         if not any(roll.any() for roll in splits[split]):
-            raise UserError(f"dataset={name!r}: the {split} part holds no piece of two frames with notes")
-    return Pieces(name, splits, frames_per_quarter, {k: count for k, count in report.items() if count}, parts.notes)
-
-
-def read_part(part: Any, name: str, frames_per_quarter: int, report: Counter[str]) -> list[np.ndarray]:
-    """The pieces of a part: MIDI files, or tables with a column `notes`."""
-    if isinstance(part, list) and part[0].suffix.lower() in MIDI_ENDINGS:
-        return read_midi_files(part, frames_per_quarter, report)
-    return [roll for rows, where in read_tables(part, name) for roll in read_rows(rows, where, report)]
+            raise UserError(f"dataset={parts.name!r}: the {split} part holds no piece of two frames with notes")
+    told = "; ".join(f"{count} {WORDS[name]}" for name, count in report.items() if count)
+    notes = [*parts.notes, *([told] if told else [])]
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for roll in splits[split]:
+            digest.update(json.dumps(roll_to_frames(roll)).encode())
+        digest.update(split.encode())
+    frames = {f"{split}_frames": sum(map(len, splits[split])) for split in SPLITS}
+    return DataSet(parts.name, splits, "pieces", digest.hexdigest(), notes, {**frames, **bands(splits["train"])})
 
 
 def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
@@ -164,23 +141,7 @@ def read_midi_files(paths: list[Path], frames_per_quarter: int, report: Counter[
     return rolls
 
 
-def describe_report(report: Mapping[str, int]) -> str:
-    """What was dropped or changed, in words."""
-    words = {
-        **PROBLEMS,
-        **IN_FILES,
-        "unusable_files": "files left out",
-        "short_pieces": "pieces of fewer than two frames left out",
-    }
-    return "; ".join(f"{count} {words[name]}" for name, count in report.items() if count)
-
-
 # ---- the chorales that come with music21 ----------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where parsed corpora are kept: `kru_hf` beside the Hub's cache."""
-    return Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "kru_hf"
 
 
 def music21_chorales(frames_per_quarter: int) -> list[np.ndarray]:
@@ -189,47 +150,30 @@ def music21_chorales(frames_per_quarter: int) -> list[np.ndarray]:
         from music21 import corpus
     except ImportError as error:
         raise UserError(f"dataset={CHORALES!r} needs music21: pip install 'kru-hf[music]'") from error
-    pieces = cached_notes(sorted(map(Path, corpus.getComposer("bach")), key=str))
+    pieces = chorale_notes(sorted(map(Path, corpus.getComposer("bach")), key=str))
     try:
-        rolls = [
-            quantise([(start, length, pitch) for start, length, pitch in notes], frames_per_quarter).roll
+        return [
+            quantise([(start, length, int(pitch)) for start, length, pitch in notes], frames_per_quarter).roll
             for notes in pieces
         ]
     except MidiError as error:
         raise UserError(f"dataset={CHORALES!r} with frames_per_quarter={frames_per_quarter}: {error}") from error
-    return [roll for roll in rolls if len(roll) > 1]
 
 
-def cached_notes(paths: Sequence[Path]) -> list[list[tuple[float, float, int]]]:
-    """The notes of the pieces with four parts, from a cache under all that decides them.
+def chorale_notes(paths: Sequence[Path]) -> list[list[list[float]]]:
+    """The notes (start, length, pitch) of the pieces with four parts, from a cache under all that decides them.
 
     That is the files, music21 and the parser; the grid is laid over the notes afterwards.
     """
     digest = hashlib.sha256(f"{version('music21')}\n{inspect.getsource(parse_chorale)}".encode())
     for path in paths:
         digest.update(f"{path.name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
-    cache = cache_folder() / f"{CHORALES}-{digest.hexdigest()[:16]}.json"
-    try:
-        return read_notes(cache)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, TypeError, LookupError):
-        tqdm.write(f"the cache {cache.name} is damaged and is built again")
-    parsed = [parse_chorale(path) for path in tqdm(paths, desc="parsing chorales, once", unit="piece")]
-    text = json.dumps([notes for notes in parsed if notes])
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "notes": text}))
-    os.replace(temporary, cache)
-    return read_notes(cache)
 
+    def make() -> dict[str, list[Any]]:
+        parsed = [parse_chorale(path) for path in tqdm(paths, desc="parsing chorales, once", unit="piece")]
+        return {"notes": [[list(map(float, note)) for note in notes] for notes in parsed if notes]}
 
-def read_notes(cache: Path) -> list[list[tuple[float, float, int]]]:
-    """What a cache holds; `ValueError`, `TypeError` or `LookupError` if it is damaged."""
-    kept = json.loads(cache.read_text(encoding="utf-8"))
-    if hashlib.sha256(kept["notes"].encode()).hexdigest() != kept["sha256"]:
-        raise ValueError(f"{cache.name} is not as it was written")
-    return json.loads(kept["notes"])
+    return cached(f"{CHORALES}-{digest.hexdigest()[:16]}", make)["notes"]
 
 
 def parse_chorale(path: Path) -> list[tuple[float, float, int]]:

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset, Image
+from datasets import Dataset
 from PIL import Image as Pillow
 
 from ..common.errors import UserError
@@ -41,52 +40,30 @@ def read_pictures(rows: Dataset, column: str, name: str) -> Block:
     """
     where = f"{name!r}, column {column}"
     cells = rows.with_format("arrow")[:].column(column).combine_chunks()
-    if isinstance(cells, pa.ExtensionArray):
-        cells = cells.storage
-    refuse_empty(cells, 1, where)
-    if pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type):
-        return read_images([{"bytes": cell} for cell in cells.to_pylist()], where)
-    if pa.types.is_struct(cells.type) and {"bytes", "path"} & {field.name for field in cells.type}:
-        return read_images(cells.to_pylist(), where)
-    if isinstance(rows.features[column], Image) or not is_list(cells.type):
-        raise UserError(
-            f"dataset: {where}: a picture must be a list of numbers or the bytes of a file, not {cells.type}"
-        )
-    return read_lists(cells, where)
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether an arrow type is one of its kinds of list."""
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def refuse_empty(cells: pa.Array, size: int, where: str) -> None:
-    """`UserError` naming the row of the first empty cell, where a row has `size` cells."""
+    kind = cells.type
     if cells.null_count:
-        first = int(np.flatnonzero(cells.is_null().to_numpy(zero_copy_only=False))[0])
-        raise UserError(f"dataset: {where}: row {first // size} is empty")
-
-
-def read_lists(cells: pa.Array, where: str) -> Block:
-    """Pictures from lists of numbers, or lists of rows of them."""
-    shape: list[int] = []
-    count, size = len(cells), 1
-    while is_list(cells.type):
-        lengths = pc.list_value_length(cells).to_numpy(zero_copy_only=False)
-        if len({*lengths.tolist()}) > 1:
-            row = int(np.flatnonzero(lengths != lengths[0])[0]) // size
-            raise UserError(f"dataset: {where}: pictures must all have one size, and row {row} differs")
-        shape.append(int(lengths[0]) if len(lengths) else 0)
-        size *= shape[-1]
-        cells = cells.flatten()
-        refuse_empty(cells, max(1, size), where)
-    channels = len(shape) == 3 and 1 not in (shape[0], shape[-1])
-    if channels or len(shape) > 3 or (size == 0 and count):
-        raise UserError(f"dataset: {where}: a picture must be (height, width) or (pixels,) numbers, not {(*shape,)}")
-    if not (pa.types.is_integer(cells.type) or pa.types.is_floating(cells.type) or pa.types.is_boolean(cells.type)):
-        raise UserError(f"dataset: {where}: pixels must be numbers, not {cells.type}")
-    values = cells.to_numpy(zero_copy_only=False).reshape(count, size)  # (S, P)
-    return Block(values.astype(np.uint8) if values.dtype == bool else values)
+        raise UserError(f"dataset: {where}: row {cells.is_null().to_pylist().index(True)} is empty")
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return read_images([{"bytes": cell} for cell in cells.to_pylist()], where)
+    if pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind}:
+        return read_images(cells.to_pylist(), where)
+    values = rows.with_format("numpy")[:][column]
+    if not isinstance(cells, pa.ExtensionArray) and (pa.types.is_struct(kind) or not pa.types.is_nested(kind)):
+        raise UserError(f"dataset: {where}: a picture must be a list of numbers or the bytes of a file, not {kind}")
+    while pa.types.is_nested(kind):
+        kind = kind.value_type
+    if pa.types.is_string(kind):
+        raise UserError(f"dataset: {where}: pixels must be numbers, not {kind}")
+    if values.dtype == object and values.size:
+        shapes = [np.shape(value) for value in values]
+        row = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), 0)
+        raise UserError(f"dataset: {where}: pictures must all have one size, and row {row} differs")
+    channels = values.ndim == 4 and 1 not in (values.shape[1], values.shape[3])
+    if channels or values.ndim > 4 or not values.size:
+        shape = values.shape[1:]
+        raise UserError(f"dataset: {where}: a picture must be (height, width) or (pixels,) numbers, not {shape}")
+    flat = values.reshape(len(values), -1)  # (S, P)
+    return Block(flat.astype(np.uint8) if flat.dtype == bool else flat)
 
 
 def read_images(cells: Sequence[dict[str, Any]], where: str) -> Block:
@@ -103,8 +80,6 @@ def read_images(cells: Sequence[dict[str, Any]], where: str) -> Block:
             raise UserError(f"dataset: {where}: row {row} cannot be read as a picture ({one_line(error)})") from error
         if found[-1][0] != found[0][0]:
             raise UserError(f"dataset: {where}: pictures must all have one size, and row {row} differs")
-    if not found:
-        return Block(np.zeros((0, 0), np.uint8))
     _, greys, alphas, whites = zip(*found, strict=True)
     pixels = np.stack(scaled([grey.ravel() for grey in greys], whites, where))  # (S, P)
     white = None if None in whites else max(whites)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from ..common.errors import UserError, printable
+from ..common.errors import UserError
 from ..common.files import fingerprint
 from ..options.data import DataOptions
 from .picture_columns import Block, joined_pictures, read_labels, read_pictures
-from .splits import SPLITS, Parts
+from .splits import SPLITS, DataSet, Parts
 from .tables import TABLE_KINDS, open_data, read_tables
 
 DIGITS = "digits"
@@ -24,24 +24,21 @@ PIXEL_COLUMNS = ("pixels", "image", "img")
 PERMUTATION_SEED = 92916  # as in Lezcano-Casado & Martínez-Rubio 2019 (expRNN) and the work that compares with it
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Pixels (S, P) and labels (S,) by split; `white` is the largest value that a pixel can have.
+@dataclass
+class Pictures(DataSet):
+    """Labels (S,) and pixels (S, P) by split; `white` is the largest value that a pixel can have.
 
     Pixels are uint8 up to a `white` of 255, uint16 up to 65,535, and float32 where the data have fractions.
     """
 
-    name: str
-    pixels: Mapping[str, np.ndarray]
-    labels: Mapping[str, np.ndarray]
-    white: int
-    notes: Sequence[str] = ()
+    pixels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    white: int = 255
 
-    def record(self) -> dict[str, Any]:
-        """Name, SHA-256 of pixels and labels, and sizes."""
-        parts = [part for split in SPLITS for part in (self.pixels[split], self.labels[split])]
-        sizes = {f"{split}_pictures": len(self.labels[split]) for split in SPLITS}
-        return {"name": self.name, "sha256": fingerprint(self.white, *parts), **sizes}
+
+def pictures(name: str, labels: Any, pixels: Any, white: int, notes: Sequence[str] = ()) -> Pictures:
+    """The data set of these pictures, with the SHA-256 of pixels and labels."""
+    digest = fingerprint(white, *(part for split in SPLITS for part in (pixels[split], labels[split])))
+    return Pictures(name, labels, "pictures", digest, notes, pixels=pixels, white=white)
 
 
 def fixed_permutation(size: int) -> np.ndarray:
@@ -62,32 +59,23 @@ def load_pictures(data: DataOptions) -> Pictures:
     if data.dataset in (None, DIGITS):
         data.refuse_hub_options()
         return sklearn_digits()
-    data.refuse_text_column(f"its columns label and {' or '.join(PIXEL_COLUMNS)}")
-    parts = open_data(data, DIGITS, TABLE_KINDS)
-    name = printable(parts.name)
-    labels: dict[str, np.ndarray] = {}
-    blocks: list[Block] = []
-    owners: list[str] = []
-    for split, part in parts.found.items():
-        tables = [read_rows(table, where) for table, where in read_tables(part, f"{name} {split}")]
-        tables = [(block, numbers) for block, numbers in tables if len(numbers)]
-        if not tables:
-            raise UserError(f"dataset={name!r}: the {split} part is empty")
-        blocks += [block for block, _ in tables]
-        owners += [split] * len(tables)
-        labels[split] = np.concatenate([numbers for _, numbers in tables])  # (S,)
-    arrays, white = joined_pictures(blocks, name)
+    parts = open_data(
+        data, DIGITS, TABLE_KINDS, read_part, columns=f"its columns label and {' or '.join(PIXEL_COLUMNS)}"
+    )
+    name, found = parts.name, [(split, *table) for split, tables in parts.found.items() for table in tables]
+    arrays, white = joined_pictures([block for _, block, _ in found], name)
+    labels = {split: np.concatenate([y for owner, _, y in found if owner == split]) for split in parts.found}  # (S,)
     pixels = {
-        split: np.concatenate([array for array, owner in zip(arrays, owners, strict=True) if owner == split])
+        split: np.concatenate([x for x, (owner, _, _) in zip(arrays, found, strict=True) if owner == split])
         for split in parts.found
-    }
+    }  # (S, P)
     rows, numbers = pixels["train"], labels["train"]
     for split, places in held_out(parts, numbers, rows.shape[1]).items():
         pixels[split], labels[split] = rows[places], numbers[places]
     for split in SPLITS:
         if labels[split].min() < 0 or labels[split].max() > labels["train"].max():
             raise UserError(f"dataset={name!r} {split}: labels must be 0 … {labels['train'].max()}, as in training")
-    return Pictures(name, pixels, labels, white, parts.notes)
+    return pictures(name, labels, pixels, white, parts.notes)
 
 
 def held_out(parts: Parts, labels: np.ndarray, size: int) -> dict[str, Any]:
@@ -126,11 +114,18 @@ def sklearn_digits() -> Pictures:
     order = np.random.RandomState(0).permutation(len(found.target))
     held_out = round(len(order) * DIGITS_HELD_OUT)
     parts = np.split(order, [len(order) - 2 * held_out, len(order) - held_out])
-    pixels, labels = found.data.astype(np.uint8), found.target.astype(np.int64)  # (S, 64), (S,)
+    pixels, targets = found.data.astype(np.uint8), found.target.astype(np.int64)  # (S, 64), (S,)
     by_split = dict(zip(SPLITS, parts, strict=True))
-    return Pictures(
-        DIGITS, {k: pixels[rows] for k, rows in by_split.items()}, {k: labels[rows] for k, rows in by_split.items()}, 16
-    )
+    labels = {split: targets[rows] for split, rows in by_split.items()}
+    return pictures(DIGITS, labels, {split: pixels[rows] for split, rows in by_split.items()}, 16)
+
+
+def read_part(part: Any, name: str, notes: list[str]) -> list[tuple[Block, np.ndarray]]:
+    """Pictures and labels (S,) of each table of a part."""
+    tables = [read_rows(table, where) for table, where in read_tables(part, name) if len(table)]
+    if not tables:
+        raise UserError(f"dataset: {name!r} is empty")
+    return tables
 
 
 def read_rows(rows: Dataset, name: str) -> tuple[Block, np.ndarray]:

@@ -7,7 +7,7 @@ What is not used is said.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,28 @@ SPELLINGS = {
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `save_to_disk`
 SHOWN = 5  # names in a message
+
+
+@dataclass
+class DataSet:
+    """What a task reads, by split, and how to name it in a record that may be published.
+
+    Args:
+        name: never a path. unit: what is counted of a split, such as "characters". sha256: of what is read.
+        notes: what was chosen, cut or left out, a sentence each. extra: what else identifies the data.
+    """
+
+    name: str
+    splits: Mapping[str, Any]
+    unit: str
+    sha256: str
+    notes: Sequence[str] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Name, SHA-256 and the size of each split."""
+        sizes = {f"{split}_{self.unit}": len(self.splits[split]) for split in SPLITS}
+        return {"name": self.name, "sha256": self.sha256, **sizes, **self.extra}
 
 
 @dataclass

@@ -7,7 +7,7 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,32 +45,42 @@ CUT = 1 << 20  # bytes that are looked at to tell an encoding
 
 
 def open_data(
-    data: DataOptions, builtin: str, kinds: Sequence[Collection[str]], whole: Collection[str] = (), texts: bool = False
+    data: DataOptions,
+    builtin: str,
+    kinds: Sequence[Collection[str]],
+    reader: Callable[[Any, str, list[str]], Any],
+    whole: Collection[str] = (),
+    columns: str | None = None,
 ) -> Parts:
-    """The parts that `--dataset` names: lists of paths of this machine, or tables of the Hub.
+    """The parts that `--dataset` names, each as `reader` makes it.
 
     Args:
         builtin: the name that a message offers beside files and Hub ids.
         kinds, whole: as :func:`training.data.splits.folder_parts` takes them.
-        texts: whether `text_column` has a meaning.
+        reader: called with a part (a list of paths of this machine, or a table of the Hub), its name, and the list of
+            notes on the data.
+        columns: what is read of a table, in words; None: `text_column` says it.
 
     Raises:
         UserError: nothing there, an option that has no effect, and all that `folder_parts` and `assign` refuse.
     """
+    if columns is not None:
+        data.refuse_text_column(columns)
     source = str(data.dataset)
     path = Path(source)
     endings = {ending for kind in kinds for ending in kind}
-    if path.is_dir():
-        data.refuse_hub_options(texts)
-        return folder_parts(path, kinds, whole)
-    if path.is_file():
-        data.refuse_hub_options(texts)
-        if not texts and path.suffix.lower() not in endings:
+    if path.is_dir() or path.is_file():
+        data.refuse_hub_options(texts=columns is None)
+        if path.is_file() and columns is not None and path.suffix.lower() not in endings:
             raise UserError(f"dataset={source!r} cannot be read: it must be a folder or {', '.join(sorted(endings))}")
-        return Parts(path.name, {"train": [path]})
-    if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in endings or source.count("/") > 1:
+        parts = folder_parts(path, kinds, whole) if path.is_dir() else Parts(path.name, {"train": [path]})
+    elif path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in endings or source.count("/") > 1:
         raise UserError(f"dataset={source!r} does not exist; pass --dataset FILE, FOLDER, HUB_ID or {builtin}")
-    return hub_parts(data, builtin)
+    else:
+        parts = hub_parts(data, builtin)
+    parts.name = printable(parts.name)
+    parts.found = {split: reader(part, f"{parts.name} {split}", parts.notes) for split, part in parts.found.items()}
+    return parts
 
 
 def hub_parts(data: DataOptions, builtin: str) -> Parts:

@@ -26,6 +26,11 @@ class DataOptions(Options):
     dataset_revision: str | None = data(None, "Revision (tag, branch or commit) of it.", only=OF_A_SET)
     text_column: str = data("text", "Column that holds the text, of a table or a data set of the Hub.", only=OF_A_SET)
 
+    def hub_options(self) -> dict[str, str]:
+        """The options of a data set of the Hub that are given, for a record."""
+        names = [field.name for field in fields(self) if field.name != "dataset"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, "text")}
+
     def refuse_hub_options(self, texts: bool = False) -> None:
         """For data that are not the Hub's.
 

@@ -13,34 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.files import fingerprint
 from ..data.splits import SPLITS
 from .base import Batch
-from .sequences import GeneratedOptions, SequenceTask, check_generated
+from .sequences import GeneratedTask
 
 FRAME = 2  # number and mark
 
 
-class Adding(SequenceTask):
+class Adding(GeneratedTask):
     """Sequences are made when they are asked for: number i of a split comes from its own random stream."""
 
-    name = "adding"
+    name = default_dataset = "adding"
     head = "sequence_classification"
     metric = "mse"
-    default_dataset = "adding"
-    Options = GeneratedOptions
 
-    def load(self, tokenizer: Any = None) -> None:
-        check_generated(self.name, self.data)
-
-    def samples(self, split: str) -> int:
-        return self.options.samples(split)
-
-    def dataset_record(self) -> dict[str, Any]:
-        sizes = {f"{split}_samples": self.samples(split) for split in SPLITS}
-        # The first and the last sequence of each split stand for all: the generator makes each from its number alone.
-        ends = [self.frames(split, np.array([0, sizes[f"{split}_samples"] - 1]))[0].numpy() for split in SPLITS]
-        return {"name": self.name, "sha256": fingerprint(self.options.sequence_length, sizes, *ends), **sizes}
+    def generate(self, sizes: dict[str, int]) -> list[Any]:
+        """The first and the last sequence of each split stand for all: each is made from its number alone."""
+        ends = [self.frames(split, np.array([0, size - 1]))[0].numpy() for split, size in sizes.items()]
+        return [{f"{split}_samples": size for split, size in sizes.items()}, *ends]
 
     def model_kwargs(self) -> dict[str, Any]:
         return {"vocab_size": 1, "input_size": FRAME, "num_labels": 1, "problem_type": "regression"}

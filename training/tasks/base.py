@@ -52,6 +52,7 @@ from torch import Tensor
 from kru_hf import KRUCache
 
 from ..common.errors import UserError
+from ..data.splits import DataSet
 from ..options.data import DataOptions
 
 
@@ -115,23 +116,20 @@ class Task(ABC):
     default_recipe: ClassVar[str | None] = None  # of the same name as the task if None
     default_dataset: ClassVar[str | None] = None
     Options: ClassVar[type]
+    carries_state: bool = False  # whether a training batch starts from the state after the one before
+    dataset: DataSet  # what `load` has read
 
     def __init__(self, options: Any, data: DataOptions, seed: int = 0) -> None:
         self.options, self.data, self.seed = options, data, seed
         self.tokenizer: Any = None
 
-    @property
-    def carries_state(self) -> bool:
-        """Whether the recurrent state goes on from one training batch to the next."""
-        return False
-
     @abstractmethod
     def load(self, tokenizer: Any = None) -> None:
         """Read or generate the data; `tokenizer` is that of a trained folder, if there is one."""
 
-    @abstractmethod
     def dataset_record(self) -> dict[str, Any]:
         """`{"name": …, "sha256": …}` and what else identifies the data; flat, JSON, no absolute paths."""
+        return {**self.dataset.record(), **self.data.hub_options()}
 
     @abstractmethod
     def model_kwargs(self) -> dict[str, Any]:
@@ -166,7 +164,7 @@ class Task(ABC):
 
     def notes(self, splits: tuple[str, ...]) -> list[str]:
         """What in the data of these splits is not as it should be, a sentence each."""
-        return []
+        return [*self.dataset.notes]
 
     def progress(self, loss: float) -> dict[str, str]:
         """What the progress bar shows for a mean training loss."""

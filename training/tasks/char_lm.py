@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kru_hf import build_char_tokenizer
 
 from ..common.errors import UserError
-from ..data.corpora import Corpus, load_corpus
+from ..data.corpora import load_corpus
 from ..data.splits import SPLITS
 from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch, Layout, Task, TaskOutput
@@ -49,29 +49,24 @@ class CharLM(Task):
     default_dataset = "python_docs"
     Options = CharOptions
 
-    corpus: Corpus
     ids: dict[str, Tensor]
 
-    @property
-    def carries_state(self) -> bool:
-        return self.options.carry_state
-
     def load(self, tokenizer: Any = None) -> None:
-        self.corpus = load_corpus(self.data)
+        self.carries_state = self.options.carry_state
+        self.dataset = load_corpus(self.data)
         self.unknown_characters = dict.fromkeys(SPLITS, 0)
         if tokenizer is None:
-            alphabet = set(
-                self.corpus.splits["train"]
-            )  # a character that only held-out text has is unknown, and scored so
+            # A character that only held-out text has is unknown, and scored so.
+            alphabet = set(self.dataset.splits["train"])
             if len(alphabet) < 2:
-                raise UserError(f"dataset={self.corpus.name!r} holds a single character, {alphabet.pop()!r}, repeated")
+                raise UserError(f"dataset={self.dataset.name!r} holds a single character, {alphabet.pop()!r}, repeated")
             tokenizer = build_char_tokenizer(sorted(alphabet))
         self.tokenizer = tokenizer
         self.ids = {split: self.encode(split) for split in SPLITS}
 
     def encode(self, split: str) -> Tensor:
         """Ids of a split (L,), one a character."""
-        text = self.corpus.splits[split]
+        text = self.dataset.splits[split]
         vocabulary = self.tokenizer.get_vocab()
         unknown = self.tokenizer.unk_token_id
         ids = [vocabulary.get(character, unknown) for character in text]
@@ -80,26 +75,21 @@ class CharLM(Task):
 
     def check_vocabulary(self) -> None:
         """For going on from a trained folder: its vocabulary has to hold the new training text."""
-        missing = sorted(set(self.corpus.splits["train"]) - set(self.tokenizer.get_vocab()))
+        missing = sorted(set(self.dataset.splits["train"]) - set(self.tokenizer.get_vocab()))
         if missing:
             shown = ", ".join(repr(character) for character in missing[:10])
             raise UserError(
-                f"vocabulary mismatch: {len(missing)} characters of dataset={self.corpus.name!r} are not in the "
+                f"vocabulary mismatch: {len(missing)} characters of dataset={self.dataset.name!r} are not in the "
                 f"model's vocabulary ({shown}); train a new model or remove them"
             )
 
     def notes(self, splits: tuple[str, ...]) -> list[str]:
-        return [*self.corpus.notes] + [
+        return super().notes(splits) + [
             f"{count:,} of {len(self.ids[split]):,} characters of the {split} split are not in the vocabulary; "
             "they are read and scored as the unknown character"
             for split, count in self.unknown_characters.items()
             if count and split in splits
         ]
-
-    def dataset_record(self) -> dict[str, Any]:
-        names = ("dataset_config", "dataset_revision", "text_column")
-        hub = {name: getattr(self.data, name) for name in names}
-        return {**self.corpus.record(), **{name: value for name, value in hub.items() if value is not None}}
 
     def model_kwargs(self) -> dict[str, Any]:
         ids = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}

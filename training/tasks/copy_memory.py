@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError
-from ..common.files import fingerprint
-from ..data.splits import SPLITS
 from .base import Batch
-from .sequences import GeneratedOptions, SequenceTask, check_generated, classification_sums
+from .sequences import GeneratedOptions, GeneratedTask, classification_sums
 
 SYMBOLS = 8
 RECALLED = 10
@@ -35,7 +33,7 @@ class CopyMemoryOptions(GeneratedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        total = sum(self.samples(split) for split in SPLITS)
+        total = self.train_samples + self.validation_samples + self.test_samples
         if total > SYMBOLS**RECALLED // 100:
             raise UserError(
                 f"train_samples + validation_samples + test_samples = {total} is not valid: at most "
@@ -43,32 +41,23 @@ class CopyMemoryOptions(GeneratedOptions):
             )
 
 
-class CopyMemory(SequenceTask):
+class CopyMemory(GeneratedTask):
     """No sequence occurs twice, within a split or in two of them."""
 
-    name = "copy_memory"
+    name = default_dataset = "copy_memory"
     head = "token_classification"
-    default_dataset = "copy_memory"
     Options = CopyMemoryOptions
 
     symbols: dict[str, np.ndarray]
 
-    def load(self, tokenizer: Any = None) -> None:
-        check_generated(self.name, self.data)
-        sizes = [self.samples(split) for split in SPLITS]
+    def generate(self, sizes: dict[str, int]) -> list[np.ndarray]:
+        """The symbols (S, 10) of each split."""
         random = np.random.default_rng(self.options.data_seed)
-        codes = random.choice(SYMBOLS**RECALLED, sum(sizes), replace=False)  # (S,)
+        codes = random.choice(SYMBOLS**RECALLED, sum(sizes.values()), replace=False)  # (S,)
         digits = (codes[:, None] >> 3 * np.arange(RECALLED)) & 7  # (S, 10): the code in base 8
-        parts = np.split(digits.astype(np.uint8), np.cumsum(sizes)[:-1])
-        self.symbols = dict(zip(SPLITS, parts, strict=True))
-
-    def samples(self, split: str) -> int:
-        return self.options.samples(split)
-
-    def dataset_record(self) -> dict[str, Any]:
-        symbols = [self.symbols[split] for split in SPLITS]
-        sizes = {f"{split}_samples": self.samples(split) for split in SPLITS}
-        return {"name": self.name, "sha256": fingerprint(self.options.sequence_length, *symbols), **sizes}
+        parts = np.split(digits.astype(np.uint8), np.cumsum([*sizes.values()])[:-1])
+        self.symbols = dict(zip(sizes, parts, strict=True))
+        return parts
 
     def model_kwargs(self) -> dict[str, Any]:
         return {"vocab_size": VOCABULARY, "num_labels": CLASSES, "problem_type": "single_label_classification"}

@@ -13,11 +13,11 @@ import torch
 from ..common.errors import UserError
 from ..common.files import fingerprint
 from ..data.espeak import load_espeak
-from ..data.speech import FEATURES, Utterance, features, frame_labels, load_timit, phone_classes
-from ..data.splits import SPLITS
+from ..data.speech import FEATURES, WINDOW, Utterance, features, frame_labels, load_timit, phone_classes
+from ..data.splits import SPLITS, DataSet, Parts
 from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch, Layout, TaskOutput
-from .sequences import IGNORED, SequenceTask
+from .sequences import IGNORED, SequenceTask, by_length
 
 ESPEAK = "espeak"
 LENGTH_NOISE = 0.1  # spread of the log lengths by which utterances are put together: other company in every pass
@@ -51,56 +51,32 @@ class Phonemes(SequenceTask):
     default_dataset = ESPEAK
     Options = PhonemeOptions
 
-    frames: dict[str, list[np.ndarray]]
-    labels: dict[str, list[np.ndarray]]
-
     def load(self, tokenizer: Any = None) -> None:
         source = self.data.dataset or ESPEAK
         self.data.refuse_hub_options()
-        extra: dict[str, Any] = {}
-        self.told: list[str] = []
-        classes: dict[str, int | None]
+        extra: dict[str, Any]
         if source == ESPEAK:
             for name in ("phone_set", "test_split"):
                 if getattr(self.options, name) is not None:
                     raise UserError(f"{name}={getattr(self.options, name)!r} is for TIMIT: leave it out with {source}")
-            splits, version = load_espeak()
-            self.classes = sorted({s.phone for split in SPLITS for u in splits[split] for s in u.segments})
-            classes = {name: index for index, name in enumerate(self.classes)}
-            extra["espeak_ng"] = version
+            found, version = load_espeak()
+            parts, extra = Parts(ESPEAK, found), {"espeak_ng": version}
+            self.classes = sorted({s.phone for split in SPLITS for u in found[split] for s in u.segments})
+            classes: dict[str, int | None] = {name: index for index, name in enumerate(self.classes)}
         elif Path(source).is_dir():
             extra = {"phone_set": self.options.phone_set or 61, "test_split": self.options.test_split or "core"}
             parts = load_timit(Path(source), extra["test_split"])
-            splits, self.told = parts.found, parts.notes
+            parts.name = Path(source).resolve().name
             self.classes, classes = phone_classes(extra["phone_set"])
         else:
             raise UserError(f"dataset={source!r} is not a folder; pass a folder with TIMIT's layout, or {ESPEAK}")
-        self.frames, self.labels = {}, {}
-        for split in SPLITS:
-            self.frames[split], self.labels[split] = labelled(splits[split], classes)
-            if not any((labels != IGNORED).any() for labels in self.labels[split]):
+        splits = {split: labelled(parts.found[split], classes) for split in SPLITS}
+        for split, utterances in splits.items():
+            if not any((labels != IGNORED).any() for _, labels in utterances):
                 raise UserError(f"dataset={source!r}: the {split} part has no frame with a phone")
-        self.standardise()
-        name = source if source == ESPEAK else Path(source).resolve().name
-        audio = [u.samples for split in SPLITS for u in splits[split]]
-        sizes = {f"{split}_utterances": len(splits[split]) for split in SPLITS}
-        digest = fingerprint(*audio, *(labels for split in SPLITS for labels in self.labels[split]))
-        self.record = {"name": name, "sha256": digest, **sizes, **extra}
-
-    def standardise(self) -> None:
-        """Zero mean and unit variance of each feature over the training frames."""
-        training = np.concatenate(self.frames["train"])  # (S, 26)
-        mean, scale = training.mean(0), training.std(0) + 1e-6  # (26,)
-        self.frames = {split: [(x - mean) / scale for x in listed] for split, listed in self.frames.items()}
-
-    def dataset_record(self) -> dict[str, Any]:
-        return self.record
-
-    def notes(self, splits: tuple[str, ...]) -> list[str]:
-        return self.told
-
-    def samples(self, split: str) -> int:
-        return len(self.frames[split])
+        audio = [u.samples for split in SPLITS for u in parts.found[split]]
+        digest = fingerprint(*audio, *(labels for split in SPLITS for _, labels in splits[split]))
+        self.dataset = DataSet(parts.name, standardised(splits), "utterances", digest, parts.notes, extra)
 
     def model_kwargs(self) -> dict[str, Any]:
         return {
@@ -114,8 +90,7 @@ class Phonemes(SequenceTask):
         """Utterances (G,) of similar length: sorted by noisy lengths, cut into batches, the batches shuffled."""
         epoch, position = divmod(index, self.num_batches(layout))
         random = np.random.default_rng([self.seed, epoch])
-        lengths = np.array([len(x) for x in self.frames["train"]])  # (S,)
-        order = np.argsort(np.log(lengths) + LENGTH_NOISE * random.standard_normal(len(lengths)))  # (S,)
+        order = by_length(np.array([len(x) for x, _ in self.dataset.splits["train"]]), LENGTH_NOISE, random)  # (S,)
         batches, rows = self.num_batches(layout), layout.global_batch_size
         spare = int(random.integers(len(order) - batches * rows + 1))
         return order[spare:][: batches * rows].reshape(batches, rows)[random.permutation(batches)[position]]
@@ -123,17 +98,17 @@ class Phonemes(SequenceTask):
     def train_batch(self, index: int, slot: int, layout: Layout) -> Batch:
         group = self.train_indices(index, layout)  # (G,)
         batch = self.batch("train", group[np.array(layout.rows(slot))])
-        scored = sum(int((self.labels["train"][i] != IGNORED).sum()) for i in group)
+        scored = sum(int((self.dataset.splits["train"][i][1] != IGNORED).sum()) for i in group)
         own = int((batch.inputs["labels"] != IGNORED).sum())
         batch.loss_weight = own * layout.num_slots / max(1, scored)
         return batch
 
     def eval_order(self, split: str) -> np.ndarray:
         """By length, so that little is padded."""
-        return np.argsort([len(x) for x in self.frames[split]], kind="stable")
+        return np.argsort([len(x) for x, _ in self.dataset.splits[split]], kind="stable")
 
     def batch(self, split: str, indices: np.ndarray) -> Batch:
-        parts = [(self.frames[split][i], self.labels[split][i]) for i in indices]
+        parts = [self.dataset.splits[split][i] for i in indices]
         length = max(len(x) for x, _ in parts)
         frames = torch.zeros(len(parts), length, FEATURES)  # (B, T, 26)
         labels = torch.full((len(parts), length), IGNORED)  # (B, T): padding is not scored
@@ -151,15 +126,17 @@ class Phonemes(SequenceTask):
         return super().forward(model, batch, state)
 
 
-def labelled(utterances: list[Utterance], classes: dict[str, int | None]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def labelled(utterances: list[Utterance], classes: dict[str, int | None]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Features (T, 26) and labels (T,) of each utterance; what is shorter than a window is left out."""
-    frames, labels = [], []
-    for utterance in utterances:
-        x = features(utterance.samples) if len(utterance.samples) >= 400 else np.zeros((0, FEATURES), np.float32)
-        if len(x):
-            frames.append(x)
-            labels.append(frame_labels(utterance.segments, len(x), classes, utterance.name))
-    return frames, labels
+    long = [(u, features(u.samples)) for u in utterances if len(u.samples) >= WINDOW]
+    return [(x, frame_labels(u.segments, len(x), classes, u.name)) for u, x in long]
+
+
+def standardised(splits: dict[str, Any]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """The features with zero mean and unit variance over the training frames."""
+    training = np.concatenate([x for x, _ in splits["train"]])  # (S, 26)
+    mean, scale = training.mean(0), training.std(0) + 1e-6  # (26,)
+    return {split: [((x - mean) / scale, y) for x, y in listed] for split, listed in splits.items()}
 
 
 TASK = Phonemes

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kru_hf import KRUCache
 from kru_hf.music.rolls import MAX_GRID, NUM_PITCHES, roll_to_frames
 from kru_hf.piano_roll_head import frame_nats
 
-from ..data.music_data import CHORALES, Pieces, describe_report, load_pieces
+from ..data.music_data import CHORALES, load_pieces
 from ..options.fields import AT_LEAST_0, AT_LEAST_1, Options, at_most, option
 from .base import Batch, Layout, Task, TaskOutput
+from .sequences import by_length
 
 EVAL_WINDOW = 512  # frames of a piece in one evaluation call; no effect on the figure
 EVAL_PIECES = 16  # pieces in one evaluation call; no effect on the figure
@@ -53,67 +54,48 @@ class PianoRollTask(Task):
     default_recipe = "bach_chorales"
     Options = PianoRollOptions
 
-    pieces: Pieces
-
-    @property
-    def carries_state(self) -> bool:
-        return True
+    carries_state = True
 
     def load(self, tokenizer: Any = None) -> None:
-        self.pieces = load_pieces(self.data, self.options.frames_per_quarter)
-        self.plans: dict[tuple[int, int], list[tuple[list[int], int]]] = {}
-        if self.pieces.report:
-            print(f"data: {describe_report(self.pieces.report)}")
-
-    def dataset_record(self) -> dict[str, Any]:
-        names = ("dataset_config", "dataset_revision")
-        hub = {name: getattr(self.data, name) for name in names if getattr(self.data, name) is not None}
-        return {**self.pieces.record(), **hub}
-
-    def notes(self, splits: tuple[str, ...]) -> list[str]:
-        return [*self.pieces.notes]
+        self.dataset = load_pieces(self.data, self.options.frames_per_quarter)
 
     def model_kwargs(self) -> dict[str, Any]:
         return {"vocab_size": 1, "input_size": NUM_PITCHES}
 
     # ---- training batches -----------------------------------------------------------------------------------------
 
+    @lru_cache(maxsize=4)  # noqa: B019 (a task lives as long as its run)
     def plan(self, epoch: int, rows: int) -> list[tuple[list[int], int]]:
         """The batches of a pass: (pieces in the rows, first frame of the window)."""
-        if (epoch, rows) not in self.plans:
-            if len(self.plans) > 4:
-                self.plans.clear()
-            random = np.random.default_rng([self.seed, epoch])
-            lengths = np.array([len(roll) for roll in self.pieces.splits["train"]])
-            order = np.argsort(np.log(lengths) + LENGTH_NOISE * random.standard_normal(len(lengths)))
-            groups = [order[start : start + rows].tolist() for start in range(0, len(order), rows)]
-            random.shuffle(groups)
-            self.plans[epoch, rows] = [
-                (group, first)
-                for group in groups
-                for first in range(0, max(lengths[i] for i in group) - 1, self.options.sequence_length)
-            ]
-        return self.plans[epoch, rows]
+        random = np.random.default_rng([self.seed, epoch])
+        lengths = np.array([len(roll) for roll in self.dataset.splits["train"]])
+        order = by_length(lengths, LENGTH_NOISE, random)
+        groups = [order[start : start + rows].tolist() for start in range(0, len(order), rows)]
+        random.shuffle(groups)
+        window = self.options.sequence_length
+        return [(group, first) for group in groups for first in range(0, max(lengths[group]) - 1, window)]
+
+    @cache  # noqa: B019
+    def first_batch(self, epoch: int, rows: int) -> int:
+        """The index of the first batch of a pass: the grouping, and so the number of batches, differs a little."""
+        return self.first_batch(epoch - 1, rows) + len(self.plan(epoch - 1, rows)) if epoch else 0
 
     def num_batches(self, layout: Layout) -> int:
         return len(self.plan(0, layout.global_batch_size))
 
     def locate(self, index: int, rows: int) -> tuple[int, int]:
-        """Pass and position in it of batch `index`: the grouping, and so the number of batches, differs a little."""
-        if not hasattr(self, "starts"):
-            self.starts: dict[int, list[int]] = {}
-        starts = self.starts.setdefault(rows, [0])  # index of the first batch of each pass
-        while starts[-1] <= index:
-            starts.append(starts[-1] + len(self.plan(len(starts) - 1, rows)))
-        epoch = int(np.searchsorted(starts, index, side="right")) - 1
-        return epoch, index - starts[epoch]
+        """Pass of batch `index`, and its position in it."""
+        epoch = 0
+        while self.first_batch(epoch + 1, rows) <= index:
+            epoch += 1
+        return epoch, index - self.first_batch(epoch, rows)
 
     def train_batch(self, index: int, slot: int, layout: Layout) -> Batch:
         rows = layout.global_batch_size
         epoch, position = self.locate(index, rows)
         group, first = self.plan(epoch, rows)[position]
         window = self.options.sequence_length
-        train = self.pieces.splits["train"]
+        train = self.dataset.splits["train"]
         own = [group[row] if row < len(group) else None for row in layout.rows(slot)]
         rolls = [None if piece is None else self.transposed(train[piece], epoch, piece) for piece in own]
         # All slots get windows of one length: the length of the longest piece's window in the global batch.
@@ -137,7 +119,7 @@ class PianoRollTask(Task):
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def eval_batches(self, split: str, slot: int, num_slots: int) -> Iterator[Batch]:
-        rolls = sorted(self.pieces.splits[split], key=len)[slot::num_slots]
+        rolls = sorted(self.dataset.splits[split], key=len)[slot::num_slots]
         for start in range(0, len(rolls), EVAL_PIECES):
             group: list[np.ndarray | None] = list(rolls[start : start + EVAL_PIECES])
             targets = max(len(roll) for roll in group if roll is not None) - 1
@@ -160,16 +142,13 @@ class PianoRollTask(Task):
             "f1": 2 * hits / (2 * hits + errors) if hits + errors else 0.0,
         }
 
-    def state_from_tensors(self, states: list[Tensor]) -> Any:
-        return KRUCache.from_states(states)
-
     def progress(self, loss: float) -> dict[str, str]:
         return {"nats/frame": f"{loss:.3f}"}
 
     @torch.no_grad()
     def sample(self, model: Any, length: int, seed: int) -> str | None:
         """The first frames of a continuation of a validation piece, as MIDI pitches; `training.compose` makes music."""
-        prime = torch.from_numpy(self.pieces.splits["validation"][0][:16]).float()  # (≤16, 88)
+        prime = torch.from_numpy(self.dataset.splits["validation"][0][:16]).float()  # (≤16, 88)
         roll = model.generate_piano_roll(prime, num_frames=max(1, min(16, length)), seed=seed)[0].numpy()
         return " | ".join(" ".join(map(str, frame)) or "-" for frame in roll_to_frames(roll))
 

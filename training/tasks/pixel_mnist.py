@@ -36,31 +36,24 @@ class PixelMNIST(SequenceTask):
     default_dataset = DIGITS
     Options = PixelOptions
 
-    pictures: Pictures
+    dataset: Pictures
 
     def load(self, tokenizer: Any = None) -> None:
-        self.pictures = load_pictures(self.data)
-        self.steps = self.pictures.pixels["train"].shape[1]  # P
+        self.dataset = load_pictures(self.data)
+        self.steps = self.dataset.pixels["train"].shape[1]  # P
         self.permutation = fixed_permutation(self.steps) if self.options.permuted else np.arange(self.steps)  # (P,)
-        self.record = self.pictures.record()
 
     def dataset_record(self) -> dict[str, Any]:
-        names = ("dataset_config", "dataset_revision")
-        hub = {name: getattr(self.data, name) for name in names if getattr(self.data, name) is not None}
-        if not self.options.permuted:
-            return {**self.record, **hub}
-        return {**self.record, **hub, "permutation_sha256": fingerprint(self.permutation.astype(np.int64))}
+        order = {"permutation_sha256": fingerprint(self.permutation.astype(np.int64))} if self.options.permuted else {}
+        return {**super().dataset_record(), **order}
 
     def notes(self, splits: tuple[str, ...]) -> list[str]:
-        white = self.pictures.white
-        told = [] if white == 255 or self.pictures.name == DIGITS else [f"the largest value of a pixel is {white}"]
-        return [*self.pictures.notes, *told]
-
-    def samples(self, split: str) -> int:
-        return len(self.pictures.labels[split])
+        white = self.dataset.white
+        told = [] if white == 255 or self.dataset.name == DIGITS else [f"the largest value of a pixel is {white}"]
+        return [*super().notes(splits), *told]
 
     def model_kwargs(self) -> dict[str, Any]:
-        classes = int(self.pictures.labels["train"].max()) + 1
+        classes = int(self.dataset.splits["train"].max()) + 1
         return {
             "vocab_size": 1,
             "input_size": 1,
@@ -69,11 +62,9 @@ class PixelMNIST(SequenceTask):
         }
 
     def batch(self, split: str, indices: np.ndarray) -> Batch:
-        pixels = torch.from_numpy(
-            self.pictures.pixels[split][indices][:, self.permutation].astype(np.float32)
-        )  # (B, P)
-        labels = torch.from_numpy(self.pictures.labels[split][indices])  # (B,)
-        values = (pixels / self.pictures.white)[..., None]  # (B, P, 1)
+        pixels = torch.from_numpy(self.dataset.pixels[split][indices][:, self.permutation].astype(np.float32))  # (B, P)
+        labels = torch.from_numpy(self.dataset.splits[split][indices])  # (B,)
+        values = (pixels / self.dataset.white)[..., None]  # (B, P, 1)
         return Batch({"input_values": values, "labels": labels}, num_elements=pixels.numel())
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..common.errors import UserError
-from ..options.data import DataOptions
+from ..common.files import fingerprint
+from ..data.splits import SPLITS, DataSet
 from ..options.fields import AT_LEAST_0, AT_LEAST_1, Options, at_most, option
 from .base import Batch, Layout, Task, TaskOutput
 
@@ -34,29 +36,22 @@ class GeneratedOptions(Options):
     data_seed: int = option(0, "Seed of the generated data; --seed moves weights and order alone.", allowed=AT_LEAST_0)
     eval_batch_size: int = option(50, "Sequences in one evaluation call; changes no figure.", allowed=AT_LEAST_1)
 
-    def samples(self, split: str) -> int:
-        """Sequences of a split."""
-        return getattr(self, f"{split}_samples")
-
 
 class SequenceTask(Task):
     """Sequences that are independent of each other, drawn without replacement in every pass, each from a zero state."""
 
-    @abstractmethod
     def samples(self, split: str) -> int:
         """Sequences of a split."""
+        return len(self.dataset.splits[split])
 
     @abstractmethod
     def batch(self, split: str, indices: np.ndarray) -> Batch:
         """The sequences of those numbers (B,) of a split."""
 
+    @lru_cache(maxsize=1)  # noqa: B019 (a task lives as long as its run)
     def order(self, epoch: int) -> np.ndarray:
-        """The order of the training sequences (S,) in a pass; the last one asked for is kept."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.samples("train"))
-        return self._order[1]
-
-    _order: tuple[int, np.ndarray] | None = None
+        """The order of the training sequences (S,) in a pass."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.samples("train"))
 
     def num_batches(self, layout: Layout) -> int:
         batches = self.samples("train") // layout.global_batch_size
@@ -99,6 +94,26 @@ class SequenceTask(Task):
         return {"loss": sums["loss"] / sums["count"], "accuracy": sums["right"] / sums["count"]}
 
 
+class GeneratedTask(SequenceTask):
+    """Sequences that are made from `data_seed` alone."""
+
+    Options = GeneratedOptions
+
+    def load(self, tokenizer: Any = None) -> None:
+        if self.data.dataset not in (None, self.name):
+            raise UserError(
+                f"dataset={self.data.dataset!r} is not valid: the data of this task are generated; leave it out"
+            )
+        self.data.refuse_hub_options()
+        sizes = {split: getattr(self.options, f"{split}_samples") for split in SPLITS}
+        digest = fingerprint(self.options.sequence_length, *self.generate(sizes))
+        self.dataset = DataSet(self.name, {split: range(size) for split, size in sizes.items()}, "samples", digest)
+
+    @abstractmethod
+    def generate(self, sizes: dict[str, int]) -> Iterable[Any]:
+        """Make the sequences of each split, as many as `sizes` says; returns what identifies them."""
+
+
 def classification_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Summed nats, number of scored labels and of right ones; logits (…, K), labels (…), -100 is not scored."""
     flat, targets = logits.float().flatten(0, -2), labels.flatten()  # (M, K), (M,)
@@ -110,8 +125,6 @@ def classification_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def check_generated(name: str, data: DataOptions) -> None:
-    """Generated data have one name; another one, or an option of a data set of the Hub, is an error."""
-    if data.dataset not in (None, name):
-        raise UserError(f"dataset={data.dataset!r} is not valid: the data of this task are generated; leave it out")
-    data.refuse_hub_options()
+def by_length(lengths: np.ndarray, noise: float, random: np.random.Generator) -> np.ndarray:
+    """The order of sequences of these lengths (S,) by length, with noise on its logarithm: other company each pass."""
+    return np.argsort(np.log(lengths) + noise * random.standard_normal(len(lengths)))
