@@ -4,6 +4,8 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kru_hf.music import MidiError, read_midi
 from training.data.music_data import load_pieces
@@ -58,6 +60,7 @@ LIST = b"LIST" + struct.pack("<I", 5) + b"INFO.\0"  # an odd length, padded
 
 READ = {
     "type 0": (midi(ONE, kind=0), {C: range(4)}, {}),
+    "other events": (midi(track((0, [0xF0, 2, 1, 0xF7]), (0, [0xC0, 1]), (0, on(C)), (4, off(C)))), {C: range(4)}, {}),
     "a longer header": (midi(ONE, more=b"\0\0"), {C: range(4)}, {}),
     "unknown chunks": (midi(ONE).replace(b"MTrk", b"XFIH\0\0\0\1.MTrk"), {C: range(4)}, {}),
     "bytes behind the end": (midi(ONE) + b"left by an editor", {C: range(4)}, {}),
@@ -138,6 +141,11 @@ def test_what_sounds(name, tmp_path):
 
 LONG = track((0x0FFFFFFF, on(C)), (4, off(C)))
 REFUSED = {
+    "nothing": (b"", "is empty"),
+    "a name": (b"MThd", "is damaged: its header MThd has 0 bytes instead of 6"),
+    "no tracks": (midi(), "no note that a piano has"),
+    "an empty track": (midi(track()), "no note that a piano has"),
+    "a note left on": (midi(track((0, on(C)))), "no note that a piano has .*, 1 that never end, 0 outside"),
     "type 2": (midi(ONE, TWO, kind=2), "is of type 2, with 2 tracks that are pieces of their own"),
     "type 3": (midi(ONE, kind=3), "is of type 3, but there are the types 0, 1 and 2"),
     "a short header": (b"MThd\0\0\0\4\0\0\0\1" + ONE, "header MThd has 4 bytes instead of 6"),
@@ -192,3 +200,16 @@ def test_a_folder_says_how_many_files_have_what(tmp_path, capsys):
         "1 files whose tracks are laid over each other; 1 files left out"
     )
     assert "4.mid' is of type 2" in capsys.readouterr().out
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 60), position=st.integers(0, 60), value=st.integers(0, 255))
+def test_any_damage_is_read_or_refused(cut, position, value, tmp_path_factory):
+    data = bytearray(midi(track((0, tempo(500_000)), (0, on(C)), (480, off(C))), kind=0, division=480))
+    data[position % len(data)] = value
+    path = tmp_path_factory.getbasetemp() / "damaged.mid"
+    path.write_bytes(data[: len(data) - cut % len(data)])
+    try:
+        assert read_midi(path).roll.any()
+    except MidiError as error:
+        assert "damaged.mid" in str(error)
