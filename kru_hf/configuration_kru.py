@@ -12,7 +12,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .cells import ACTIVATIONS, BY_TYPE, CELLS, Cell, check_chrono
 from .kronecker import MOST_UNITS, check_choice, check_max_phase, plan_with_warning
-from .transforms import BACKENDS
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +23,9 @@ RECURRENT_INITS = ("random", "identity")
 # Fields that there were, and what stands in their place: said wherever one is still given.
 REMOVED = {
     "wiring": "it is called block_type",
+    "scan_backend": "kru_hf.use_backend(NAME) chooses the engine, and --backend of training",
+    "train_factors": "requires_grad_(False) on the factors freezes them, and --freeze_factors of training",
+    "input_dropout": "there are state_dropout and hidden_dropout",
 }
 
 # What transformers and the Hub read in a config.json without declaring it: no reason for a warning.
@@ -98,17 +100,13 @@ class KRUConfig(PreTrainedConfig):
         input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants);
             of the entries of U where plain blocks reads frames.
         activation: "modrelu" or "identity" (the linear network, without a bias).
-        input_dropout, state_dropout, hidden_dropout: probabilities on U x_t, on the states before the readout, and on
-            the residual branches (0 with plain blocks, which has none).
+        state_dropout, hidden_dropout: probabilities on the states before the readout, and on the residual branches (0
+            with a plain block, which has none).
         unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
             1.5 on text and gradients through carried state explode within 500 steps; 0.1 holds it near 1.1.
-        train_factors: False freezes W at its start (the paper's copy-memory setting).
-        scan_backend: engine of the recurrence, see ``kru_hf.backend_report()``; "auto" follows ``use_backend()``.
         input_size: width of continuous frames given as ``input_values``; None for token ids alone.
         layer_norm_epsilon: of every RMS norm.
-        initializer_range: standard deviation of the output head's weights at the start, and of the embedding if tied.
-        tie_word_embeddings: the embedding is the head as well. With plain blocks it is U and starts as U does; the
-            normalised state is then divided by the square root of its width, as in T5.
+        initializer_range: standard deviation of the output head's weights at the start.
 
     As every config of transformers it takes other names (``tokenizer_class``, notes of tools) and keeps them, with
     a warning, unless they are nearly those of an option.
@@ -141,17 +139,14 @@ class KRUConfig(PreTrainedConfig):
     chrono_max_length: int | None = None
     input_scale: float | int | None = None
     activation: str = "modrelu"
-    input_dropout: float | int = 0.0
     state_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     unitary_loss_coef: float | int = 0.1
-    train_factors: bool = True
-    scan_backend: str = "auto"
     input_size: int | None = None
     layer_norm_epsilon: float | int = 1e-6
     initializer_range: float | int = 0.02
     use_cache: bool = True
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool = False  # no other value: transformers' own default is True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -338,7 +333,6 @@ class KRUConfig(PreTrainedConfig):
             "block_type": BLOCK_TYPES,
             "activation": ACTIVATIONS,
             "recurrent_init": RECURRENT_INITS,
-            "scan_backend": BACKENDS,
         }
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
@@ -347,7 +341,7 @@ class KRUConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("input_dropout", "state_dropout", "hidden_dropout"):
+        for name in ("state_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("recurrent_init_scale", "layer_norm_epsilon"):
@@ -388,11 +382,8 @@ class KRUConfig(PreTrainedConfig):
                 self.recurrent_init,
                 self.factor_shapes or [],
             )
-        if self.tie_word_embeddings and self.embedding_size != self.feature_size:
-            raise ValueError(
-                f"tie_word_embeddings needs an embedding as wide as what the head reads, got {self.embedding_size} and "
-                f"{self.feature_size}: set io_rank, or block_type 'residual'"
-            )
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be False, got True: a KRU's head has weights of its own")
         if self.kronecker_terms is not None:
             self._validate_terms(self.kronecker_terms)
         if self.block_type == "plain":

@@ -41,8 +41,6 @@ def build_cell(config: KRUConfig) -> KRURecurrence:
         init_max_phase=config.recurrent_init_max_phase,
         bias_init=config.bias_init if reads_bias else None,
         chrono_max_length=config.chrono_max_length,
-        train_factors=config.train_factors,
-        backend=config.scan_backend,
     )
 
 
@@ -57,7 +55,6 @@ class KRUPlainLayer(GradientCheckpointingLayer):
         self.recurrence = build_recurrence(config)
         width = self.recurrence.input_planes * config.state_size
         self.in_proj = linear(config.io_rank, width) if config.io_rank else None
-        self.input_dropout = nn.Dropout(config.input_dropout)
         self.state_dropout = nn.Dropout(config.state_dropout)
 
     def forward(
@@ -66,7 +63,7 @@ class KRUPlainLayer(GradientCheckpointingLayer):
         """hidden_states (B, T, 2N) or (B, T, r), state (B, 2, N), mask, starts (B, T): (B, T, 2N), final state."""
         cell = self.recurrence
         inputs = hidden_states if self.in_proj is None else self.in_proj(hidden_states)  # (B, T, 2N)
-        inputs = self.input_dropout(inputs).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
+        inputs = inputs.unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
         states, final = cell(inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         return self.state_dropout(states.flatten(-2)), final
 
@@ -91,7 +88,6 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         )
         self.out_proj = structured_linear(self.recurrence.output_planes * config.state_size, rank, terms)
         self.up = linear(rank, config.hidden_size) if config.io_rank else None
-        self.input_dropout = nn.Dropout(config.input_dropout)
         self.state_dropout = nn.Dropout(config.state_dropout)
         self.hidden_dropout = nn.Dropout(config.hidden_dropout)
         inner = config.intermediate_size
@@ -105,7 +101,7 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         x = self.norm(hidden_states)  # (B, T, D)
         if self.down is not None:
             x = self.down(x)  # (B, T, r)
-        inputs = self.input_dropout(self.in_proj(x)).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
+        inputs = self.in_proj(x).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
         states, final = cell(inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         features = self.state_dropout(states.flatten(-2)).to(x.dtype)  # (B, T, 2N)
         epsilon = self.epsilon if self.readout_norm else None
@@ -235,9 +231,6 @@ class KRUPreTrainedModel(PreTrainedModel):
         config = self.config
         raw = config.block_type == "plain" and config.io_rank is None and config.readout_norm
         scale = undropped(config.state_dropout, self.training)
-        if config.tie_word_embeddings:
-            # The states point where U x does: normalised to length 1, they leave its rows to say how large logits are.
-            scale *= features.shape[-1] ** -0.5
         return normed_linear(features, head, config.layer_norm_epsilon if raw else None, scale)
 
 
@@ -252,9 +245,7 @@ class KRUModel(KRUPreTrainedModel):
         self.embed_tokens = self.input_map = None
         if config.input_size is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
-            # Tied, it is the output head as well, which has to start with small logits. As U it has to be felt first.
-            shared = config.tie_word_embeddings and not plain
-            self.embed_tokens.init_std = config.initializer_range if shared else scale  # type: ignore[assignment]
+            self.embed_tokens.init_std = scale  # type: ignore[assignment]
         else:
             self.input_map = linear(config.input_size, config.embedding_size, scale * config.input_size**0.5)
         layer_class = KRUPlainLayer if plain else KRUResidualLayer
@@ -397,8 +388,6 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
     Raises:
         ValueError: the config has ``input_size`` or is ``bidirectional``.
     """
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: KRUConfig) -> None:
         super().__init__(config)

@@ -57,8 +57,8 @@ def transformed_backend(backend: str) -> str:
 def refuse_derivative(*_: Any) -> None:
     """The derivative of an engine's gradients: `NotImplementedError`."""
     raise NotImplementedError(
-        "this engine of the recurrence has first derivatives only: take backend='reference' (of a model: "
-        "scan_backend='reference')"
+        "this engine of the recurrence has first derivatives only: take backend='reference', or for a model "
+        "kru_hf.use_backend('reference')"
     )
 
 

@@ -28,7 +28,7 @@ def test_defaults_are_valid():
         {"state_size": 64, "factor_size": 2},
         {"factor_shapes": [(2, 3), (3, 2)], "block_type": "plain"},
         {"block_type": "plain", "io_rank": 4, "state_size": 12},
-        {"activation": "identity", "train_factors": False, "unitary_loss_coef": 0},
+        {"activation": "identity", "unitary_loss_coef": 0},
     ],
 )
 def test_round_trip(options, tmp_path):
@@ -56,7 +56,6 @@ def test_plain_width_is_the_state():
         ({"unitary_loss_coef": -0.1}, "unitary_loss_coef"),
         ({"unitary_loss_coef": float("nan")}, "unitary_loss_coef"),
         ({"cell_type": "gru"}, "cell_type"),
-        ({"scan_backend": "numba"}, "scan_backend"),
         ({"recurrent_terms": 0}, "recurrent_terms must be at least 1, got 0"),
         ({"recurrent_terms": 2, "recurrent_init": "identity"}, "recurrent_terms must be 1, got 2"),
         ({"block_type": "ring"}, "block_type"),
@@ -87,7 +86,7 @@ def test_plain_width_is_the_state():
         ({"unitary_loss_coef": 1.0, "cell_type": "kru_lstm"}, "unitary_loss_coef of a gated cell must stay 0.1"),
         ({"chrono_max_length": 9}, "chrono_max_length of an ungated cell must be None, got 9"),
         ({"chrono_max_length": 2, "cell_type": "kru_gru"}, "chrono_max_length must be None or at least 3 steps, got 2"),
-        ({"input_dropout": 1.0}, "input_dropout"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
         ({"recurrent_init_scale": 0.0}, "recurrent_init_scale"),
         ({"bias_init": float("inf")}, "bias_init"),
         ({"bias_init": 0.5, "activation": "identity"}, r"bias_init of activation 'identity' must stay -0.1"),

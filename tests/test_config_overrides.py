@@ -64,8 +64,8 @@ def test_bad_options_are_named_before_a_model_is_built(folder, given, message):
 
 def test_an_option_in_place_of_the_stored_one_reaches_the_model(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, state_dropout=0.5, scan_backend="portable")
-    assert (model.config.state_dropout, model.model.layers[0].recurrence.backend) == (0.5, "portable")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, state_dropout=0.5)
+    assert model.config.state_dropout == model.model.layers[0].state_dropout.p == 0.5
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,6 @@ def seen_by(module, model):
 
 
 @EVERY
-def test_input_dropout_hides_the_inputs_of_the_recurrence(options):
-    model = tiny_model(input_dropout=ALL, **options)
-    cell = model.model.layers[0].recurrence
-    assert seen_by(cell, model).any()
-    assert not seen_by(cell, model.train()).any()
-
-
-@EVERY
 def test_state_dropout_hides_the_states_from_the_readout(options):
     model = tiny_model(state_dropout=ALL, **options)
     layer = model.model.layers[0]

@@ -128,8 +128,6 @@ def test_a_config_serves_several_heads():
 def test_bad_arguments_are_named():
     with pytest.raises(StrictDataclassClassValidationError, match="hidden_size = 1"):
         config(cell_type="kru_lstm", block_type="plain", hidden_size=24)
-    with pytest.raises(StrictDataclassClassValidationError, match="tie_word_embeddings"):
-        config(cell_type="kru_gru", block_type="plain", tie_word_embeddings=True)
     model = KRUForSequenceClassification(config(num_labels=3))
     with pytest.raises(ValueError, match="input_values needs"):
         model(input_values=torch.zeros(1, 2, 4))

@@ -29,7 +29,7 @@ from training.train import main as train
 from training.train_lightning import main
 
 PROGRAM = "training.train_lightning"
-TWO = {"input_dropout": 0, "per_device_train_batch_size": 2, "logging_steps": 1}
+TWO = {"state_dropout": 0, "per_device_train_batch_size": 2, "logging_steps": 1}
 PARTS = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 

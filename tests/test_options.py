@@ -6,6 +6,7 @@ import itertools
 import pytest
 
 from kru_hf.configuration_kru import ACTIVATIONS, BLOCK_TYPES, CELL_TYPES, RECURRENT_INITS, KRUConfig
+from kru_hf.transforms import BACKENDS
 from training.common.errors import UserError
 from training.loop.arguments import parse_arguments
 from training.models.baselines import BaselineConfig
@@ -15,7 +16,7 @@ from training.options.data import DataOptions
 from training.options.fields import MAX_SEED, NEVER, Is, fields_of
 from training.options.model import ARCHITECTURES, BASELINES, ModelOptions
 from training.options.parser import Parser, parse_words
-from training.options.rule import idle, missing, value_of
+from training.options.rule import idle, is_off, missing, value_of
 from training.options.run import RunOptions
 
 TEXT = {"vocab_size": 52, "pad_token_id": 0}
@@ -26,11 +27,12 @@ CHOICES = {
     "cell_type": CELL_TYPES,
     "block_type": BLOCK_TYPES,
     "activation": ACTIVATIONS,
+    "backend": BACKENDS,
     "recurrent_init": RECURRENT_INITS,
     "optimizer": ("adamw", "rmsprop"),
     "lr_scheduler_type": ("cosine", "plateau", "constant"),
 }
-TEXTS = {"factor_shapes": "2x2", "resume_from_checkpoint": "last", "hub_model_id": "me/kru", "scan_backend": "cpu"}
+TEXTS = {"factor_shapes": "2x2", "resume_from_checkpoint": "last", "hub_model_id": "me/kru"}
 CONDITIONS = [(name, one) for name, field in FIELDS.items() for one in field.metadata["only"]]
 
 
@@ -88,7 +90,8 @@ def test_an_option_works_where_it_says_and_nowhere_else(name, condition, tmp_pat
         if off is not NEVER:
             parse_arguments([str(empty), *words_of(other), f"--{name}={'none' if off is None else off}"])
     if off is not NEVER and name != "hub_model_id":  # what is pushed needs one
-        assert not parse_arguments([str(recipe), f"--{name}={'none' if off is None else off}"]).flat()[name]
+        value = parse_arguments([str(recipe), f"--{name}={'none' if off is None else off}"]).flat()[name]
+        assert is_off(FIELDS[name], value)
 
 
 def test_conditions_name_options_and_values_that_exist():
@@ -119,7 +122,8 @@ def test_each_architecture_has_the_fields_that_its_options_name(architecture):
         ("--optimizer=rmsprop --adam-beta2=0.8", "adam_beta2=0.8", "optimizer adamw"),
         ("--max_steps 9 --num_train_epochs 2", "num_train_epochs=2.0", "max_steps -1"),
         ("--architecture lstm --num_hidden_layers 1 --hidden_dropout 0.5", "hidden_dropout=0.5", ".*_layers 2 or more"),
-        ("ptb_char --tie_word_embeddings true --input_scale 1", "input_scale=1.0", "tie_word_embeddings false"),
+        ("--architecture lstm --backend cpu", "backend='cpu'", "architecture kru, unitary"),
+        ("--architecture lstm --freeze_factors", "freeze_factors=True", "architecture kru, unitary"),
         ("ptb_char --readout_norm false --layer_norm_epsilon 1e-3", "layer_norm_epsilon=0.001", "readout_norm true"),
         ("pixel_mnist --bidirectional true --use_cache true", "use_cache=True", "bidirectional false"),
         ("--resume_from_checkpoint last --overwrite_output_dir true", "overwrite_output_dir=True", "a new run"),
@@ -188,7 +192,7 @@ def test_what_is_left_of_a_recipes_run(tmp_path):
     run = parse_arguments([str(recipe), "--optimizer", "rmsprop"]).run
     assert (run.weight_decay, run.max_steps) == (0, 5)
     assert parse_arguments([str(recipe)]).model.max_recurrent_norm == 1
-    for words in ("--train_factors=false", "--cell_type=kru_gru", "--architecture=unitary", "--max_recurrent_norm=0"):
+    for words in ("--freeze_factors", "--cell_type=kru_gru", "--architecture=unitary", "--max_recurrent_norm=0"):
         assert not parse_arguments([str(recipe), words]).model.max_recurrent_norm
     assert parse_arguments(["training/recipes/ptb_char.yaml"]).run.weight_decay == 0.01
 

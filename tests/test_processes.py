@@ -62,7 +62,7 @@ def two(words: list[str], folder: Path, log: Path, rows: int = 2) -> list[tuple[
 @pytest.mark.parametrize(
     "words",
     [
-        ["--eval_streams=3", "--train_factors=false"],  # 2 rows against 1; factors without a gradient
+        ["--eval_streams=3", "--freeze_factors"],  # 2 rows against 1; factors without a gradient
         ["--eval_streams=1", "--cell_type=kru_lstm", "--gradient_accumulation_steps=2"],  # a process without any row
     ],
     ids=["frozen-factors", "accumulation"],
@@ -87,7 +87,7 @@ def test_all_processes_end_with_the_best_weights(text_file, tmp_path, capsys):
     """Those of process 0's folder, which the second process does not have, and not each its own last ones."""
     words = [*TEXT, f"--dataset={text_file}", "--learning_rate=0.2", "--lr_scheduler_type=constant", "--eval_steps=2"]
     folder = tmp_path / "run"
-    done = two([*words, "--warmup_steps=0", "--train_factors=false", "--max_steps=30"], folder, tmp_path / "log")
+    done = two([*words, "--warmup_steps=0", "--freeze_factors", "--max_steps=30"], folder, tmp_path / "log")
     assert [code for code, _ in done] == [0, 0], done
     assert results(folder)["best_step"] < results(folder)["steps"]
     assert evaluate([f"--model={folder}", f"--dataset={text_file}", "--use_cpu"]) == 0

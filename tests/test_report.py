@@ -166,7 +166,7 @@ def test_order_follows_the_metrics_direction(tmp_path):
 @pytest.mark.parametrize(
     ("config", "label"),
     [
-        ({**KRU, "io_rank": 24, "train_factors": False}, "KRU 1100 (10^2·11), rank-24 maps, frozen factors"),
+        ({**KRU, "io_rank": 24}, "KRU 1100 (10^2·11), rank-24 maps"),
         ({**KRU, "intermediate_size": 96}, "KRU 1100 (10^2·11), feed-forward 96"),
         ({**KRU, "kronecker_terms": 8}, "KRU 1100 (10^2·11), maps of 8 terms"),
         ({**KRU, "model_type": "kru_unitary"}, "strictly unitary KRU 1100 (10^2·11)"),

@@ -24,7 +24,7 @@ def trained(text_file, tmp_path_factory):  # noqa: F811
 
 def again(text_file, folder, model, **changes) -> list[str]:  # noqa: F811
     """Options of a run that starts from a model."""
-    own = dict.fromkeys(("state_size", "factor_shapes", "block_type", "input_dropout"))
+    own = dict.fromkeys(("state_size", "factor_shapes", "block_type", "state_dropout"))
     return options(text_file, folder, model=model, max_steps=2, eval_steps=2, **{**own, **changes})
 
 

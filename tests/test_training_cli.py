@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from finished_run import edit
+from helpers import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from kru_hf import KRUConfig, scan, scan_triton
+from kru_hf import KRUForCausalLM, scan, scan_triton
+from kru_hf.cells import CELLS
 from training.common.errors import UserError
 from training.evaluate import main as evaluate
-from training.models.build import check_device
+from training.loop.arguments import parse_arguments
+from training.models.build import build_model, using_backend
 from training.options.fields import MAX_SEED
 from training.records.run_record import read_options
 from training.train import main
@@ -87,45 +90,59 @@ def test_the_largest_seed_trains(text_file, tmp_path):
     assert read_options(tmp_path / "run" / "recipe.yaml")["seed"] == MAX_SEED
 
 
-@pytest.mark.skipif(scan_triton.is_interpreted(), reason="here the kernels run on the CPU")
-@pytest.mark.parametrize(("engine", "device"), [("cpu", "cuda"), ("triton", "cpu")])
-def test_an_engine_of_another_device_is_refused(engine, device):
-    with pytest.raises(UserError, match=f"scan_backend='{engine}' cannot run on the device '{device}'"):
-        check_device(KRUConfig(scan_backend=engine), torch.device(device))
-    other = {"cpu": "cuda", "cuda": "cpu"}[device]
-    check_device(KRUConfig(scan_backend=engine), torch.device(other))
-    check_device(KRUConfig(scan_backend="auto"), torch.device(device))
-
-
-def test_commands_ask_on_which_device_the_engine_runs(text_file, trained, tmp_path, capsys, monkeypatch):
-    """As on a machine with a GPU, where --use_cpu leaves it idle."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine whose GPU the triton engine could use."""
     monkeypatch.setattr(scan, "triton_unavailable_reason", lambda cell: None)
     monkeypatch.setattr(scan_triton, "is_interpreted", lambda: False)
-    words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, "--scan_backend=triton"]
-    assert main(words) == 1
-    assert "scan_backend='triton' cannot run on the device 'cpu'" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    shutil.copytree(trained, tmp_path / "gpu")
-    config = json.loads((tmp_path / "gpu" / "config.json").read_text())
-    (tmp_path / "gpu" / "config.json").write_text(json.dumps({**config, "scan_backend": "triton"}))
-    assert evaluate([f"--model={tmp_path / 'gpu'}", f"--dataset={text_file}", "--use_cpu"]) == 1
-    assert "scan_backend='triton' cannot run on the device 'cpu'" in capsys.readouterr().err
 
 
-def test_an_engine_that_cannot_run_is_refused_before_anything_is_written(text_file, trained, tmp_path, capsys):
-    if scan_triton.is_available():
-        pytest.skip("here the engine runs")
-    words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, "--scan_backend=triton"]
-    assert main(words) == 1
-    assert "error: scan_backend='triton' cannot run here: " in capsys.readouterr().err
+@pytest.mark.parametrize(("engine", "device"), [("cpu", "cuda"), ("triton", "cpu")])
+def test_an_engine_runs_on_its_own_device_alone(engine, device, gpu):
+    model = KRUForCausalLM(tiny_config())
+    with (
+        pytest.raises(UserError, match=f"backend='{engine}' cannot run on the device '{device}'"),
+        using_backend(engine, model, torch.device(device)),
+    ):
+        pass
+    other = {"cpu": "cuda", "cuda": "cpu"}[device]
+    with using_backend(engine, model, torch.device(other)):
+        assert scan._choice == engine
+    with using_backend("auto", model, torch.device(device)):
+        assert scan._choice == "auto"
+
+
+def test_an_engine_that_cannot_run_is_refused_before_anything_is_written(text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scan, "triton_unavailable_reason", lambda cell: f"no GPU for the cell {cell.name}")
+    words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, "--backend=triton"]
+    for cell in ("kru", "gru"):
+        assert main([*words, f"--cell_type={CELLS[cell].type}"]) == 1
+        said = f"error: backend='triton' cannot run here: no GPU for the cell {cell}; 'auto' takes what can"
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert main([*words, "--cell_type=kru_gru"]) == 1
-    assert "the triton engine has no kernel for the cell 'gru'" in capsys.readouterr().err
-    shutil.copytree(trained, tmp_path / "gpu")
-    config = json.loads((tmp_path / "gpu" / "config.json").read_text())
-    (tmp_path / "gpu" / "config.json").write_text(json.dumps({**config, "scan_backend": "triton"}))
-    assert evaluate([f"--model={tmp_path / 'gpu'}", f"--dataset={text_file}", "--use_cpu"]) == 1
-    assert "scan_backend='triton' cannot run here: " in capsys.readouterr().err
+
+
+def test_the_backend_is_that_of_the_run(text_file, tmp_path, capsys, monkeypatch):
+    used = []
+    run = scan.scan_reference
+    monkeypatch.setattr(scan, "scan_reference", lambda *args: used.append(scan._choice) or run(*args))
+    words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, "--backend=reference"]
+    assert main(words) == 0
+    assert set(used) == {"reference"} and scan._choice == "auto"
+    assert read_options(tmp_path / "run" / "recipe.yaml")["backend"] == "reference"
+
+
+def test_frozen_factors_stay_where_they_start_also_in_a_run_that_resumes(text_file, tmp_path):
+    words = [f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}", *TINY, "--freeze_factors"]
+    assert main([*words, "--save_steps=3"]) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    assert main([*words, "--resume_from_checkpoint=last"]) == 0
+    assert read_options(tmp_path / "run" / "recipe.yaml")["freeze_factors"] is True
+    trained = KRUForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-6")
+    torch.manual_seed(0)
+    start = build_model("causal_lm", parse_arguments(words).model, vocab_size=trained.config.vocab_size)
+    for (name, begun), (_, ended) in zip(start.named_parameters(), trained.named_parameters(), strict=True):
+        assert torch.equal(begun, ended) == (".factors." in name), name
 
 
 def test_evaluate_prints_the_runs_own_figures(trained, text_file, capsys):

@@ -282,12 +282,6 @@ def test_factors_have_their_own_rate_and_no_decay():
     assert bias.ndim == 2 and any(bias is p for p in parameter_groups(gated, run)[1]["params"])
 
 
-@pytest.mark.parametrize("head", ["sequence_classification", "token_classification", "piano_roll"])
-def test_tied_embeddings_are_for_language_models(head):
-    with pytest.raises(UserError, match=f"tie_word_embeddings=True cannot be given for a {head} task"):
-        build_model(head, ModelOptions(tie_word_embeddings=True), vocab_size=10)
-
-
 @pytest.mark.parametrize("task", ["pixel_mnist", "piano_roll", "phonemes"])
 def test_hub_options_are_refused_for_built_in_data(tmp_path, capsys, task):
     assert main(["--task", task, "--dataset_revision", "x", "--output_dir", str(tmp_path / "run")]) == 1

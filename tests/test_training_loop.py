@@ -147,7 +147,7 @@ def test_accumulation_and_reset_state_and_plateau(text_file, tmp_path):
     figures = []
     for parts in (1, 2):
         folder = tmp_path / str(parts)
-        changes = {"input_dropout": 0, "carry_state": "false", "lr_scheduler_type": "plateau"}
+        changes = {"state_dropout": 0, "carry_state": "false", "lr_scheduler_type": "plateau"}
         rows = {"per_device_train_batch_size": 4 // parts, "gradient_accumulation_steps": parts}
         assert main(options(text_file, folder, **changes, **rows)) == 0
         figures.append(json.loads((folder / "all_results.json").read_text())["test_bpc"])
@@ -155,7 +155,7 @@ def test_accumulation_and_reset_state_and_plateau(text_file, tmp_path):
 
 
 def test_two_processes_train_as_one(text_file, tmp_path):
-    common = {"input_dropout": 0, "max_steps": 30, "eval_steps": 10}
+    common = {"state_dropout": 0, "max_steps": 30, "eval_steps": 10}
     assert main(options(text_file, tmp_path / "one", **common)) == 0
     config = ROOT / "training" / "accelerate" / "two_cpu_processes.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "training.train"]
@@ -289,7 +289,7 @@ def test_norm_of_the_recurrent_matrix_is_held(text_file, tmp_path, driver):
     assert norms[0] > 1 and norms[1] == pytest.approx(0.9, abs=NORM)
 
 
-@pytest.mark.parametrize("other", ["--architecture=lstm", "--cell_type=kru_gru", "--train_factors=false"])
+@pytest.mark.parametrize("other", ["--architecture=lstm", "--cell_type=kru_gru", "--freeze_factors"])
 def test_no_norm_to_hold(text_file, tmp_path, other, capsys):
     kind = {"factor_shapes": None, "block_type": None} if "lstm" in other else {}
     assert main([*options(text_file, tmp_path, max_recurrent_norm=1, **kind), other]) == 1

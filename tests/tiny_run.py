@@ -44,7 +44,7 @@ def options(text_file, folder, **changes) -> list[str]:
     """Command line of a tiny run with dropout, so that the random state matters."""
     values = {
         "dataset": text_file, "output_dir": folder, "state_size": 24, "factor_shapes": "4x4,6x6", "block_type": "plain",
-        "input_dropout": 0.1, "max_steps": STEPS, "eval_steps": 4, "save_steps": 5, "logging_steps": 3,
+        "state_dropout": 0.1, "max_steps": STEPS, "eval_steps": 4, "save_steps": 5, "logging_steps": 3,
         "per_device_train_batch_size": 4, "sequence_length": 16, "learning_rate": 0.01,
         "report_to": "none", "sample_length": 10, "use_cpu": "true", **changes,
     }  # fmt: skip

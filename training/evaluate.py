@@ -18,7 +18,7 @@ from .common import processes
 from .common.errors import UserError
 from .common.files import check_fields
 from .loop.scoring import evaluate
-from .models.build import check_device, check_fit, load_model
+from .models.build import check_fit, load_model
 from .options.data import DataOptions
 from .options.fields import option
 from .options.parser import parse_words
@@ -104,7 +104,6 @@ def run(argv: list[str]) -> dict[str, float]:
     except ValueError as error:
         raise UserError(f"mixed_precision={precision!r} of {options.model!r}: {error}; pass another") from error
     processes.check_world(accelerator)
-    check_device(model.config, accelerator.device)
     figures = evaluate(task, model.to(accelerator.device), options.split, accelerator)
     if accelerator.is_main_process:
         print_table(options, task, model, figures)

@@ -85,10 +85,11 @@ def test_fake_and_meta_tensors_have_the_shapes(cell):
 
 @pytest.mark.parametrize("cell", CELL_TYPES)
 @pytest.mark.parametrize(("bidirectional", "dtype"), [(False, torch.float32), (True, torch.float64)], ids=str)
-def test_compiled_models_are_eager(cell, bidirectional, dtype):
+def test_compiled_models_are_eager(cell, bidirectional, dtype, choose_backend):
     torch._dynamo.reset()
+    choose_backend("portable")
     torch.manual_seed(0)
-    options = {"cell_type": cell, "input_scale": 1.0, "scan_backend": "portable", "num_labels": 11}
+    options = {"cell_type": cell, "input_scale": 1.0, "num_labels": 11}
     head = KRUForTokenClassification if bidirectional else KRUForCausalLM
     model = head(tiny_config(bidirectional=bidirectional, **options)).to(dtype).train()
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])

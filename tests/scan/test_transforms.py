@@ -117,10 +117,11 @@ def test_second_derivatives_are_refused(function, backend, power):
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_second_derivatives_of_a_model(power):
+def test_second_derivatives_of_a_model(power, choose_backend):
     """A penalty on gradients, with everything between the recurrence and the loss, against finite differences."""
+    choose_backend("reference")
     torch.manual_seed(0)
-    config = tiny_config(block_type="plain", num_labels=2, scan_backend="reference", input_scale=1.0)
+    config = tiny_config(block_type="plain", num_labels=2, input_scale=1.0)
     model = KRUForSequenceClassification(config).eval().double()
     x = torch.randn(2, 3, config.hidden_size, dtype=torch.float64, requires_grad=True)
 

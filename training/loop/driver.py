@@ -30,8 +30,8 @@ from .scoring import evaluate
 # Options that change neither the weights nor which ones are the best: a resumed run may change them.
 FREE_OPTIONS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "save_steps", "save_total_limit",
-    "logging_steps", "sample_length", "use_cpu", "num_threads", "evaluate_test", "push_to_hub", "hub_model_id",
-    "hub_private_repo", "data_license", "dataset", "per_device_train_batch_size",
+    "logging_steps", "sample_length", "use_cpu", "num_threads", "backend", "evaluate_test", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "data_license", "dataset", "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }  # fmt: skip
 FREE_CONFIG = {"transformers_version", "_name_or_path", "auto_map", "architectures", "dtype"}
@@ -318,6 +318,6 @@ def bounded_cells(model: Any, limit: float | None) -> list[KRURecurrence]:
     if not limit:
         return []
     cells = [m for m in model.modules() if isinstance(m, KRURecurrence) and m.cell.complex]
-    if model.config.model_type != "kru" or not cells or not model.config.train_factors:
+    if model.config.model_type != "kru" or not cells or not cells[0].factors[0].requires_grad:
         raise UserError(f"max_recurrent_norm={limit!r} is for trained factors of cell_type kru alone: leave it out")
     return cells

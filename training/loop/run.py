@@ -20,7 +20,7 @@ from ..common.errors import UserError
 from ..common.lock import locked
 from ..common.machine import keep_freed_memory, machines_record
 from ..common.stopping import StopRequest
-from ..models.build import build_model, check_device, check_fit, load_model
+from ..models.build import build_model, check_fit, freeze_factors, load_model, using_backend
 from ..options.model import ModelOptions
 from ..records.publishing import check_before_training, publish_command, publish_folder, said
 from ..records.run_record import RECIPE, RUN, read_fields, read_record, recipe_text
@@ -47,18 +47,22 @@ def inherit(options: ModelOptions) -> None:
 
 
 def prepare_task(arguments: Arguments) -> tuple[Task, Any]:
-    """The task with its data, and the model: new, or a trained one to go on from."""
+    """The task with its data, and the model: new, or a trained one to start from."""
     task = get_task(arguments.run.task)(arguments.task, arguments.data, arguments.run.seed)
     if arguments.model.model is None:
         task.load()
         torch.manual_seed(arguments.run.seed)  # the same start on every rank
-        return task, build_model(task.head, arguments.model, **task.model_kwargs())
-    model, tokenizer = load_model(arguments.model.model, task.head)
-    arguments.model.check_turned_off(model.config)
-    task.load(tokenizer)
-    task.check_vocabulary()
-    check_fit(arguments.model.model, model, task.name, task.model_kwargs())
-    return task, model.float()
+        model = build_model(task.head, arguments.model, **task.model_kwargs())
+    else:
+        model, tokenizer = load_model(arguments.model.model, task.head)
+        arguments.model.check_turned_off(model.config)
+        task.load(tokenizer)
+        task.check_vocabulary()
+        check_fit(arguments.model.model, model, task.name, task.model_kwargs())
+        model = model.float()
+    if arguments.run.freeze_factors:
+        freeze_factors(model)
+    return task, model
 
 
 def build_accelerator(arguments: Arguments) -> Accelerator:
@@ -178,19 +182,26 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
     with ExitStack() as held:
         found = processes.together(accelerator, lambda: open_folder(arguments, held) if is_main else None)
         (found,) = broadcast_object_list([found])
-        figures = train(arguments, stop, driver, accelerator, found)
+        task, model = processes.together(accelerator, lambda: prepare_task(arguments))
+        engine = using_backend(arguments.run.backend, model, accelerator.device)
+        processes.together(accelerator, lambda: held.enter_context(engine))
+        figures = train(arguments, stop, driver, accelerator, found, task, model)
         if is_main and arguments.run.push_to_hub:
             publish(arguments)  # the other processes have ended: none waits for the upload
     return figures
 
 
 def train(
-    arguments: Arguments, stop: StopRequest, driver: type[Driver], accelerator: Accelerator, found: Path | None
+    arguments: Arguments,
+    stop: StopRequest,
+    driver: type[Driver],
+    accelerator: Accelerator,
+    found: Path | None,
+    task: Task,
+    model: Any,
 ) -> dict[str, Any]:
     """A run in a folder that is locked, from the checkpoint `found` or from the beginning."""
     is_main = accelerator.is_main_process
-    task, model = processes.together(accelerator, lambda: prepare_task(arguments))
-    processes.together(accelerator, lambda: check_device(model.config, accelerator.device))
     processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
     loop = driver(arguments, task, model, accelerator, stop)
     if found is not None:

@@ -35,7 +35,7 @@ class BaselineConfig(PreTrainedConfig):
         recurrent_rank: rank of the recurrent matrix of "low_rank"; None takes an eighth of state_size.
         recurrent_factor_shapes: [[P_0, Q_0], …] with products H: the recurrent matrices of each gate are Kronecker
             products of real factors, see ``kru_hf.kroneckerize``; for "rnn", "lstm" and "gru".
-        input_dropout, hidden_dropout, state_dropout: on the embedding, between layers, and before the readout.
+        hidden_dropout, state_dropout: between layers, and before the readout.
         forget_bias: start of the LSTM's forget-gate bias.
         chrono_max_length: as in KRUConfig, for "lstm" and "gru": the bias of the gate that keeps is drawn instead.
     """
@@ -51,7 +51,6 @@ class BaselineConfig(PreTrainedConfig):
     input_size: int | None = None
     recurrent_rank: int | None = None
     recurrent_factor_shapes: list | None = None
-    input_dropout: float | int = 0.0
     state_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     forget_bias: float | int = 1.0
@@ -113,13 +112,11 @@ class BaselineConfig(PreTrainedConfig):
                     f"chrono_max_length is for lstm and gru only, got {self.chrono_max_length} with cell {self.cell!r}"
                 )
             check_chrono("chrono_max_length", self.chrono_max_length)
-        for name in ("input_dropout", "state_dropout", "hidden_dropout"):
+        for name in ("state_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.tie_word_embeddings and self.hidden_size != self.state_size:
-            raise ValueError(
-                f"tie_word_embeddings needs hidden_size = state_size, got {self.hidden_size} and {self.state_size}"
-            )
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be False, got True: the head has weights of its own")
 
 
 class Baseline(KRUPreTrainedModel):
@@ -197,8 +194,8 @@ class BaselineModel(Baseline):
         self.embed_tokens: Any = None
         if config.input_size is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-            # As torch starts it: transformers' 0.02 costs an LSTM 0.16 bits in 1,500 steps. Tied, it is a head as well.
-            self.embed_tokens.init_std = config.initializer_range if config.tie_word_embeddings else 1.0
+            # As torch starts it: transformers' 0.02 costs an LSTM 0.16 bits in 1,500 steps.
+            self.embed_tokens.init_std = 1.0
         self.recurrent = build_recurrent(config)
         self.post_init()
 
@@ -245,7 +242,6 @@ class BaselineModel(Baseline):
         if input_values is not None and (input_values.ndim != 3 or input_values.shape[-1] != width):
             raise ValueError(f"input_values must have the shape (B, T, {width}), got {tuple(input_values.shape)}")
         x = given[0].to(self.dtype) if input_ids is None else self.embed_tokens(input_ids)  # (B, T, D)
-        x = nn.functional.dropout(x, self.config.input_dropout, self.training)  # (B, T, D)
         features, final = self.recurrent(x, self.initial(past_key_values, batch))  # (B, T, H)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache: Any = past_key_values

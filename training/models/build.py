@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -73,12 +73,9 @@ def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedMod
         values["cell"] = options.architecture
     if values.get("bidirectional") and head in STREAMED:
         raise UserError(f"bidirectional=True cannot be given for a {head} task: it would read what it is to predict")
-    if values.get("tie_word_embeddings") and head != "causal_lm":
-        raise UserError(f"tie_word_embeddings=True cannot be given for a {head} task: its outputs are not its inputs")
     if options.parameter_budget is not None:
         values = within_budget(head, config_type, options, values)
     config = make_config(config_type, values)
-    check_engine(config)
     model = in_memory(head, config, options)
     if options.parameter_budget is not None and processes.rank() == 0:
         names = ("state_size", "factor_shapes", "io_rank", "hidden_size", "recurrent_rank")
@@ -96,20 +93,40 @@ def make_config(config_type: Any, values: dict[str, Any]) -> PreTrainedConfig:
         raise UserError(f"model options: {_root_cause(error)}") from error
 
 
-def check_engine(config: PreTrainedConfig) -> None:
-    """`UserError` if the config names an engine that cannot run here: else the first step would find out."""
-    engine = getattr(config, "scan_backend", "auto")
-    reason = scan.unavailable_reason(engine, getattr(config, "recurrent_cell", None))
+@contextmanager
+def using_backend(backend: str, model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Run the recurrences of a KRU model by an engine; `UserError` if it cannot run here: the first step would say it.
+
+    "auto" leaves the choice to ``kru_hf.use_backend``.
+    """
+    if backend == "auto":
+        yield
+        return
+    check_kronecker(model, f"backend={backend!r}")
+    reason = scan.unavailable_reason(backend, model.config.recurrent_cell)
     if reason is not None:
-        raise UserError(f"scan_backend={engine!r} cannot run here: {reason}; 'auto' takes what can")
+        raise UserError(f"backend={backend!r} cannot run here: {reason}; 'auto' takes what can")
+    on_cpu = backend == "cpu" or (backend == "triton" and scan_triton.is_interpreted())
+    if backend in ("cpu", "triton") and on_cpu != (device.type == "cpu"):
+        raise UserError(f"backend={backend!r} cannot run on the device {device.type!r}; 'auto' takes what can")
+    kru_hf.use_backend(backend)
+    try:
+        yield
+    finally:
+        kru_hf.use_backend("auto")
 
 
-def check_device(config: PreTrainedConfig, device: torch.device) -> None:
-    """`UserError` if the config names an engine of another device than the one that runs the model."""
-    engine = getattr(config, "scan_backend", "auto")
-    on_cpu = engine == "cpu" or (engine == "triton" and scan_triton.is_interpreted())
-    if engine in ("cpu", "triton") and on_cpu != (device.type == "cpu"):
-        raise UserError(f"scan_backend={engine!r} cannot run on the device {device.type!r}; 'auto' takes what can")
+def freeze_factors(model: PreTrainedModel) -> None:
+    """Leave the factors of a KRU model out of training: W stays where it is."""
+    check_kronecker(model, "freeze_factors=True")
+    for _, factor in cast(kru_hf.KRUPreTrainedModel, model).recurrent_parameters():
+        factor.requires_grad_(False)
+
+
+def check_kronecker(model: PreTrainedModel, given: str) -> None:
+    """`UserError` for an option of Kronecker recurrences, and a trained model without any."""
+    if not isinstance(model.config, kru_hf.KRUConfig):
+        raise UserError(f"{given} has no effect here: the model is a {model.config.model_type}, without factors")
 
 
 def count_parameters(head: str, config: PreTrainedConfig) -> int:
@@ -185,11 +202,8 @@ def loading(folder: str, part: str) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def load_model(folder: str, head: str, **changes: Any) -> tuple[PreTrainedModel, Any]:
+def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer (or None) of a trained folder or Hub id; pushed code is never executed.
-
-    Args:
-        changes: config fields in place of those of config.json.
 
     Raises:
         UserError: it does not exist, is incomplete or damaged, or model and tokenizer do not fit together; it names the
@@ -203,8 +217,7 @@ def load_model(folder: str, head: str, **changes: Any) -> tuple[PreTrainedModel,
     if local.exists():
         check_files(local)
     with loading(folder, "config.json"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
-        check_engine(config)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         load: Any = model_class(head, config).from_pretrained
     if (local / "generation_config.json").exists():
         with loading(folder, "generation_config.json"):

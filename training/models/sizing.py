@@ -59,7 +59,7 @@ def fit_to_budget(budget: int, architecture: str, values: dict[str, Any], count:
 
     def complete(size: int) -> dict[str, Any]:
         chosen = {**values, field: size}
-        if not kronecker and field != "hidden_size" and embeds(values) and not values.get("tie_word_embeddings"):
+        if not kronecker and field != "hidden_size" and embeds(values):
             chosen.setdefault("hidden_size", min(chosen["state_size"], -(-values["vocab_size"] // 2)))
         return chosen
 

@@ -23,7 +23,7 @@ OFF_AT_0 = ("positive, or 0 to turn it off", lambda value: value >= 0)
 KRU: Condition = {"architecture": KRONECKER}
 SOFT: Condition = {"architecture": ("kru",)}
 COMPLEX: Condition = {**KRU, "cell_type": ("kru",)}
-TRAINED: Condition = {**SOFT, "cell_type": ("kru",), "train_factors": (True,)}
+TRAINED: Condition = {**SOFT, "cell_type": ("kru",), "freeze_factors": Is.OFF}
 RESIDUAL: Condition = {**KRU, "block_type": ("residual",)}
 LAYERS: Condition = {"architecture": BASELINES, "num_hidden_layers": 2}
 
@@ -124,11 +124,8 @@ class ModelOptions(Options):
         off=0,
         allowed=OFF_AT_0,
     )
-    input_scale: float | None = of_new(
-        "Standard deviation of the input map at the start.", {**KRU, "tie_word_embeddings": (False,)}, RESIDUAL
-    )
+    input_scale: float | None = of_new("Standard deviation of the input map at the start.", KRU)
     activation: str | None = of_new("State activation of a kru model: modrelu or identity.", COMPLEX)
-    input_dropout: float | None = of_new("Dropout after the input map (after the embedding for baselines).", off=0)
     state_dropout: float | None = of_new("Dropout on the states before they are read.", off=0)
     hidden_dropout: float | None = of_new(
         "Dropout on the residual branches (between the layers of baselines).", LAYERS, RESIDUAL, off=0
@@ -147,14 +144,11 @@ class ModelOptions(Options):
         off=0,
         allowed=("0 or more", lambda value: 0 <= value < math.inf),
     )
-    train_factors: bool | None = of_new("Whether the Kronecker factors are trained; false freezes them.", KRU)
-    scan_backend: str | None = of_new("Engine of the recurrence: auto, reference, portable, cpu or triton.", KRU)
     layer_norm_epsilon: float | None = of_new("Epsilon of the RMS norms.", {**KRU, "readout_norm": (True,)}, RESIDUAL)
     initializer_range: float | None = of_new("Standard deviation of the output head's weights at the start.")
     use_cache: bool | None = of_new(
         "Whether the saved model returns its state by default.", {"bidirectional": Is.OFF}, off=False
     )
-    tie_word_embeddings: bool | None = of_new("Whether embedding and output layer share their weights.", off=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from kru_hf.transforms import BACKENDS
+
 from .fields import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -26,7 +28,11 @@ from .fields import (
 MAX_THREADS = 1024  # OpenMP ends the process where it cannot start them
 ADAMW: Condition = {"optimizer": ("adamw",)}
 PUSHED: Condition = {"push_to_hub": (True,)}
-WITH_FACTORS: Condition = {"architecture": ("kru", "unitary", "orthogonal"), "train_factors": (True,)}
+KRONECKER: tuple[Condition, ...] = ({"architecture": ("kru", "unitary")}, {"model": Is.ON})
+LEARNED: tuple[Condition, ...] = tuple(
+    {**condition, "freeze_factors": Is.OFF}
+    for condition in ({"architecture": ("kru", "unitary", "orthogonal")}, {"model": Is.ON})
+)
 PATH = ("a path, or left out", bool)
 
 training = partial(option, group="training")
@@ -65,8 +71,11 @@ class TrainingOptions(Options):
     factor_learning_rate_scale: float = training(
         0.1,
         "Learning rate of the factors, as a multiple of learning_rate.",
-        only=(WITH_FACTORS, {"model": Is.ON}),
+        only=LEARNED,
         allowed=FINITE,
+    )
+    freeze_factors: bool = training(
+        False, "Leave the Kronecker factors where they start (the paper's copy memory).", only=KRONECKER
     )
     weight_decay: float | None = training(
         None,
@@ -102,6 +111,13 @@ class TrainingOptions(Options):
         0,
         "CPU threads a process; 0 shares the cores out among this machine's processes.",
         allowed=at_most(MAX_THREADS, 0),
+    )
+    backend: str = training(
+        "auto",
+        f"Engine of the recurrence: {', '.join(BACKENDS)}.",
+        only=KRONECKER,
+        off="auto",
+        allowed=(f"one of {', '.join(BACKENDS)}", BACKENDS.__contains__),
     )
     use_cpu: bool = training(False, "Train on the CPU even if there is an accelerator.")
     eval_steps: int = training(200, "Steps between evaluations on the validation data.", allowed=AT_LEAST_1)

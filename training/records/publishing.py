@@ -128,9 +128,9 @@ def auto_map(config: dict[str, Any]) -> dict[str, str]:
 
 
 def published_config(folder: Path) -> bytes:
-    """config.json with its auto_map, and with the choice of the engine left to the machine that loads it."""
+    """config.json with its auto_map."""
     config = read_json(folder / "config.json")
-    config = {**config, "auto_map": auto_map(config), "scan_backend": "auto"}
+    config = {**config, "auto_map": auto_map(config)}
     config.pop("_name_or_path", None)
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
@@ -173,7 +173,7 @@ def check_model(folder: Path, class_name: str) -> None:
     if class_name not in HEADS:
         known = ", ".join(HEADS)
         raise UserError(f"config.json names the class {class_name!r}; kru_hf {kru_hf.__version__} publishes {known}")
-    model, tokenizer = load_model(str(folder), HEADS[class_name], scan_backend="auto")
+    model, tokenizer = load_model(str(folder), HEADS[class_name])
     if type(model).__name__ != class_name:
         raise UserError(f"config.json names the class {class_name!r}, but describes a {type(model).__name__}")
     if class_name == "KRUForCausalLM" and tokenizer is None:

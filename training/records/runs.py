@@ -37,7 +37,7 @@ METRIC_ORDER = {"bpc": False, "nll_per_frame": False, "mse": False, "accuracy": 
 # What may differ between the seeds of one row, and is no difference between two models.
 INCIDENTAL = {
     "seed", "model", "report_to", "save_steps", "save_total_limit", "logging_steps", "sample_length", "num_threads",
-    "use_cpu", "evaluate_test", "data_license", "dataset", "eval_batch_size", "scan_backend", "use_cache",
+    "use_cpu", "evaluate_test", "data_license", "dataset", "eval_batch_size", "backend", "use_cache",
     "parameter_budget", "eval_steps", "architecture",
 }  # fmt: skip
 OFF = (*OFF_AT_ZERO, "max_recurrent_norm")
@@ -156,7 +156,7 @@ def label_of(record: RunRecord) -> str:
         f", rank-{config['io_rank']} maps" if config.get("io_rank") else "",
         f", maps of {config['kronecker_terms']} terms" if config.get("kronecker_terms") else "",
         f", feed-forward {config['intermediate_size']}" if config.get("intermediate_size") else "",
-        "" if config.get("train_factors", True) else ", frozen factors",
+        ", frozen factors" if record.options.get("freeze_factors") else "",
         f", {layers} layers" if layers > 1 else "",
     ]
     return "".join(parts)
