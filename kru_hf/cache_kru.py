@@ -1,7 +1,7 @@
 """What a call is given beside its inputs: the recurrent state, which steps count, and where documents begin.
 
 The state is a transformers cache, between steps of ``generate()`` and between windows of truncated BPTT. Packed batches
-put documents behind each other in one row and mark where each begins: ``position_ids`` that start again, ``seq_idx``,
+put several documents into one row and mark where each begins: ``position_ids`` that start again, ``seq_idx``,
 ``cu_seq_lens_q``, or an attention mask that numbers its segments.
 """
 
@@ -101,7 +101,7 @@ class KRUCache(DynamicCache):
 
     @classmethod
     def from_states(cls, states: Sequence[Tensor]) -> "KRUCache":
-        """A cache that starts from ``states``, one (B, S, N) a layer: (B, 2, N) for the complex cell."""
+        """A cache that starts from ``states``, one (B, S, N) per layer: (B, 2, N) for the complex cell."""
         cache = cls(len(states))
         for layer, state in zip(cache.layers, states, strict=True):
             layer.store(state, 0)
@@ -157,7 +157,7 @@ def refuse_state(past_key_values: Any, use_cache: bool | None) -> None:
     if name is not None:
         raise ValueError(
             f"{name} needs a model with bidirectional = False: the reverse direction of this one begins at the end of "
-            "the sequence, so there is no state to go on from"
+            "the sequence, so there is no state to start from"
         )
 
 
@@ -168,7 +168,7 @@ def refuse_bidirectional(config: Any, what: str) -> None:
 
 
 def _require(condition: Tensor, message: str, result: Tensor, found: Tensor | None = None) -> Tensor:
-    """``result``, and a ValueError unless ``condition`` () holds; where code must not look, an error of the run."""
+    """``result``, or a ValueError unless ``condition`` () holds: at run time where code must not depend on values."""
     if is_transformed([condition]):
         condition = torch.func.debug_unwrap(condition).all()  # ()
     if not can_look_at(condition):
@@ -218,7 +218,7 @@ def read_mask(attention_mask: Tensor, batch: int, length: int) -> tuple[Tensor |
 
 
 def _begins(numbers: Tensor, mask: Tensor | None, step: int) -> Tensor:
-    """Where ``numbers`` (B, T) do not go on, by ``step`` a column, from the last step before that counts: (B, T)."""
+    """Where ``numbers`` (B, T) do not continue, by ``step`` per column, the last step before that counts: (B, T)."""
     columns = torch.arange(numbers.shape[1], device=numbers.device)  # (T,)
     if mask is None:
         last = (columns - 1).expand_as(numbers)  # (B, T)
@@ -226,8 +226,8 @@ def _begins(numbers: Tensor, mask: Tensor | None, step: int) -> Tensor:
         last = torch.where(mask, columns, -1).cummax(1).values.roll(1, 1)  # (B, T)
         last = torch.where(columns == 0, -1, last)  # (B, T)
     before = numbers.gather(1, last.clamp(min=0))  # (B, T)
-    goes_on = (numbers == before + step) | (numbers == before + step * (columns - last))  # (B, T)
-    begins = (last >= 0) & ~goes_on  # (B, T)
+    continues = (numbers == before + step) | (numbers == before + step * (columns - last))  # (B, T)
+    begins = (last >= 0) & ~continues  # (B, T)
     return begins if mask is None else begins & mask
 
 
@@ -262,10 +262,10 @@ def read_batch(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which steps count and at which a document begins, (B, T) bool each; None: all of them, and none.
 
-    A document begins at a step t > 0 that counts and does not go on from the last one before it that counts: neither
+    A document begins at a step t > 0 that counts and does not continue the last one before it that counts: neither
     the position nor the column of ``position_ids`` is the next one, or the number of ``seq_idx`` (of the segment in the
     mask, of the interval of ``cu_seq_lens_q``) is another. The first step of a row that counts begins none: it
-    goes on from the state that is carried, if there is one. So positions that only count mark nothing.
+    starts from the state that is carried, if there is one. So positions that only count up mark nothing.
 
     Args:
         attention_mask: see :func:`read_mask`. marks: what a model was called with beside its inputs; ``position_ids``,
@@ -292,7 +292,7 @@ def read_batch(
 
 
 def _by_document(x: Tensor, starts: Tensor) -> Tensor:
-    """(B, T, …) to (documents, longest, …): each document is a row, zeros (False) stand behind shorter ones."""
+    """(B, T, …) to (documents, longest, …): each document is a row, zeros (False) pad shorter ones."""
     rows = [row.tensor_split(begins.nonzero()[:, 0].cpu()) for row, begins in zip(x, starts, strict=True)]
     return pad_sequence([document for row in rows for document in row], batch_first=True)
 

@@ -84,7 +84,7 @@ def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
 
 
 class _NormedLinear(torch.autograd.Function):
-    """y = s · (x Aᵀ) with s = (mean x² + ε)^{-1/2} a position: x is read, never copied."""
+    """y = s · (x Aᵀ) with s = (mean x² + ε)^{-1/2} per position: x is read, never copied."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -156,8 +156,8 @@ def undropped(dropout: float, training: bool) -> float:
 def normed_linear(x: Tensor, module: nn.Module, epsilon: float | None, scale: float = 1.0) -> Tensor:
     """``module(scale * rms_norm(x))`` for a linear map and x (…, in), which is cast to the dtype of the map: (…, out).
 
-    The norm has no parameters. A bare map is not called: norm and scale are applied to the product as one number a
-    position, and x, the widest tensor of the model, is neither copied nor saved a second time. ``epsilon`` None: no
+    The norm has no parameters. A bare map is not called: norm and scale are applied to the product as one number
+    per position, and x, the widest tensor of the model, is neither copied nor saved a second time. ``epsilon`` None: no
     norm and no scale, ``module(x)``.
     """
     own, device = map_dtype(module, x), x.device.type

@@ -1,4 +1,4 @@
-"""Layers that stand where ``torch.nn.RNN``, ``LSTM`` and ``GRU`` stand: ``KRU``, ``KRULSTM``, ``KRUGRU``, ``KRUJANET``.
+"""Layers in place of ``torch.nn.RNN``, ``LSTM`` and ``GRU``: ``KRU``, ``KRULSTM``, ``KRUGRU``, ``KRUJANET``.
 
 nn.LSTM(64, 900, num_layers=2, batch_first=True)  ->  KRULSTM(64, 900, num_layers=2, batch_first=True)
 """
@@ -18,7 +18,7 @@ class _KroneckerLayer(nn.Module):
     """Stacked, possibly bidirectional recurrences with torch's arguments and shapes.
 
     Args:
-        input_size: width of the inputs. state_size: N units a direction, torch's hidden_size, a name that is taken too.
+        input_size: width of the inputs. state_size: N units per direction; ``hidden_size``, torch's name, is taken too.
         num_layers: layers, each reading the one below. bias: False fixes the cell's bias at zero.
         batch_first: inputs and outputs (B, T, ·) instead of (T, B, ·).
         dropout: probability on the output of every layer but the last, in training.
@@ -31,7 +31,7 @@ class _KroneckerLayer(nn.Module):
     The output has the dtype of the input, the state is in fp32 (fp64) whatever it is.
 
     Raises:
-        ValueError: an argument outside what is allowed. TypeError: one that there is not.
+        ValueError: an argument outside what is allowed. TypeError: an unknown one.
     """
 
     proj_size = 0  # read by code that knows torch's layers
@@ -206,7 +206,7 @@ class _KroneckerLayer(nn.Module):
 
 
 class KRU(_KroneckerLayer):
-    """The paper's complex recurrence: features [Re h; Im h], 2N wide a direction; state (L·directions, B, 2N).
+    """The paper's complex recurrence: features [Re h; Im h], 2N wide per direction; state (L·directions, B, 2N).
 
     Further options: ``activation``, ``init``, ``init_scale``, ``init_max_phase``, ``bias_init`` of ``KRURecurrence``.
     Add :meth:`penalty`, times a coefficient, to the training loss.
@@ -221,7 +221,7 @@ class KRU(_KroneckerLayer):
 
 
 class KRULSTM(_KroneckerLayer):
-    """LSTM with Kronecker recurrent matrices: features N wide a direction; state (h, c), (L·directions, B, N) each.
+    """LSTM with Kronecker recurrent matrices: features N wide per direction; state (h, c), (L·directions, B, N) each.
 
     Further options: ``init_scale``, ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
     """
@@ -231,7 +231,7 @@ class KRULSTM(_KroneckerLayer):
 
 
 class KRUGRU(_KroneckerLayer):
-    """GRU with Kronecker recurrent matrices: features N wide a direction; state (L·directions, B, N).
+    """GRU with Kronecker recurrent matrices: features N wide per direction; state (L·directions, B, N).
 
     Further options: ``init_scale``, ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
     """
@@ -242,7 +242,7 @@ class KRUGRU(_KroneckerLayer):
 class KRUJANET(_KroneckerLayer):
     """JANET, the LSTM with only a forget gate, with Kronecker recurrent matrices: half the parameters of ``KRULSTM``.
 
-    Features N wide a direction; state (L·directions, B, N). See ``cells`` for its equation. Further options:
+    Features N wide per direction; state (L·directions, B, N). See ``cells`` for its equation. Further options:
     ``init_scale``, ``chrono_max_length`` and ``terms`` of ``KRURecurrence``.
     """
 

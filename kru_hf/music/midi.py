@@ -1,6 +1,6 @@
 """Standard MIDI files as notes: which key of which channel sounds from when to when, pedals included.
 
-The bytes are read here because no library at hand does it whole: symusic drops the channels, without which a pedal in
+The bytes are read here because no library does all of it: symusic drops the channels, without which a pedal in
 one track cannot hold notes of another; mido refuses files with unknown chunks or odd key signatures; both refuse RIFF,
 and neither knows time in seconds.
 """
@@ -11,7 +11,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-DEFAULT_TEMPO = 120.0  # quarter notes a minute, where the file has none
+DEFAULT_TEMPO = 120.0  # quarter notes per minute, where the file has none
 PERCUSSION = 9  # channel 10 as people count
 SUSTAIN, SOSTENUTO, SOUND_OFF, RESET = 64, 66, 120, 121  # controllers that make notes longer or shorter
 NOTES_OFF = range(123, 128)  # the changes of mode behind "all notes off" mean it too
@@ -19,7 +19,7 @@ FRAME_RATES = {24: 24.0, 25: 25.0, 29: 30 / 1.001, 30: 30.0}  # of SMPTE, frames
 
 
 class MidiError(ValueError):
-    """A file that is no usable piece; the message names the file and what is wrong with it."""
+    """A file that cannot be used as a piece; the message names the file and what is wrong with it."""
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Score:
 
     Args:
         ticks_per_quarter: ticks in a quarter note.
-        notes: (start, end, pitch) of every note that ends, but drums; held by a pedal it ends with the pedal.
-        tempos: (tick, quarter notes a minute).
+        notes: (start, end, pitch) of every note that ends, without drums; a note held by a pedal ends with the pedal.
+        tempos: (tick, quarter notes per minute).
         report: counts of what was changed or dropped, by the names of ``rolls.PROBLEMS``.
     """
 
@@ -45,7 +45,7 @@ class Channel:
 
     notes: list[tuple[int, int, int]] = field(default_factory=list)
     keys: dict[int, deque[int]] = field(default_factory=lambda: defaultdict(deque))  # pitch to starts of notes, down
-    held: list[tuple[int, int]] = field(default_factory=list)  # (start, pitch) whose key is up, but not a pedal
+    held: list[tuple[int, int]] = field(default_factory=list)  # (start, pitch) whose key is up while a pedal holds it
     caught: set[tuple[int, int]] = field(default_factory=set)  # by the sostenuto pedal: keys that were down before it
     sustain: bool = False
     sostenuto: bool = False
@@ -96,7 +96,7 @@ class Channel:
 def read_score(data: bytes) -> Score:
     """The notes of a file's bytes, all tracks of its channels together.
 
-    Time in seconds (SMPTE) is read at 120 quarter notes a minute.
+    Time in seconds (SMPTE) is read at 120 quarter notes per minute.
 
     Raises:
         MidiError: the bytes are damaged, no MIDI file, or several pieces in one (type 2).
@@ -135,7 +135,7 @@ def read_score(data: bytes) -> Score:
 
 
 def split_tracks(data: bytes) -> tuple[int, int, int, list[bytes]]:
-    """Type, number of tracks and unit of time as the header has them, and the tracks that there are."""
+    """Type, number of tracks and unit of time as the header has them, and the tracks found."""
     if data[:4] == b"RIFF" and data[8:12] == b"RMID":
         data = next((content for name, content in chunks(data[12:], "little") if name == b"data"), b"RMID")
     if not data.startswith(b"MThd"):
@@ -201,7 +201,7 @@ def track_events(track: bytes) -> Iterator[tuple[int, int, int, int]]:
 
 
 def variable_number(data: bytes, place: int) -> tuple[int, int]:
-    """A number of at most four bytes, seven bits in each, and the place behind it."""
+    """A number of at most four bytes, seven bits in each, and the place after it."""
     number = 0
     for index in range(place, place + 4):
         number = number << 7 | data[index] & 0x7F

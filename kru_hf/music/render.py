@@ -16,7 +16,7 @@ RINGING = 10.0  # seconds after which a string is silent in 16 bits
 
 
 def check_length(seconds: float, sample_rate: int = SAMPLE_RATE) -> None:
-    """`MidiError` for a sound that is too long to be made, or a rate that is none."""
+    """`MidiError` for a sound that is too long to be made, or a sample rate below 1."""
     if sample_rate < 1:
         raise MidiError(f"sample_rate={sample_rate} is not valid: it must be at least 1")
     if not seconds * sample_rate <= MAX_SECONDS * SAMPLE_RATE:
@@ -53,7 +53,7 @@ def synthesize(piece: PianoRoll, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
 
 
 def write_wav(piece: PianoRoll, path: str | Path, sample_rate: int = SAMPLE_RATE) -> None:
-    """Write what :func:`synthesize` gives as a mono WAV file of 16 bits."""
+    """Write what :func:`synthesize` gives as a mono 16-bit WAV file."""
     sound = synthesize(piece, sample_rate)  # (L,)
     sound *= 32767
     with wave.open(str(path), "wb") as file:
@@ -64,7 +64,7 @@ def write_wav(piece: PianoRoll, path: str | Path, sample_rate: int = SAMPLE_RATE
 
 
 def draw_roll(piece: PianoRoll, path: str | Path, prime_frames: int = 0, title: str = "") -> None:
-    """Write a picture of a piece; its first ``prime_frames`` frames have another colour and a line at their end."""
+    """Write a picture of a piece; its first ``prime_frames`` frames have another colour, and a line marks their end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(min(max(6.0, len(piece.roll) / 16), 24.0), 4), layout="constrained")
@@ -80,6 +80,6 @@ def draw_roll(piece: PianoRoll, path: str | Path, prime_frames: int = 0, title: 
     sounding = np.flatnonzero(piece.roll.any(0)) + LOWEST_PITCH
     low, high = (sounding[0], sounding[-1]) if len(sounding) else (48, 72)
     axes.set(xlim=(0, max(1, len(piece.roll))), ylim=(low - 2, high + 2), title=title)
-    axes.set(xlabel=f"frame ({piece.frames_per_quarter} a quarter note)", ylabel="MIDI pitch")
+    axes.set(xlabel=f"frame ({piece.frames_per_quarter} per quarter note)", ylabel="MIDI pitch")
     axes.grid(alpha=0.3)
     figure.savefig(str(path), dpi=120)

@@ -18,8 +18,10 @@ import numpy as np
 from .midi import DEFAULT_TEMPO, MidiError, read_score
 
 LOWEST_PITCH, NUM_PITCHES = 21, 88  # the keys of a piano
-SLOWEST, FASTEST = 10.0, 1000.0  # quarter notes a minute that are taken seriously
-MAX_FRAMES = 100_000  # a roll beyond that is a damaged file: at 4 frames a quarter and 120 quarters a minute, 3.5 hours
+SLOWEST, FASTEST = 10.0, 1000.0  # quarter notes per minute that are believed
+MAX_FRAMES = (
+    100_000  # a roll beyond that is a damaged file: at 4 frames per quarter and 120 quarters per minute, 3.5 hours
+)
 MAX_GRID = 480  # frames in a quarter note
 MAX_BYTES = 1 << 24  # of a MIDI file
 TICKS_PER_FRAME = 480  # in files that are written
@@ -32,10 +34,10 @@ PROBLEMS = {
     "short_notes": "notes shorter than the grid given one frame",
     "overlapping_notes": "notes that start where the same pitch starts on the grid, merged",
     "pedal_notes": "notes that a pedal holds on",
-    "merged_tracks": "tracks laid over each other",
-    "missing_tracks": "tracks that the header counts, but the file has not",
-    "smpte_time": f"files timed in seconds (SMPTE), read at {DEFAULT_TEMPO:g} quarter notes a minute",
-    "absurd_tempos": f"tempo changes outside {SLOWEST:g}..{FASTEST:g} quarter notes a minute ignored",
+    "merged_tracks": "tracks merged into one",
+    "missing_tracks": "tracks that the header counts and the file lacks",
+    "smpte_time": f"files timed in seconds (SMPTE), read at {DEFAULT_TEMPO:g} quarter notes per minute",
+    "absurd_tempos": f"tempo changes outside {SLOWEST:g}..{FASTEST:g} quarter notes per minute ignored",
 }
 
 
@@ -47,7 +49,7 @@ class PianoRoll:
         roll: (T, 88) bool, which pitches sound in each frame; T is at most ``MAX_FRAMES``.
         onsets: (T, 88) bool, where a note begins; None: where a pitch sounds that did not before.
         frames_per_quarter: frames in a quarter note.
-        tempos: (frame, quarter notes a minute), ascending; the first at frame 0.
+        tempos: (frame, quarter notes per minute), ascending; the first at frame 0.
         report: counts of what was changed or dropped on the way, by the names of ``PROBLEMS``.
     """
 

@@ -1,4 +1,4 @@
-"""A character tokenizer: one token a character, built from a corpus, a plain ``PreTrainedTokenizerFast``."""
+"""A character tokenizer: one token per character, built from a corpus, a plain ``PreTrainedTokenizerFast``."""
 
 from collections.abc import Iterable
 
@@ -23,7 +23,7 @@ def build_char_tokenizer(texts: str | Iterable[str]) -> PreTrainedTokenizerFast:
     is just characters, and a text that ends in "␃" ends in token 0.
 
     Raises:
-        ValueError: no character at all, or one character only.
+        ValueError: fewer than two different characters.
     """
     alphabet: set[str] = set()
     for text in [texts] if isinstance(texts, str) else texts:

@@ -36,7 +36,7 @@ def test_midi_round_trip_keeps_notes_onsets_and_tempo(notes, grid, tempo, tmp_pa
     again = read_midi(path, grid)
     assert again.notes() == piece.notes()
     assert np.array_equal(again.roll, piece.roll) and np.array_equal(again.onsets, piece.onsets)
-    assert [(frame, round(found, 3)) for frame, found in again.tempos] == [(0, tempo)]  # whole microseconds a quarter
+    assert [(frame, round(found, 3)) for frame, found in again.tempos] == [(0, tempo)]  # whole microseconds per quarter
     assert not again.problems
 
 

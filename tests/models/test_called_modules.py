@@ -1,5 +1,6 @@
 """What people hang on linear maps reaches every one of them: hooks, adapters, pruning, quantization, offloading."""
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -45,16 +46,6 @@ class LowRankAdapter(nn.Module):
 
 
 @EVERY
-def test_hooks_reach_every_map(options):
-    model = tiny_model(**options)
-    expected, seen = model(IDS).logits, set()
-    for name, module in maps(model).items():
-        module.register_forward_hook(lambda module, args, output, name=name: seen.add(name))
-    assert_near(model(IDS).logits, expected, LOGITS)
-    assert seen == set(maps(model))
-
-
-@EVERY
 def test_adapters_of_every_map_are_trained(options):
     model = tiny_model(**options).requires_grad_(False)
     plain, names = model(IDS).logits, list(maps(model))
@@ -67,13 +58,10 @@ def test_adapters_of_every_map_are_trained(options):
         assert model.get_submodule(name).b.grad.abs().max() > 0, name
     for name in names:  # the correction is a change of the weight
         adapter = model.get_submodule(name)
-        merged = nn.Linear(
-            adapter.a.shape[1], adapter.b.shape[0], bias=getattr(adapter.base_layer, "bias", None) is not None
-        )
-        with torch.no_grad():
-            merged.weight.copy_(adapter.base_layer.weight + adapter.b @ adapter.a)
-            if merged.bias is not None:
-                merged.bias.copy_(adapter.base_layer.bias)
+        bias = getattr(adapter.base_layer, "bias", None)
+        merged = nn.Linear(adapter.base_layer.in_features, adapter.base_layer.out_features, bias=bias is not None)
+        merged.weight = nn.Parameter(adapter.base_layer.weight + adapter.b @ adapter.a)
+        merged.bias = bias
         model.set_submodule(name, merged)
     assert_near(model(IDS).logits, out.logits, LOGITS)
 
@@ -132,19 +120,6 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight(), self.bias)
 
 
-@pytest.mark.parametrize(
-    "options", [{"block_type": "residual"}, {"block_type": "plain", "io_rank": 3}, {"block_type": "plain"}]
-)
-def test_quantized_maps_are_called(options):
-    model = tiny_model(**options)
-    expected = model(IDS).logits
-    for name, module in maps(model).items():
-        model.set_submodule(name, Int8Linear(module))
-    found = model(IDS).logits
-    assert not torch.equal(found, expected)
-    assert_near(found, expected, EIGHT_BITS)
-
-
 @EVERY
 @pytest.mark.parametrize("place", ["all", "layers"])
 def test_weights_on_disk_give_the_same_logits(options, place, tmp_path):
@@ -174,49 +149,51 @@ def every_head(**options):
     yield KRUForPianoRoll(tiny_config(**options, input_size=7)), frames
 
 
+KINDS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+
+
+@contextlib.contextmanager
+def of_all_modules(**given):
+    """Hooks of all modules, by their kinds."""
+    handles = [getattr(hooks, f"register_module_{kind}")(hook) for kind, hook in given.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @pytest.mark.filterwarnings("ignore:.*[Bb]ackward hook")
 @EVERY
-def test_hooks_of_all_modules_reach_every_map(options):
-    kinds = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+def test_hooks_reach_every_map(options):
+    """Those of all modules, and forward hooks of each map."""
     for model, inputs in every_head(**options):
-        expected, seen = model.train()(**inputs), {kind: set() for kind in kinds}
-        handles = [
-            getattr(hooks, f"register_module_{kind}")(lambda module, *_, to=seen[kind]: to.add(module))
-            for kind in kinds
-        ]
-        try:
+        expected, seen = model.train()(**inputs), {kind: set() for kind in (*KINDS, "own")}
+        with of_all_modules(**{kind: lambda module, *_, to=seen[kind]: to.add(module) for kind in KINDS}):
             out = model(**inputs)
             out.loss.backward()
-        finally:
-            for handle in handles:
-                handle.remove()
         assert_near(out.logits, expected.logits, LOGITS)
-        for kind in kinds:
-            missing = {name for name, module in maps(model).items() if module not in seen[kind]}
+        for module in maps(model).values():
+            module.register_forward_hook(lambda module, *_, to=seen["own"]: to.add(module))
+        assert_near(model(**inputs).logits, expected.logits, LOGITS)
+        for kind, modules in seen.items():
+            missing = {name for name, module in maps(model).items() if module not in modules}
             assert not missing, f"{type(model).__name__}, {kind}"
 
 
 @pytest.mark.filterwarnings("ignore:.*[Bb]ackward hook")
-@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_hook_of_any_single_kind_reaches_the_head(kind):
     model, seen = tiny_model(block_type="plain"), set()
-    handle = getattr(hooks, f"register_module_{kind}")(lambda module, *_: seen.add(module))
-    try:
+    with of_all_modules(**{kind: lambda module, *_: seen.add(module)}):
         model(IDS, labels=IDS).loss.backward()
-    finally:
-        handle.remove()
     assert model.lm_head in seen
 
 
 def test_what_a_hook_of_all_modules_returns_counts():
     model = tiny_model(block_type="plain")
-    handle = hooks.register_module_forward_hook(
-        lambda module, args, output: 2 * output if module is model.lm_head else None
-    )
-    try:
+    with of_all_modules(forward_hook=lambda module, args, output: 2 * output if module is model.lm_head else None):
         doubled = model(IDS).logits
-    finally:
-        handle.remove()
     assert_near(doubled, 2 * model(IDS).logits, LOGITS)
 
 
@@ -224,12 +201,9 @@ def test_layers_and_shrunk_rnns_call_their_maps():
     layer, lstm = KRULSTM(4, 6, factor_size=2, num_layers=2, bidirectional=True), nn.LSTM(4, 6)
     kroneckerize(lstm, factor_shapes=[(2, 2), (3, 3)])
     seen = set()
-    handle = hooks.register_module_forward_hook(lambda module, *_: seen.add(module))
-    try:
+    with of_all_modules(forward_hook=lambda module, *_: seen.add(module)):
         layer(torch.randn(3, 2, 4))
         lstm(torch.randn(3, 2, 4))
-    finally:
-        handle.remove()
     assert {*layer.input_maps, *layer.recurrences, *lstm.parametrizations["weight_hh_l0"]} <= seen
 
 
@@ -257,14 +231,13 @@ def test_a_replaced_product_is_used(options, place):
     model = tiny_model(**options)
     with torch.no_grad(), replacements[place]:
         found = model(IDS).logits
-    with torch.no_grad():
-        for module in maps(model).values():
-            if isinstance(module, KroneckerLinear):
-                module.blocks.mul_(1 if place == "nn.Linear.forward" else 0.5)
-            else:
-                module.weight.mul_(0.5)
-                if module.bias is not None:
-                    module.bias.mul_(0.5)
+    for module in maps(model).values():
+        if not isinstance(module, KroneckerLinear):
+            halved = [module.weight, module.bias]
+        else:  # its forward is its own, its product is F.linear's
+            halved = [] if place == "nn.Linear.forward" else [module.blocks]
+        for parameter in filter(lambda parameter: parameter is not None, halved):
+            parameter.data /= 2
     assert_near(found, model(IDS).logits, LOGITS)
 
 
@@ -316,12 +289,17 @@ def test_weights_of_another_type_are_left_to_their_maps(options, part):
         assert_near(found, expected, EIGHT_BITS)
 
 
-def test_quantized_maps_of_every_head_are_called():
-    for model, inputs in every_head(intermediate_size=5):
+@pytest.mark.parametrize(
+    "options", [{"intermediate_size": 5}, {"block_type": "plain", "io_rank": 3}, {"block_type": "plain"}], ids=str
+)
+def test_quantized_maps_are_called(options):
+    for model, inputs in every_head(**options):
         expected = model.eval()(**inputs).logits
         for name, module in maps(model).items():
             model.set_submodule(name, Int8Linear(module))
-        assert_near(model(**inputs).logits, expected, EIGHT_BITS)
+        found = model(**inputs).logits
+        assert not torch.equal(found, expected)
+        assert_near(found, expected, EIGHT_BITS)
         if isinstance(model, KRUForPianoRoll):
             assert model.generate_piano_roll(num_frames=2, seed=0).shape == (1, 2, 7)
 

@@ -45,8 +45,18 @@ def build(head, seed=0, **options):
     return model
 
 
-def alone(model, **options):
-    return [model(torch.tensor([document]), **options) for document in DOCUMENTS]
+def alone(model, labels=None, **options):
+    """The outputs of the documents one by one; ``labels`` has an entry for each."""
+    each = [{"labels": one} for one in labels] if labels is not None else [{}] * len(DOCUMENTS)
+    return [model(torch.tensor([d]), **one, **options) for d, one in zip(DOCUMENTS, each, strict=True)]
+
+
+def assert_same(together, single, counts=None, dim=1):
+    """Logits of a row are those of its documents; with ``counts`` the loss is their mean by what each scores."""
+    assert_near(together.logits, torch.cat([one.logits for one in single], dim), NEAR)
+    if counts is not None:
+        total = sum(one.loss * n for one, n in zip(single, counts, strict=True) if n)
+        assert_near(together.loss, total / sum(counts), NEAR)
 
 
 @EVERY
@@ -55,7 +65,7 @@ def test_documents_of_a_row_are_single_runs(options, kind):
     model = build(KRUForCausalLM, **options)
     single = alone(model, use_cache=True)
     out = model(ROW, use_cache=True, **MARKS[kind])
-    assert_near(out.logits, torch.cat([one.logits for one in single], 1), NEAR)
+    assert_same(out, single)
     for state, last in zip(out.past_key_values.states, single[-1].past_key_values.states, strict=True):
         assert_near(state, last, NEAR)
     assert out.past_key_values.get_seq_length() == TOTAL
@@ -64,12 +74,8 @@ def test_documents_of_a_row_are_single_runs(options, kind):
 @pytest.mark.parametrize("kind", MARKS)
 def test_every_way_to_mark_documents(kind):
     model = build(KRUForCausalLM)
-    out = model(ROW, labels=ROW, **MARKS[kind])
-    single = [model(torch.tensor([document]), labels=torch.tensor([document])) for document in DOCUMENTS]
-    assert_near(out.logits, torch.cat([one.logits for one in single], 1), NEAR)
-    scored = [n - 1 for n in LENGTHS]
-    expected = sum(one.loss * n for one, n in zip(single, scored, strict=True)) / sum(scored)
-    assert_near(out.loss, expected, NEAR)
+    single = alone(model, [torch.tensor([document]) for document in DOCUMENTS])
+    assert_same(model(ROW, labels=ROW, **MARKS[kind]), single, [n - 1 for n in LENGTHS])
 
 
 @EVERY
@@ -85,39 +91,26 @@ def test_gradients_are_those_of_single_runs(options):
 
 def test_the_stock_collator_gives_the_loss_of_single_runs():
     model = build(KRUForCausalLM)
-    packed = DataCollatorWithFlattening()([{"input_ids": document} for document in DOCUMENTS])
-    single = [model(torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in DOCUMENTS]
-    assert_near(model(**packed).loss, sum(single) / (TOTAL - len(DOCUMENTS)), NEAR)
+    packed = model(**DataCollatorWithFlattening()([{"input_ids": document} for document in DOCUMENTS]))
+    assert_same(packed, alone(model, [torch.tensor([d]) for d in DOCUMENTS]), [n - 1 for n in LENGTHS])
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
+@EVERY
 def test_classifiers_see_each_document_alone(options, bidirectional):
     options = options | {"bidirectional": bidirectional}
-    model = build(KRUForTokenClassification, **options)
-    labels = torch.randint(3, (1, TOTAL))
-    out = model(ROW, labels=labels, position_ids=POSITIONS)
-    parts = list(labels.split(LENGTHS, 1))
-    single = [model(torch.tensor([d]), labels=part) for d, part in zip(DOCUMENTS, parts, strict=True)]
-    assert_near(out.logits, torch.cat([one.logits for one in single], 1), NEAR)
-    assert_near(out.loss, sum(one.loss * n for one, n in zip(single, LENGTHS, strict=True)) / TOTAL, NEAR)
-    model = build(KRUForSequenceClassification, **options)
-    labels = torch.tensor([2, 0, 1, 2])
-    out = model(ROW, labels=labels, position_ids=POSITIONS)
-    single = [model(torch.tensor([d]), labels=label[None]) for d, label in zip(DOCUMENTS, labels, strict=True)]
-    assert_near(out.logits, torch.cat([one.logits for one in single]), NEAR)
-    assert_near(out.loss, sum(one.loss for one in single) / 4, NEAR)
+    model, labels = build(KRUForTokenClassification, **options), torch.randint(3, (1, TOTAL))
+    assert_same(model(ROW, labels=labels, position_ids=POSITIONS), alone(model, labels.split(LENGTHS, 1)), LENGTHS)
+    model, labels = build(KRUForSequenceClassification, **options), torch.tensor([2, 0, 1, 2])
+    assert_same(model(ROW, labels=labels, position_ids=POSITIONS), alone(model, labels.split(1)), [1] * 4, dim=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"block_type": "plain", "cell_type": "kru_gru"}], ids=str)
 def test_pieces_of_music_in_a_row(options):
     model = build(KRUForPianoRoll, input_size=7, **options)
     frames = (torch.rand(1, TOTAL, 7, generator=torch.Generator().manual_seed(0)) < 0.3).double()
-    out = model(frames, position_ids=POSITIONS)
     single = [model(part) for part in frames.split(LENGTHS, 1)]
-    assert_near(out.logits, torch.cat([one.logits for one in single], 1), NEAR)
-    scored = [(one.loss, n - 1) for one, n in zip(single, LENGTHS, strict=True) if n > 1]
-    assert_near(out.loss, sum(loss * n for loss, n in scored) / sum(n for _, n in scored), NEAR)
+    assert_same(model(frames, position_ids=POSITIONS), single, [n - 1 for n in LENGTHS])
 
 
 def test_hidden_states_keep_the_shape_of_the_batch():
@@ -144,9 +137,8 @@ def test_rows_of_several_documents_with_padding_and_a_carried_state(options):
 
     parts = [single(0, [3, 1, 4], True), single(0, [9, 2], False), single(1, [5, 3], True), single(1, [5, 8, 9], False)]
     expected = torch.cat([part.logits[0] for part in parts])
-    for given in ({"attention_mask": mask.bool(), "position_ids": positions}, {"attention_mask": mask}):
-        if "position_ids" not in given:
-            given = {"attention_mask": torch.where(torch.tensor([[0] * 7, [0, 0, 0, 0, 1, 1, 1]]) > 0, 2, mask)}
+    numbered = mask + torch.tensor([[0] * 7, [0, 0, 0, 0, 1, 1, 1]])
+    for given in ({"attention_mask": mask.bool(), "position_ids": positions}, {"attention_mask": numbered}):
         out = model(ids, past_key_values=KRUCache.from_states(state.states), use_cache=True, **given)
         assert_near(out.logits[mask > 0], expected, NEAR)
         for index, found in enumerate(out.past_key_values.states):
@@ -244,13 +236,8 @@ def test_masks_of_floats_are_read_as_what_they_are(mask, dtype, head):
 def test_what_cannot_be_read_is_refused(marks, message):
     with pytest.raises(ValueError, match=message):
         build(KRUForCausalLM)(ROW[:, :6], **marks)
-
-
-def test_bounds_are_of_a_single_row():
-    with pytest.raises(
-        ValueError, match=r"in a single row: it must be 1-D and the batch \(1, T\), got \(2,\) and \(2, 5"
-    ):
-        build(KRUForCausalLM)(ROW.view(3, 5)[:2], cu_seq_lens_q=[0, 5])
+    with pytest.raises(ValueError, match=r"must be 1-D and the batch \(1, T\), got \(2,\) and \(2, 3\)"):
+        build(KRUForCausalLM)(ROW[:, :6].view(2, 3), cu_seq_lens_q=[0, 3])
 
 
 def test_generate_reads_one_document_a_row():

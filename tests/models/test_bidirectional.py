@@ -5,13 +5,7 @@ import torch
 from helpers import LOGITS, RELATIVE, assert_near, tiny_config
 from safetensors.torch import load_file
 
-from kru_hf import (
-    KRUForCausalLM,
-    KRUForPianoRoll,
-    KRUForSequenceClassification,
-    KRUForTokenClassification,
-    KRUModel,
-)
+from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification, KRUModel
 from kru_hf.cells import BY_TYPE
 from kru_hf.configuration_kru import CELL_TYPES
 from kru_hf.maps import normed_linear
@@ -21,9 +15,8 @@ from training.models.build import build_model
 from training.options.model import ModelOptions
 
 CELLS = list(CELL_TYPES)
-STATE_WIDTH = {
-    name: 6 * cell.feature_planes for name, cell in BY_TYPE.items()
-}  # features of one direction: 2N or N with N = 6
+# Width of the features of one direction: 2N or N with N = 6.
+STATE_WIDTH = {name: 6 * cell.feature_planes for name, cell in BY_TYPE.items()}
 BLOCKS = [{"block_type": "plain"}, {"block_type": "plain", "io_rank": 3}, {"block_type": "residual"}]
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
 EVERY_BLOCK = pytest.mark.parametrize("options", BLOCKS, ids=lambda w: "-".join(map(str, w.values())))
@@ -137,13 +130,10 @@ def test_every_parameter_is_trained_and_both_directions_count(cell):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters())
     single = KRUForTokenClassification(tiny_config(cell_type=cell, num_labels=3))
     assert model.num_recurrent_parameters() == 2 * single.num_recurrent_parameters()
-    assert (model.model.unitary_loss() > 0) == (cell == "kru")
-
-
-def test_penalty_is_of_both_directions():
-    model = both_ways()
-    cells = [cell for layer in model.layers for cell in (layer.recurrence.forward_cell, layer.recurrence.reverse_cell)]
-    assert_near(model.unitary_loss(), sum(cell.penalty() for cell in cells), RELATIVE[torch.float32])
+    cells = [layer.recurrence for layer in model.model.layers]
+    penalties = [each.penalty() for pair in cells for each in (pair.forward_cell, pair.reverse_cell)]
+    assert_near(model.model.unitary_loss(), sum(penalties), RELATIVE[torch.float32])
+    assert (sum(penalties) > 0) == (cell == "kru")
 
 
 def test_gradient_checkpointing_has_equal_gradients():
@@ -173,19 +163,16 @@ def test_state_is_refused_and_never_returned(head):
     assert model(IDS).past_key_values is None
 
 
-@pytest.mark.parametrize("head", [KRUForCausalLM, KRUForPianoRoll])
-def test_heads_that_predict_what_comes_next_refuse(head):
-    with pytest.raises(ValueError, match="bidirectional must be False"):
-        head(tiny_config(bidirectional=True))
-
-
-def test_recurrence_refuses_an_initial_state():
-    cell = both_ways().layers[0].recurrence
+def test_what_a_reverse_direction_cannot_do_is_refused():
+    for head in (KRUForCausalLM, KRUForPianoRoll):
+        with pytest.raises(ValueError, match="bidirectional must be False"):
+            head(tiny_config(bidirectional=True))
     with pytest.raises(ValueError, match="initial_state must be None"):
-        cell(torch.zeros(1, 2, 4, 6), torch.zeros(1, 4, 6))
+        both_ways().layers[0].recurrence(torch.zeros(1, 2, 4, 6), torch.zeros(1, 4, 6))
 
 
-def test_configs_saved_before_the_option_load(tmp_path):
+def test_one_direction_is_stored_as_before_the_option(tmp_path):
+    """Its weights keep their names, and a config without the field loads; two directions have a name each."""
     model = KRUForTokenClassification(tiny_config(num_labels=3)).eval()
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -195,12 +182,7 @@ def test_configs_saved_before_the_option_load(tmp_path):
     path.write_text("\n".join(kept))
     loaded = KRUForTokenClassification.from_pretrained(tmp_path).eval()
     assert_near(loaded(IDS).logits, model(IDS).logits, RELATIVE[torch.float32])
-
-
-def test_weights_lie_where_they_lay(tmp_path):
-    """One direction keeps the names of its weights; two have a name each."""
-    KRUModel(tiny_config()).save_pretrained(tmp_path)
-    assert "layers.0.recurrence.factors.0" in load_file(tmp_path / "model.safetensors")
+    assert "model.layers.0.recurrence.factors.0" in load_file(tmp_path / "model.safetensors")
     names = dict(both_ways().named_parameters())
     assert {"layers.0.recurrence.forward_cell.bias", "layers.0.recurrence.reverse_cell.bias"} <= set(names)
 

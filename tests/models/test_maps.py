@@ -1,17 +1,19 @@
-"""Maps that are sums of Kronecker products: equal to the sum of torch.kron, and started like a dense map."""
+"""Maps around the recurrence: sums of Kronecker products, the feed-forward block, normed maps in float16."""
 
 import pytest
 import torch
-from helpers import assert_near
+from helpers import BLOCKS, GATED, RELATIVE, assert_near, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
-from kru_hf import KRUConfig, KRUModel
-from kru_hf.maps import KroneckerLinear
+from kru_hf import KRUConfig, KRUForTokenClassification, KRUModel
+from kru_hf.maps import KroneckerLinear, KRUFeedForward, normed_linear
 
 EXAMPLES = 60
 FLOAT64 = 1e-12
+HALF = 2e-3  # of the largest entry: two units in the last place of float16, whose numbers end at 65,504
 START = 0.1  # relative deviation of a standard deviation over thousands of entries
 
 
@@ -54,3 +56,39 @@ def test_starts_with_the_spread_of_a_dense_map(cell_type):
         expected, found = dense.get_submodule(name).weight, terms.get_submodule(name).weight
         assert found.shape == expected.shape
         assert found.std().item() == pytest.approx(expected.std().item(), rel=START)
+
+
+def test_feed_forward_is_swiglu():
+    block = KRUFeedForward(6, 4, epsilon=1e-6)
+    x = torch.randn(2, 3, 6)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * block.norm.weight
+    gate, up = block.gate_up_proj.weight.chunk(2)
+    expected = (torch.sigmoid(normed @ gate.mT) * (normed @ gate.mT) * (normed @ up.mT)) @ block.down_proj.weight.mT
+    assert_near(block(x), expected, RELATIVE[torch.float32])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 3000.0])
+def test_a_normed_map_is_that_of_float32(size):
+    torch.manual_seed(0)
+    module = nn.Linear(64, 5).half()
+    x = (size * torch.randn(7, 64)).half().requires_grad_()
+    normed_linear(x, module, 1e-6).float().square().sum().backward()
+    wide = x.detach().float().requires_grad_()
+    expected = F.linear(F.rms_norm(wide, (64,), eps=1e-6), module.weight.float(), module.bias.float())
+    expected.square().sum().backward()
+    found = normed_linear(x, module, 1e-6).float()
+    assert (found - expected).abs().max() <= HALF * expected.abs().max()
+    assert (x.grad.float() - wide.grad).abs().max() <= 5 * HALF * wide.grad.abs().max()
+
+
+# Not residual blocks of gated cells: all is zero there until the first pixel, and the gradient of one norm after
+# another at zero, 10^6 with this epsilon, is no number of float16 either way.
+@pytest.mark.parametrize("options", [*BLOCKS, GATED[1]], ids=str)
+def test_gradients_are_finite_where_the_input_begins_with_silence(options):
+    torch.manual_seed(0)
+    model = KRUForTokenClassification(tiny_config(input_size=1, num_labels=4, **options)).train()
+    values = torch.cat([torch.zeros(2, 10, 1), torch.rand(2, 10, 1)], 1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model(input_values=values, labels=torch.ones(2, 20, dtype=torch.long)).loss
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
