@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet
 from datasets import Dataset, load_dataset_builder
 from huggingface_hub import HfFileSystem
@@ -38,7 +37,7 @@ PACKED = {
 }
 TAR = b"ustar"  # from byte 257 on
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-CUT = 1 << 20  # bytes that are looked at to tell an encoding
+CUT = 1 << 20  # bytes by which an encoding is told
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
@@ -174,39 +173,38 @@ def read_text(path: Path) -> str:
         UserError: it cannot be read, is packed, is no text, or is of another encoding (and how to convert it).
     """
     content, name = read_bytes(path), printable(str(path))
-    encoding, where = wide_encoding(content[:CUT]), ""
-    if content.startswith((b"PAR1", b"ARROW1")) or (encoding is None and b"\0" in content):
+    wanted, sure = encoding(content)
+    if content.startswith((b"PAR1", b"ARROW1")) or (not sure and b"\0" in content):
         raise UserError(f"dataset: {name!r} is no text: it holds other bytes; tables must end in {', '.join(TABLES)}")
-    if encoding is None:
+    where = other = ""
+    if not sure:
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             where = f": byte {content[error.start]:#04x} at offset {error.start}"
-    words = f"-f {encoding or narrow_encoding(content)} -t UTF-8 {shlex.quote(name)} > {converted(path, '-utf8')}"
-    other = "" if encoding else ", with the encoding that it has after -f (iconv -l lists all)"
-    raise UserError(f"dataset: {name!r} is not UTF-8 text{where}; convert it first: iconv {words}{other}")
+            other = ", with the encoding that it has after -f (iconv -l lists all)"
+    command = f"iconv -f {wanted} -t UTF-8 {shlex.quote(name)} > {converted(path, '-utf8')}"
+    raise UserError(f"dataset: {name!r} is not UTF-8 text{where}; convert it first: {command}{other}")
 
 
-def narrow_encoding(content: bytes) -> str:
-    """The name that iconv has for a western encoding in which every byte of a text is a letter."""
+def encoding(content: bytes) -> tuple[str, bool]:
+    """The name that iconv has for text that is not UTF-8, and whether it is sure.
+
+    Text of 16 or 32 bits a unit is known by its mark or its zero bytes; else a western encoding is named in which
+    every byte is a letter.
+    """
+    for mark, name in MARKS.items():
+        if content.startswith(mark):
+            return name, True
+    start = content[:CUT]
+    for first, name in ((1, "UTF-16LE"), (0, "UTF-16BE")):
+        if start[first::2].count(0) > len(start) // 4 and not start[1 - first :: 2].count(0):
+            return name, True
     try:
         content.decode("cp1252")
     except UnicodeDecodeError:
-        return "ISO-8859-1"
-    return "WINDOWS-1252"
-
-
-def wide_encoding(content: bytes) -> str | None:
-    """The name that iconv has for text of 16 or 32 bits a unit, by its mark or its zero bytes; None for other text."""
-    for mark, name in MARKS.items():
-        if content.startswith(mark):
-            return name
-    half = len(content) // 4  # half of every second byte
-    for first, name in ((1, "UTF-16LE"), (0, "UTF-16BE")):
-        zeros = content[first::2].count(0)
-        if zeros > half and not content[1 - first :: 2].count(0):
-            return name
-    return None
+        return "ISO-8859-1", False
+    return "WINDOWS-1252", False
 
 
 def read_table(path: Path) -> Dataset:
@@ -218,81 +216,36 @@ def read_table(path: Path) -> Dataset:
         UserError: it cannot be read, is damaged, or has columns of several types.
     """
     ending = path.suffix.lower()
-    if ending in (".parquet", ".arrow"):
-        content = read_bytes(path)
-        table = read(path, lambda _: arrow_table(content, ending))
-    else:
-        text = read_text(path)
-        content, separator = text.encode(), {".csv": ",", ".tsv": "\t"}.get(ending)
-        columns = read(path, lambda _: csv_columns(text, separator) if separator else json_columns(text))
-        table = pa.table({name: typed(path, name, values) for name, values in columns.items()})
-    return read(path, lambda _: Dataset(plain(table), fingerprint=sha256(content).hexdigest()[:16]))
+    content = read_bytes(path) if ending in (".parquet", ".arrow") else read_text(path).encode()
+    return read(path, lambda _: Dataset(parse(content, ending), fingerprint=sha256(content).hexdigest()[:16]))
+
+
+def parse(content: bytes, ending: str) -> pa.Table:
+    """The table in the bytes of a file of that ending; arrow's errors for damaged ones."""
+    if ending == ".arrow":
+        opened = (pa.ipc.open_file if content.startswith(b"ARROW1") else pa.ipc.open_stream)(content)
+        return plain(opened.read_all())
+    if ending == ".parquet":
+        return plain(pyarrow.parquet.read_table(pa.BufferReader(content)))
+    whole = min(len(content) + 1, 2**31 - 1)  # as one block: a document may be of any length
+    if ending in (".csv", ".tsv"):
+        table = pyarrow.csv.read_csv(
+            pa.BufferReader(content),
+            pyarrow.csv.ReadOptions(block_size=whole),
+            pyarrow.csv.ParseOptions(delimiter="," if ending == ".csv" else "\t", newlines_in_values=True),
+            pyarrow.csv.ConvertOptions(null_values=[], true_values=[], false_values=[]),  # "NA" is a text like others
+        )
+        if len({*table.column_names}) < table.num_columns:
+            raise ValueError(f"the first line names a column twice: {', '.join(table.column_names)}")
+        return table
+    if content.lstrip().startswith(b"["):
+        content = "\n".join(json.dumps(row) for row in json.loads(content)).encode()
+    return pyarrow.json.read_json(pa.BufferReader(content), pyarrow.json.ReadOptions(block_size=whole))
 
 
 def plain(table: pa.Table) -> pa.Table:
     """The table with the values of dictionaries (as of pandas' categories) in their place."""
     for place, column in enumerate(table.schema):
         if pa.types.is_dictionary(column.type):
-            values = table.column(place).cast(column.type.value_type)
-            table = table.set_column(place, column.name, values)
+            table = table.set_column(place, column.name, table.column(place).cast(column.type.value_type))
     return table
-
-
-def arrow_table(content: bytes, ending: str) -> pa.Table:
-    """The table of a parquet file, or of an arrow file or stream."""
-    buffer = pa.BufferReader(content)
-    if ending == ".parquet":
-        return pyarrow.parquet.read_table(buffer)
-    if content.startswith(b"ARROW1"):
-        return pa.ipc.open_file(buffer).read_all()
-    return pa.ipc.open_stream(buffer).read_all()
-
-
-def json_columns(text: str) -> dict[str, list[Any]]:
-    """The columns of a list of objects, or of one object a line."""
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
-                raise ValueError(f"line {number} is not JSON ({error})") from error
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {index} must be an object with the columns as names, not {str(row)[:40]!r}")
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def csv_columns(text: str, delimiter: str) -> dict[str, list[Any]]:
-    """The columns of a table with a line of names: of numbers where every value is one, else of text as it stands."""
-    csv.field_size_limit(sys.maxsize)  # a document may be longer than its 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    names, *rows = [row for row in reader if row] or [[]]
-    for index, row in enumerate(rows):
-        if len(row) != len(names):
-            raise ValueError(f"row {index} has {len(row)} values, and the first line {len(names)} names")
-    if len({*names}) != len(names):
-        raise ValueError(f"the first line names a column twice: {', '.join(names)}")
-    columns = {name: [row[place] for row in rows] for place, name in enumerate(names)}
-    return {name: numbers(values) or values for name, values in columns.items()}
-
-
-def numbers(values: list[str]) -> list[int] | list[float] | None:
-    """The numbers that all the values stand for, or None."""
-    for kind in (int, float):
-        try:
-            return [kind(value) for value in values]
-        except (ValueError, OverflowError):
-            continue
-    return None
-
-
-def typed(path: Path, name: str, values: list[Any]) -> pa.Array:
-    """A column of one type."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-        raise UserError(f"dataset: {printable(str(path))!r}, column {name}: {one_line(error)}") from error
