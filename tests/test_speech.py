@@ -11,6 +11,7 @@ from paper_data import make, tone, write_sphere, write_wav
 from kru_hf import KRUConfig, KRUForTokenClassification
 from training.common.errors import UserError
 from training.data import espeak
+from training.data.cache import cached
 from training.data.speech import (
     CORE_SPEAKERS,
     PHONES_39,
@@ -24,7 +25,6 @@ from training.data.speech import (
     phone_classes,
     read_audio,
     read_phn,
-    sphere_header,
 )
 from training.data.splits import SPLITS
 from training.tasks import Layout
@@ -69,7 +69,6 @@ def test_sphere_and_wav(tmp_path):
         path = tmp_path / f"{number}.wav"
         write_sphere(path, samples, **fields)
         assert np.array_equal(read_audio(path), samples)
-        assert sphere_header(path.read_bytes(), "x")[0]["sample_rate"] == "16000"
     write_wav(tmp_path / "riff.WAV", samples)
     assert np.array_equal(read_audio(tmp_path / "riff.WAV"), samples)
     for fields, message in (
@@ -90,6 +89,10 @@ def test_sphere_and_wav(tmp_path):
     for count in ("-5", "abc"):
         write_sphere(path, samples, sample_count=f"-i {count}")
         with pytest.raises(UserError, match="unknown sample_byte_format or sample_count"):
+            read_audio(path)
+    for damaged in (b"NIST_1A\n   many\nend_head\n", b"NIST_1A\n   1024\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="has a damaged SPHERE header"):
             read_audio(path)
     path.write_bytes(b"no sound")
     with pytest.raises(UserError, match="neither a SPHERE nor a PCM WAV"):
@@ -188,6 +191,25 @@ def test_phoneme_batches(timit_folder):
         make("phonemes", phone_set=48)
     with pytest.raises(UserError, match="is not a folder"):
         make("phonemes", {"dataset": "nowhere"})
+
+
+def test_speech_is_kept_as_it_was_made(monkeypatch, tmp_path):
+    class Speaker:
+        rate = RATE
+
+        def say(self, text, voice, speed, pitch):
+            return tone(900, speed), [(100, "a"), (300, ""), (500, "b")]
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(espeak, "Synthesizer", Speaker)
+    monkeypatch.setattr(espeak, "UTTERANCES", {"train": 3, "validation": 1, "test": 1})
+    made, kept = (espeak.unpack(cached("speech", lambda: espeak.speak_all(0))) for _ in range(2))
+    for split in SPLITS:
+        for one, other in zip(made[split], kept[split], strict=True):
+            assert (one.name, one.segments) == (other.name, other.segments)
+            assert np.array_equal(one.samples, other.samples) and other.samples.dtype == np.int16
+    bounds = [(0, 100, "_"), (100, 300, "a"), (300, 500, "_"), (500, 900, "b")]
+    assert made["train"][2].name == "m3/2" and made["train"][2].segments == [Segment(*bound) for bound in bounds]
 
 
 def test_without_espeak_the_message_says_what_to_do(monkeypatch):

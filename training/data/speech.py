@@ -7,6 +7,7 @@ The filter bank is `transformers.audio_utils`, which the model library brings: n
 
 from __future__ import annotations
 
+import re
 import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,20 +37,11 @@ PHONES = (
     "m n ng nx ow oy p pau pcl q r s sh t tcl th uh uw ux v w y z zh"
 )
 PHONES_61 = PHONES.split()
-FOLDING = {
-    **dict.fromkeys(["ao"], "aa"),
-    **dict.fromkeys(["ax", "ax-h"], "ah"),
-    **dict.fromkeys(["axr"], "er"),
-    **dict.fromkeys(["hv"], "hh"),
-    **dict.fromkeys(["ix"], "ih"),
-    **dict.fromkeys(["el"], "l"),
-    **dict.fromkeys(["em"], "m"),
-    **dict.fromkeys(["en", "nx"], "n"),
-    **dict.fromkeys(["eng"], "ng"),
-    **dict.fromkeys(["zh"], "sh"),
-    **dict.fromkeys(["ux"], "uw"),
-    **dict.fromkeys(["bcl", "dcl", "gcl", "pcl", "tcl", "kcl", "h#", "pau", "epi"], "sil"),
-}
+FOLDS = {
+    "aa": "ao", "ah": "ax ax-h", "er": "axr", "hh": "hv", "ih": "ix", "l": "el", "m": "em", "n": "en nx", "ng": "eng",
+    "sh": "zh", "uw": "ux", "sil": "bcl dcl gcl pcl tcl kcl h# pau epi",
+}  # fmt: skip
+FOLDING = {phone: name for name, phones in FOLDS.items() for phone in phones.split()}
 PHONES_39 = sorted({FOLDING.get(phone, phone) for phone in PHONES_61} - {"q"})
 # Two men and a woman of each of the eight dialect regions: the 24 speakers of TIMIT's core test set.
 CORE_TEST = (
@@ -103,25 +95,17 @@ def read_audio(path: Path) -> np.ndarray:
     return np.frombuffer(content, dtype="<i2")
 
 
-def sphere_header(content: bytes, name: str) -> tuple[dict[str, str], int]:
-    """Fields of a NIST SPHERE header by name, and its length in bytes."""
-    try:
-        size = int(content[8:16])
-        lines = content[16:size].decode("ascii").split("end_head")[0].splitlines()
-        fields = {line.split(maxsplit=2)[0]: line.split(maxsplit=2)[2] for line in lines if line.strip()}
-    except (ValueError, IndexError) as error:
-        raise UserError(f"dataset: {name} has a damaged SPHERE header ({error})") from error
-    return fields, size
-
-
 def read_sphere(content: bytes, name: str) -> np.ndarray:
-    """Samples (S,) of the bytes of a SPHERE file."""
-    fields, size = sphere_header(content, name)
+    """Samples (S,) of the bytes of a NIST SPHERE file: a header of `name -type value` lines, then the samples."""
+    head, end, _ = content.partition(b"end_head")
+    size = int(content[8:16]) if content[8:16].strip().isdigit() else 0
+    if not end or size < len(head):
+        raise UserError(f"dataset: {name} has a damaged SPHERE header")
+    fields = dict(re.findall(r"(?m)^(\S+) +-\S+ +(.*)$", head.decode("latin-1")))
     coding = fields.get("sample_coding", "pcm")
     if coding != "pcm":
         raise UserError(f"dataset: {name} has sample_coding {coding!r}; unpack it first, for example with sph2pipe -p")
-    wanted = {"channel_count": "1", "sample_n_bytes": "2", "sample_rate": str(RATE)}
-    for key, value in wanted.items():
+    for key, value in {"channel_count": "1", "sample_n_bytes": "2", "sample_rate": str(RATE)}.items():
         if fields.get(key, value) != value:
             raise UserError(f"dataset: {name} must have {key} {value}, got {fields[key]}")
     order = {"01": "<i2", "10": ">i2"}.get(fields.get("sample_byte_format", "01"))
@@ -246,10 +230,11 @@ def timit_utterances(folder: Path) -> list[tuple[str, Path, Path]]:
     """(speaker, audio file, `.phn` file) of the SI and SX sentences; SA sentences, which all speakers read, are not."""
     found = []
     for phn in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".phn"):
-        if phn.stem.lower().startswith("sa"):
+        stem = phn.stem.lower()
+        if stem.startswith("sa"):
             continue
-        audio = [p for p in phn.parent.iterdir() if p.name.lower().split(".")[0] == phn.stem.lower()]
-        audio = [p for p in audio if p.suffix.lower() in (".wav", ".sph")]
+        beside = [p for p in phn.parent.iterdir() if p.name.lower().split(".")[0] == stem]
+        audio = [p for p in beside if p.suffix.lower() in (".wav", ".sph")]
         if not audio:
             raise UserError(f"dataset: {phn.parent.name}/{phn.name} has no audio file beside it")
         # Some copies hold the SPHERE file SX1.WAV and a RIFF copy SX1.WAV.wav: either will do.
@@ -270,13 +255,11 @@ def load_timit(root: Path, test_split: str) -> Parts:
             f"dataset: {root.name!r} has {len(speakers)} training speakers and {test} {test_split} test "
             f"utterances; at least {len(parts.missing) + 1} and 1 are needed"
         )
-    order = np.random.RandomState(0).permutation(len(speakers))  # a generator whose stream is frozen
     if parts.missing:
-        own = {part: listed for part, listed in entries.items() if part != "train"}
+        order = np.random.RandomState(0).permutation(len(speakers))[::-1]  # a generator whose stream is frozen
         places = parts.cuts(len(speakers), min(VALIDATION_SPEAKERS, max(1, len(speakers) // 10)))
-        whose = {speakers[i]: part for part, place in places.items() for i in order[::-1][place]}
-        cut = {part: [entry for entry in entries["train"] if whose[entry[0]] == part] for part in places}
-        entries = {**own, **cut}
+        whose = {speakers[i]: part for part, place in places.items() for i in order[place]}
+        entries |= {part: [entry for entry in entries["train"] if whose[entry[0]] == part] for part in places}
     utterances = {
         split: [Utterance(f"{who}/{phn.name}", read_audio(audio), read_phn(phn)) for who, audio, phn in entries[split]]
         for split in SPLITS
