@@ -39,7 +39,7 @@ from .loop.scoring import evaluate
 from .models.baselines import TORCH_CELLS
 from .models.build import load_model
 from .options.data import DataOptions
-from .options.fields import option, require
+from .options.fields import AT_LEAST_0, Options, option, require
 from .options.model import ModelOptions
 from .options.parser import parse_words
 from .options.run import RunOptions
@@ -52,24 +52,26 @@ RESULT = "kroneckerize.json"
 
 
 @dataclass
-class KroneckerizeOptions:
+class KroneckerizeOptions(Options):
     """What is shrunk, how far, and how it is trained afterwards."""
 
     model: str | None = option(None, "Trained folder or Hub id of a language model with torch's RNN, LSTM or GRU.")
     output_dir: str | None = option(None, "Folder for the table and a run's folder for each ratio.")
     overwrite_output_dir: bool = option(False, "Delete earlier runs in the output folder.")
     ratios: str = option("5,20,100", "How many times fewer recurrent parameters, separated by commas.")
-    max_steps: int = option(300, "Steps of the fine-tune; 0 leaves it out.")
-    learning_rate: float | None = option(None, "Peak learning rate of the fine-tune; default: that of the run.")
+    max_steps: int = option(300, "Steps of the fine-tune; 0 leaves it out.", allowed=AT_LEAST_0)
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of the fine-tune; default: that of the run.",
+        allowed=("positive and finite", lambda value: 0 < value < math.inf),
+    )
     use_cpu: bool = option(False, "Train on the CPU even if there is an accelerator.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("model", "output_dir"):
             if getattr(self, name) is None:
                 raise UserError(f"{name} is missing: pass --{name} FOLDER")
-        require(self.max_steps >= 0, "max_steps", self.max_steps, "0 or more")
-        if self.learning_rate is not None:
-            require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "positive and finite")
         self.wanted()
 
     def wanted(self) -> list[float]:
@@ -127,25 +129,26 @@ class Shrinker:
             )
         return model.to(self.accelerator.device), tokenizer
 
-    def plan(self) -> list[tuple[float | None, list[list[int]] | None]]:
-        """Ratio and shapes of each row, the dense model first; two ratios that give the same shapes are one row."""
-        rows: list[tuple[float | None, list[list[int]] | None]] = [(None, None)]
+    def plan(self) -> dict[str, list[list[int]] | None]:
+        """Shapes of each row by its name, the dense model first; two ratios that give the same shapes are one row."""
+        rows: dict[str, list[list[int]] | None] = {"dense": None}
         for ratio in self.options.wanted():
             shapes = nearest_shapes(self.state_size, ratio)
-            if any(shapes == other for _, other in rows):
+            if shapes in rows.values():
                 print(f"note: {ratio:g}x is left out: state_size {self.state_size} has nothing nearer than {shapes}")
-                continue
-            rows.append((ratio, shapes))
+            else:
+                rows[f"{ratio:g}x"] = shapes
         return rows
 
-    def row(self, ratio: float | None, shapes: list[list[int]] | None) -> dict[str, Any]:
+    def row(self, name: str, shapes: list[list[int]] | None) -> dict[str, Any]:
         """Shrink, score, fine-tune, score."""
         model, _ = self.fresh()
-        name, error = "dense", 0.0
+        error = 0.0
         if shapes is not None:
             _, fit = kroneckerize(model.model.recurrent, shapes)
             model.config.recurrent_factor_shapes = shapes  # so that the saved folder loads again
-            name, error = f"{ratio:g}x", sum(gate.relative_error for gate in fit.gates) / len(fit.gates)
+            error = sum(gate.relative_error for gate in fit.gates) / len(fit.gates)
+        splits = ("validation", "test")
         row: dict[str, Any] = {
             "name": name,
             "factor_shapes": shapes,
@@ -153,18 +156,13 @@ class Shrinker:
             "num_recurrent_parameters": model.num_recurrent_parameters(),
             "compression": round(self.dense / model.num_recurrent_parameters(), 2),
             "mean_relative_error": round(error, 4),
-            **self.score(model, "before"),
+            **{f"{s}_bpc_before": evaluate(self.task, model, s, self.accelerator)["bpc"] for s in splits},
         }
         if self.options.max_steps:
-            figures = self.fine_tune(model, name)
-            kept = {f"{split}_bpc_after": figures[f"{split}_bpc"] for split in ("validation", "test")}
-            row |= {**kept, "steps": figures["steps"], "train_runtime": figures["train_runtime"]}
+            figures = self.fine_tune(model, self.arguments(name))
+            row |= {f"{split}_bpc_after": figures[f"{split}_bpc"] for split in splits}
+            row |= {name: figures[name] for name in ("steps", "train_runtime")}
         return row
-
-    def score(self, model: Any, when: str) -> dict[str, float]:
-        """BPC on both held-out splits."""
-        splits = ("validation", "test")
-        return {f"{s}_bpc_{when}": evaluate(self.task, model, s, self.accelerator)["bpc"] for s in splits}
 
     def arguments(self, name: str) -> Arguments:
         """Options of a fine-tune: those of the run, but its length, rate and folder."""
@@ -197,19 +195,17 @@ class Shrinker:
             UserError: it would replace the model, which every row starts from, or an earlier fine-tune, or is in use.
         """
         arguments = self.arguments(name)
-        folder = arguments.output_dir
-        if ckpt.is_within(self.options.model, folder):
+        if ckpt.is_within(self.options.model, arguments.output_dir):
             raise UserError(f"output_dir={self.options.output_dir!r} would replace model={self.options.model!r}")
-        if ckpt.holds_run(folder) and not arguments.run.overwrite_output_dir:
+        if ckpt.holds_run(arguments.output_dir) and not arguments.run.overwrite_output_dir:
             raise UserError(
                 f"output_dir={self.options.output_dir!r} holds the fine-tune {name!r}, and rows are made from the "
                 "beginning: pass --overwrite_output_dir true to delete it, or another --output_dir"
             )
         open_folder(arguments, held)
 
-    def fine_tune(self, model: Any, name: str) -> dict[str, Any]:
+    def fine_tune(self, model: Any, arguments: Arguments) -> dict[str, Any]:
         """Train on with the run's loop; the folder then holds the weights that were best on validation."""
-        arguments = self.arguments(name)
         loop = TrainingLoop(arguments, self.task, model, self.accelerator, self.stop)
         start_folder(arguments, loop)
         progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
@@ -245,10 +241,10 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
         command = shown_command(argv, "training.kroneckerize_lm")
         shrinker = Shrinker(options, data, command, stop)
         plan = shrinker.plan()
-        for ratio, _ in plan if options.max_steps else []:
-            shrinker.open_folder("dense" if ratio is None else f"{ratio:g}x", held)
-        for ratio, shapes in plan:
-            rows.append(shrinker.row(ratio, shapes))
+        for name in plan if options.max_steps else ():
+            shrinker.open_folder(name, held)
+        for name, shapes in plan.items():
+            rows.append(shrinker.row(name, shapes))
             record = {"model": Path(str(options.model)).name, "dataset": shrinker.task.dataset_record(), "rows": rows}
             ckpt.write_json(folder / RESULT, {**record, "command": command})
     print(f"test BPC before and after {options.max_steps} steps:\n{render(rows)}")
@@ -262,11 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         run(list(sys.argv[1:] if argv is None else argv))
-    except Interrupted as error:
-        print("error: stopped; the rows so far are saved", file=sys.stderr)
-        return error.exit_code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        stopped = isinstance(error, Interrupted)
+        print(f"error: {'stopped; the rows so far are saved' if stopped else error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as stopped:
         print("error: stopped; the rows so far are saved", file=sys.stderr)

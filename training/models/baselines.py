@@ -96,21 +96,18 @@ class BaselineConfig(PreTrainedConfig):
         for name in ("vocab_size", "state_size", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.recurrent_rank is not None and self.cell != "low_rank":
-            raise ValueError(
-                f"recurrent_rank is for cell 'low_rank' only, got {self.recurrent_rank} with {self.cell!r}"
-            )
-        if self.recurrent_rank is not None and not 1 <= self.recurrent_rank <= self.state_size:
-            raise ValueError(
-                f"recurrent_rank must be in [1, state_size = {self.state_size}], got {self.recurrent_rank}"
-            )
-        if self.recurrent_factor_shapes is not None and self.cell not in TORCH_CELLS:
-            raise ValueError(f"recurrent_factor_shapes is for {', '.join(TORCH_CELLS)} only, got cell {self.cell!r}")
+        only = {
+            "recurrent_rank": ["low_rank"],
+            "recurrent_factor_shapes": TORCH_CELLS,
+            "chrono_max_length": ["lstm", "gru"],
+        }
+        for name, cells in only.items():
+            if getattr(self, name) is not None and self.cell not in cells:
+                raise ValueError(f"{name} is for {', '.join(cells)} only, got {getattr(self, name)} with {self.cell!r}")
+        rank, most = self.recurrent_rank, self.state_size
+        if rank is not None and not 1 <= rank <= most:
+            raise ValueError(f"recurrent_rank must be in [1, state_size = {most}], got {rank}")
         if self.chrono_max_length is not None:
-            if self.cell not in ("lstm", "gru"):
-                raise ValueError(
-                    f"chrono_max_length is for lstm and gru only, got {self.chrono_max_length} with cell {self.cell!r}"
-                )
             check_chrono("chrono_max_length", self.chrono_max_length)
         for name in ("state_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
