@@ -1,4 +1,4 @@
-"""Publishing and loading over real HTTP: the client libraries against the server of hub_server.py, over loopback."""
+"""Publishing and loading over real HTTP: the client libraries against the server of fake_hub.py, over loopback."""
 
 import ast
 import json
@@ -9,10 +9,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from fake_hub import ROOT, Hub, client, module, python, served_hub
 from finished_run import edit, make_run
-from hub_client import ROOT, client, module, python, served_hub
-from hub_server import HubServer
-from hub_store import Proposal
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +21,7 @@ from kru_hf.scan_cpu import is_available as native_engine
 from training.common.errors import UserError
 from training.publish import main
 from training.records.hub import check_tag
-from training.records.publishing import Published, auto_map, publish_folder
+from training.records.publishing import auto_map, publish_folder
 
 PROMPT = "The lazy fox "
 # huggingface_hub's own way to send bytes, which its HTTP client deprecates.
@@ -70,7 +68,7 @@ print(json.dumps({{
 """
 
 
-def test_published_model_generates_elsewhere_without_the_package(trained: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_published_model_generates_elsewhere_without_the_package(trained: Path, hub: Hub, tmp_path: Path) -> None:
     done = publish_folder(trained, "me/kru", revision_tag="v1", private=True, api=client(hub))
     assert hub.repos[("model", "me/kru")].private
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
@@ -88,9 +86,7 @@ def test_published_model_generates_elsewhere_without_the_package(trained: Path, 
     assert any(request.startswith("GET /lfs/") for request in hub.requests)
 
 
-def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(
-    folder: Path, hub: HubServer, tmp_path: Path
-) -> None:
+def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(folder: Path, hub: Hub, tmp_path: Path) -> None:
     hub.lfs = ()  # everything as regular files
     options = ["--model", str(folder), "--repo_id", "lab/kru", "--revision_tag", "v1"]
     done = module("training.publish", options, hub, tmp_path, HF_TOKEN="hf_me")
@@ -109,7 +105,7 @@ def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(
     assert ("cpu: available" in said) == native_engine()
 
 
-def test_published_piano_roll_model_loads_elsewhere(folder: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_published_piano_roll_model_loads_elsewhere(folder: Path, hub: Hub, tmp_path: Path) -> None:
     config = kru_hf.KRUConfig(state_size=16, factor_size=4, hidden_size=8, input_size=88)
     kru_hf.KRUForPianoRoll(config).save_pretrained(folder)
     edit(folder / "run.json", data={"name": "bach_chorales"})
@@ -126,7 +122,7 @@ def test_published_piano_roll_model_loads_elsewhere(folder: Path, hub: HubServer
 # Once more, and other versions
 
 
-def test_publishing_again_changes_nothing(trained: Path, hub: HubServer) -> None:
+def test_publishing_again_changes_nothing(trained: Path, hub: Hub) -> None:
     first = publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
     again = publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
     assert again.unchanged
@@ -135,7 +131,7 @@ def test_publishing_again_changes_nothing(trained: Path, hub: HubServer) -> None
     assert len(hub.repos[("model", "me/kru")].commits) == 2  # the empty one of the creation, and ours
 
 
-def test_new_version_replaces_its_own_files_alone_and_keeps_the_old_tag(folder: Path, hub: HubServer) -> None:
+def test_new_version_replaces_its_own_files_alone_and_keeps_the_old_tag(folder: Path, hub: Hub) -> None:
     hub.add_repo("me/kru", {"special_tokens_map.json": b"{}", "composition.json": b"{}", "handler.py": b"mine"})
     first = publish_folder(folder, "me/kru", revision_tag="v1", api=client(hub))
     assert {"special_tokens_map.json", "composition.json"}.isdisjoint(hub.files("me/kru"))
@@ -151,7 +147,7 @@ def test_new_version_replaces_its_own_files_alone_and_keeps_the_old_tag(folder: 
     assert hub.files("me/kru", "v1")["model.safetensors"] != (folder / "model.safetensors").read_bytes()
 
 
-def test_pull_request_to_the_repository_of_someone_else(trained: Path, hub: HubServer) -> None:
+def test_pull_request_to_the_repository_of_someone_else(trained: Path, hub: Hub) -> None:
     hub.add_repo("other/kru", {"README.md": b"theirs"})
     done = publish_folder(trained, "other/kru", create_pr=True, api=client(hub))
     assert done.pull_request == f"{hub.url}/other/kru/discussions/1"
@@ -163,9 +159,9 @@ def test_pull_request_to_the_repository_of_someone_else(trained: Path, hub: HubS
         publish_folder(trained, "other/none", create_pr=True, api=client(hub))
 
 
-def test_an_open_pull_request_is_used_again(folder: Path, hub: HubServer) -> None:
+def test_an_open_pull_request_is_used_again(folder: Path, hub: Hub) -> None:
     repo = hub.add_repo("other/kru", {"README.md": b"theirs"})
-    repo.proposals[1] = Proposal("me", "Something else")
+    repo.proposals[1] = ["me", "Something else", "open"]
     repo.refs["refs/pr/1"] = repo.refs["main"]
     first = publish_folder(folder, "other/kru", create_pr=True, api=client(hub))
     again = publish_folder(folder, "other/kru", create_pr=True, api=client(hub))
@@ -180,12 +176,12 @@ def test_an_open_pull_request_is_used_again(folder: Path, hub: HubServer) -> Non
     edit(folder / "all_results.json", test_bpc=1.9)
     other = publish_folder(folder, "other/kru", create_pr=True, api=client(hub, "hf_other"))
     assert other.pull_request == f"{hub.url}/other/kru/discussions/3"
-    repo.proposals[2].status = "closed"
+    repo.proposals[2][2] = "closed"
     new = publish_folder(folder, "other/kru", create_pr=True, api=client(hub))
     assert new.pull_request == f"{hub.url}/other/kru/discussions/4"
 
 
-def test_private_is_not_ignored_where_the_repository_is_public(trained: Path, hub: HubServer) -> None:
+def test_private_is_not_ignored_where_the_repository_is_public(trained: Path, hub: Hub) -> None:
     hub.add_repo("me/kru")
     with pytest.raises(UserError, match="a private repository was asked for, but 'me/kru' exists and is public"):
         publish_folder(trained, "me/kru", private=True, api=client(hub))
@@ -206,7 +202,7 @@ def test_private_is_not_ignored_where_the_repository_is_public(trained: Path, hu
     ],
 )
 def test_interrupted_upload_publishes_nothing_and_the_next_run_finishes(
-    trained: Path, hub: HubServer, step: str, status: int, message: str
+    trained: Path, hub: Hub, step: str, status: int, message: str
 ) -> None:
     hub.fail[step] = status
     with pytest.raises(UserError, match=message) as caught:
@@ -221,7 +217,7 @@ def test_interrupted_upload_publishes_nothing_and_the_next_run_finishes(
 
 
 @pytest.mark.parametrize("create_pr", [False, True])
-def test_commit_whose_answer_was_lost_is_not_made_twice(trained: Path, hub: HubServer, create_pr: bool) -> None:
+def test_commit_whose_answer_was_lost_is_not_made_twice(trained: Path, hub: Hub, create_pr: bool) -> None:
     repo = hub.add_repo("me/kru")
     hub.fail["commit_answer"] = 0
     with pytest.raises(UserError, match="the Hub cannot be reached"):
@@ -231,7 +227,7 @@ def test_commit_whose_answer_was_lost_is_not_made_twice(trained: Path, hub: HubS
     assert len(repo.proposals) == create_pr
 
 
-def test_interrupted_tag_is_set_by_the_next_run(trained: Path, hub: HubServer) -> None:
+def test_interrupted_tag_is_set_by_the_next_run(trained: Path, hub: Hub) -> None:
     hub.fail["tag"] = 0
     with pytest.raises(UserError, match="tagging v1; the files are there already"):
         publish_folder(trained, "me/kru", revision_tag="v1", api=client(hub))
@@ -253,7 +249,7 @@ def test_interrupted_tag_is_set_by_the_next_run(trained: Path, hub: HubServer) -
         ("hf_me", "me/k r u", "must be ME/NAME"),
     ],
 )
-def test_refusals_say_what_to_do(trained: Path, hub: HubServer, token: str, repo_id: str, message: str) -> None:
+def test_refusals_say_what_to_do(trained: Path, hub: Hub, token: str, repo_id: str, message: str) -> None:
     hub.add_repo("other/kru")
     hub.add_repo("me/bert", {"config.json": b'{"model_type": "bert"}'})
     before = {key: dict(repo.refs) for key, repo in hub.repos.items()}
@@ -262,15 +258,21 @@ def test_refusals_say_what_to_do(trained: Path, hub: HubServer, token: str, repo
     assert {key: dict(repo.refs) for key, repo in hub.repos.items()} == before
 
 
-def test_without_a_token(trained: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_licence_that_the_hub_does_not_know(trained: Path, hub: Hub) -> None:
+    with pytest.raises(UserError, match=r'cannot publish \(uploading\).*"license" must be one of'):
+        publish_folder(trained, "me/kru", license="Apache-2.0", api=client(hub))
+    assert set(hub.files("me/kru")) == {".gitattributes"}
+
+
+def test_without_a_token(trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
         publish_folder(trained, "me/kru", api=client(hub, token=None))
     assert not hub.requests
 
 
-def test_without_a_network(trained: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with HubServer() as gone:
+def test_without_a_network(trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Hub() as gone:
         pass
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         publish_folder(trained, "me/kru", api=client(gone))
@@ -291,10 +293,11 @@ def test_options_that_are_not_right(words: list[str], message: str, capsys: pyte
     assert message in capsys.readouterr().err
 
 
-def test_dry_run_sends_nothing(trained: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_sends_nothing(trained: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(trained), "--repo_id", "me/kru", "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "modeling_kru.py" in said
+    assert f"{(trained / 'model.safetensors').stat().st_size:,}  model.safetensors" in said
     assert "dry run: nothing was sent" in said
     assert not hub.requests
 
@@ -317,105 +320,59 @@ def test_dry_run_sends_nothing(trained: Path, hub: HubServer, capsys: pytest.Cap
         (shutil.rmtree, "is not a folder"),
     ],
 )
-def test_incomplete_folder_is_refused_before_anything_is_sent(
-    folder: Path, hub: HubServer, damage, message: str
-) -> None:
+def test_incomplete_folder_is_refused_before_anything_is_sent(folder: Path, hub: Hub, damage, message: str) -> None:
     damage(folder)
     with pytest.raises(UserError, match=message):
         publish_folder(folder, "me/kru", api=client(hub))
     assert not hub.requests
 
 
-def test_weights_that_lack_a_tensor_or_are_not_finite_are_refused(folder: Path, hub: HubServer) -> None:
-    weights = load_file(folder / "model.safetensors")
-    spoilt = {**weights, "lm_head.bias": torch.full_like(weights["lm_head.bias"], torch.nan)}
-    save_file(spoilt, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="not finite: lm_head.bias"):
-        publish_folder(folder, "me/kru", api=client(hub))
-    del weights["lm_head.bias"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="missing keys: lm_head.bias"):
-        publish_folder(folder, "me/kru", api=client(hub))
-    assert not hub.requests
-
-
-COPIED = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "all_results.json",
-    "run.json",
-    "recipe.yaml",
-    "learning_curve.png",
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lm_head.bias": lambda old: torch.full_like(old, torch.nan)}, "not finite: lm_head.bias"),
+        ({"lm_head.bias": lambda _: torch.zeros(3)}, r"model.safetensors.*lm_head.bias is \[3\], not \[\d+\]"),
+        ({"lm_head.bias": None}, "missing keys: lm_head.bias"),
+        *(
+            ({"lm_head.bias": lambda old, dtype=dtype: old.to(dtype)}, "lm_head.bias is of the type")
+            for dtype in (torch.float64, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn)
+        ),
+    ],
 )
+def test_weights_that_are_not_those_of_the_model_are_refused(folder: Path, changed: dict, message: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name, change in changed.items():
+        old = weights.pop(name)
+        weights |= {name: change(old)} if change else {}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        publish_folder(folder, "me/kru", dry_run=True)
 
 
-@pytest.mark.parametrize("name", COPIED)
-@pytest.mark.parametrize("kind", ["absolute", "relative", "link to a link", "folder"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "run.json", "recipe.yaml"])
+@pytest.mark.parametrize("kind", ["absolute", "relative", "folder"])
 def test_links_are_not_followed(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
     """Also where what they point to is what belongs there: a folder from somebody else must not pick files of mine."""
     path, outside = folder / name, tmp_path / "outside"
-    path.touch()
     path.rename(outside)
-    if kind == "folder":
-        path.symlink_to(tmp_path, target_is_directory=True)
-    elif kind == "link to a link":
-        (tmp_path / "between").symlink_to(outside)
-        path.symlink_to(tmp_path / "between")
-    else:
-        path.symlink_to(outside if kind == "absolute" else Path("..") / "outside")
+    target = {"absolute": outside, "relative": Path("..") / "outside", "folder": tmp_path}[kind]
+    path.symlink_to(target, target_is_directory=kind == "folder")
     with pytest.raises(UserError, match=f"{name}' is a symbolic link|has no {name}"):
         publish_folder(folder, "me/kru", dry_run=True)
+
+
+NO_NAMES = ("me", "/x", "me/", "a/b/c", "me/a--b", "me/a..b", "me/.a", "me/a-", "me/a.git", "me/é", f"me/{'a' * 94}")
+NO_TAGS = ("", "a b", "a~1", "a:b", "a\\b", "a..b", "a@{b", "-a", "a/.b", "a.", "a/", "/a", "a//b", "a.lock/b", "a\n")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        *(
-            ({"repo_id": name}, "repo_id")
-            for name in ("me", "/x", "me/", "a/b/c", "me/a--b", "me/a..b", "me/.a", "me/a-", "me/a.git", "me/é")
-        ),
-        ({"repo_id": f"me/{'a' * 94}"}, "at most 96 characters"),
+        *(({"repo_id": name}, "repo_id.*must be ME/NAME") for name in NO_NAMES),
         *(
             ({"revision_tag": tag}, "revision_tag")
-            for tag in (
-                "",
-                "a b",
-                "a~1",
-                "a^",
-                "a:b",
-                "a?",
-                "a*",
-                "a[",
-                "a\\b",
-                "a..b",
-                "a@{b",
-                "@",
-                "-a",
-                ".a",
-                "a/.b",
-            )
+            for tag in (*NO_TAGS, "\udc80", "main", "HEAD", "0" * 40, "refs/pr/1")
         ),
-        *(
-            ({"revision_tag": tag}, "revision_tag")
-            for tag in (
-                "a.",
-                "a/",
-                "/a",
-                "a//b",
-                "a.lock",
-                "a.lock/b",
-                "a\n",
-                "a\x7f",
-                "\udc80",
-                "main",
-                "HEAD",
-                "0" * 40,
-            )
-        ),
-        ({"revision_tag": "refs/pr/1"}, "revision_tag"),
-        ({"license": "Apache-2.0"}, "did you mean 'apache-2.0'"),
-        ({"license": "mit\ntags: [x]"}, "license="),
         ({"revision_tag": "v1", "create_pr": True}, "--create_pr"),
     ],
 )
@@ -429,32 +386,6 @@ def test_names_of_tags_that_git_allows(tag: str) -> None:
     check_tag(tag)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
-)
-def test_weights_of_other_types_are_refused(folder: Path, dtype: torch.dtype) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.bias"] = weights["lm_head.bias"].to(dtype)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="model.safetensors': lm_head.bias is of the type"):
-        publish_folder(folder, "me/kru", dry_run=True)
-
-
-def test_weights_of_another_shape_are_named(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    save_file({**weights, "lm_head.bias": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"model.safetensors.*lm_head.bias is \[3\], not \[\d+\]"):
-        publish_folder(folder, "me/kru", dry_run=True)
-
-
-@pytest.mark.parametrize("command", ["train -h", "training.train --hel", "training.train 'x", "", "training.train --x"])
-def test_recorded_commands_are_text(folder: Path, command: str) -> None:
-    edit(folder / "run.json", command=command)
+def test_recorded_commands_are_text(folder: Path) -> None:
+    edit(folder / "run.json", command="training.train 'x")
     assert publish_folder(folder, "me/kru", dry_run=True).files["README.md"]
-
-
-def test_dry_run_result_lists_names_and_sizes(trained: Path) -> None:
-    done = publish_folder(trained, "me/kru", dry_run=True)
-    assert isinstance(done, Published)
-    assert done.url is None
-    assert done.files["model.safetensors"] == (trained / "model.safetensors").stat().st_size

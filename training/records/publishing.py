@@ -10,78 +10,50 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shlex
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import kru_hf
 
-from ..common.checkpoint import COMPANIONS
+from ..common.checkpoint import COMPANIONS, WEIGHTS
 from ..common.errors import UserError
 from ..common.files import read_json
 from ..models.build import load_model
 from .cards import DATA_SOURCES, missing_fields, render_card
-from .hub import (
-    PROPOSAL,
-    check_access,
-    check_license,
-    check_name,
-    check_tag,
-    explained,
-    open_proposal,
-    remote_files,
-    same,
-)
-from .run_record import HISTORY, RECIPE, RESULTS, RUN, published_recipe, read_history
+from .hub import PROPOSAL, check_access, check_name, check_tag, explained, open_proposal, remote_files, same
+from .run_record import HEADS, HISTORY, RECIPE, RESULTS, RUN, published_recipe, read_history
 
 PACKAGE = Path(kru_hf.__file__).parent
-WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # What a new version brings or removes. Everything else in the repository is the owner's, and stays.
 COPIED_FILES = (
     *(WEIGHTS, "generation_config.json", *TOKENIZER_FILES),
     *(RECIPE, RUN, RESULTS, HISTORY, "learning_curve.png", *COMPANIONS),
 )
-HEADS = {
-    "KRUForCausalLM": "causal_lm",
-    "KRUForSequenceClassification": "sequence_classification",
-    "KRUForTokenClassification": "token_classification",
-    "KRUForPianoRoll": "piano_roll",
-}
-AUTO_CLASSES = {
-    "AutoModelForCausalLM": "KRUForCausalLM",
-    "AutoModelForSequenceClassification": "KRUForSequenceClassification",
-    "AutoModelForTokenClassification": "KRUForTokenClassification",
-}
+KRU_HEADS = {f"KRU{end}": head for end, head in HEADS.items()}
+
+
+def _option(text: str, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass
 class PublishOptions:
     """What is published, and where."""
 
-    model: str = dataclasses.field(metadata={"help": "Folder of a finished run."})
-    repo_id: str = dataclasses.field(metadata={"help": "Repository on the Hub: ME/NAME or ORGANISATION/NAME."})
-    private: bool = dataclasses.field(default=False, metadata={"help": "Create the repository as a private one."})
-    revision_tag: str | None = dataclasses.field(default=None, metadata={"help": "Tag of this version, such as v1."})
-    create_pr: bool = dataclasses.field(
-        default=False, metadata={"help": "Propose the change as a pull request, also in repositories of others."}
-    )
-    dry_run: bool = dataclasses.field(
-        default=False, metadata={"help": "Check and list what would be published; no network is used."}
-    )
-    data_license: str | None = dataclasses.field(
-        default=None, metadata={"help": "Licence of the training data; needed unless the data is a built-in set."}
-    )
-    license: str = dataclasses.field(
-        default="apache-2.0", metadata={"help": "Licence of the weights, by its name on the Hub."}
-    )
+    model: str = _option("Folder of a finished run.")
+    repo_id: str = _option("Repository on the Hub: ME/NAME or ORGANISATION/NAME.")
+    private: bool = _option("Create the repository as a private one.", False)
+    revision_tag: str | None = _option("Tag of this version, such as v1.", None)
+    create_pr: bool = _option("Propose the change as a pull request, also in repositories of others.", False)
+    dry_run: bool = _option("Check and list what would be published; no network is used.", False)
+    data_license: str | None = _option("Licence of the training data; needed unless the data is a built-in set.", None)
+    license: str = _option("Licence of the weights, by its name on the Hub.", "apache-2.0")
 
 
 @dataclass(frozen=True)
@@ -103,11 +75,6 @@ class Published:
 # What is published
 
 
-def model_class(name: str) -> type[PreTrainedModel] | None:
-    """The class of kru_hf that has that name, or None."""
-    return getattr(kru_hf, name, None) or getattr(kru_hf.modeling_kru, name, None)
-
-
 def code_files(entries: dict[str, str]) -> list[Path]:
     """The modelling files: those that an auto_map names, and what they import. They lie flat in the package."""
     starts = {PACKAGE / f"{reference.split('.')[0]}.py" for reference in entries.values()}
@@ -117,14 +84,14 @@ def code_files(entries: dict[str, str]) -> list[Path]:
 def auto_map(config: dict[str, Any]) -> dict[str, str]:
     """Auto class -> "file.Class": the trained head, the body, and every classification head (for fine-tuning)."""
     trained = config["architectures"][0]
-    body = trained if trained == "KRUForPianoRoll" else "KRUModel"
-    wanted = {"AutoConfig": "KRUConfig", "AutoModel": body}
-    for auto, name in AUTO_CLASSES.items():
+    own_body = trained == "KRUForPianoRoll"
+    wanted = {"AutoConfig": "KRUConfig", "AutoModel": trained if own_body else "KRUModel"}
+    for name, head in KRU_HEADS.items():
         # A causal language model's head without its weights would write nonsense; a classifier is meant to be trained.
-        if name == trained or (auto != "AutoModelForCausalLM" and body == "KRUModel"):
-            wanted[auto] = name
-    found = {auto: model_class(name) for auto, name in wanted.items()}
-    return {auto: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for auto, c in found.items() if c is not None}
+        if name == trained or ("Classification" in name and not own_body):
+            wanted[head.auto] = name
+    found = {auto: getattr(kru_hf, name) for auto, name in wanted.items()}
+    return {auto: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for auto, c in found.items()}
 
 
 def published_config(folder: Path) -> bytes:
@@ -146,8 +113,10 @@ def check_folder(folder: Path, data_license: str | None = None) -> None:
     missing = [name for name in ("config.json", WEIGHTS, RESULTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"model={str(folder)!r} has no {', '.join(missing)}: it is not the folder of a finished run")
-    for name in ("config.json", *COPIED_FILES):
-        own_file(folder, name)
+    for path in (folder / name for name in ("config.json", *COPIED_FILES)):
+        # A folder from somebody else must not pick files of mine.
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(f"{str(path)!r} is a symbolic link or a folder: put the file itself there, or remove it")
     config = read_json(folder / "config.json")
     if config.get("model_type") != "kru":
         raise UserError(
@@ -161,8 +130,7 @@ def check_folder(folder: Path, data_license: str | None = None) -> None:
     if missing:
         raise UserError(f"the card of model={str(folder)!r} would lack: {'; '.join(missing)}")
     read_history(folder / HISTORY)
-    results = read_json(folder / RESULTS)
-    for name, value in results.items():
+    for name, value in read_json(folder / RESULTS).items():
         if value is not None and not math.isfinite(value):
             raise UserError(f"{RESULTS}: {name}={value} is not valid: it must be finite")
     check_model(folder, config["architectures"][0])
@@ -170,44 +138,24 @@ def check_folder(folder: Path, data_license: str | None = None) -> None:
 
 def check_model(folder: Path, class_name: str) -> None:
     """Load weights and tokenizer, exactly, as a user would."""
-    if class_name not in HEADS:
-        known = ", ".join(HEADS)
+    if class_name not in KRU_HEADS:
+        known = ", ".join(KRU_HEADS)
         raise UserError(f"config.json names the class {class_name!r}; kru_hf {kru_hf.__version__} publishes {known}")
-    model, tokenizer = load_model(str(folder), HEADS[class_name])
+    model, tokenizer = load_model(str(folder), KRU_HEADS[class_name].name)
     if type(model).__name__ != class_name:
         raise UserError(f"config.json names the class {class_name!r}, but describes a {type(model).__name__}")
     if class_name == "KRUForCausalLM" and tokenizer is None:
         raise UserError(f"model={str(folder)!r} is a language model without tokenizer.json")
 
 
-def own_file(folder: Path, name: str) -> bytes | None:
-    """The content of a file of the folder, or None if there is none of that name. A link is never followed.
-
-    Raises:
-        UserError: it is a link, a folder or something else, or cannot be read.
-    """
-    path = folder / name
-    try:
-        kind = path.lstat().st_mode
-        if stat.S_ISLNK(kind) or not stat.S_ISREG(kind):
-            what = "a symbolic link, and links are not followed" if stat.S_ISLNK(kind) else "no regular file"
-            raise UserError(f"{str(path)!r} is {what}: put the file itself there, or remove it")
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-
-
 def collect(folder: Path, options: PublishOptions) -> dict[str, bytes]:
     """Every file of the commit by its name in the repository."""
-    copied = {name: own_file(folder, name) for name in COPIED_FILES}
-    files = {name: content for name, content in copied.items() if content is not None}
-    files["config.json"] = published_config(folder)
+    config = published_config(folder)
+    paths = [folder / name for name in COPIED_FILES] + [PACKAGE.parent / "LICENSE"]
+    paths += code_files(json.loads(config)["auto_map"])
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
     if RECIPE in files:
         files[RECIPE] = published_recipe(folder)
-    files.update({path.name: path.read_bytes() for path in code_files(json.loads(files["config.json"])["auto_map"])})
     card = render_card(
         folder,
         repo_id=options.repo_id,
@@ -215,11 +163,7 @@ def collect(folder: Path, options: PublishOptions) -> dict[str, bytes]:
         data_license=options.data_license,
         license=options.license,
     )
-    files["README.md"] = card.encode()
-    license_file = PACKAGE.parent / "LICENSE"
-    if license_file.is_file():
-        files["LICENSE"] = license_file.read_bytes()
-    return dict(sorted(files.items()))
+    return dict(sorted({**files, "config.json": config, "README.md": card.encode()}.items()))
 
 
 # The push
@@ -265,8 +209,7 @@ def push(api: HfApi, files: dict[str, bytes], options: PublishOptions) -> Publis
     if tag is not None and tag not in tags:
         with explained(repo_id, f"tagging {tag}; the files are there already"):
             api.create_tag(repo_id, tag=tag, revision=commit)
-    unchanged = not changed and not old
-    return Published(repo_id, sizes, f"{api.endpoint}/{repo_id}", commit, tag, pull_request, unchanged)
+    return Published(repo_id, sizes, f"{api.endpoint}/{repo_id}", commit, tag, pull_request, not changed and not old)
 
 
 def check_before_training(repo_id: str, private: bool, model_type: str, data: str, data_license: str | None) -> None:
@@ -296,35 +239,24 @@ def publish_command(folder: Path, repo_id: str, private: bool, data_license: str
     )
 
 
-def publish_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision_tag: str | None = None,
-    create_pr: bool = False,
-    dry_run: bool = False,
-    data_license: str | None = None,
-    license: str = "apache-2.0",
-    api: HfApi | None = None,
-) -> Published:
-    """Check a trained folder and publish it; the options are those of :class:`PublishOptions`.
+def publish_folder(folder: str | Path, repo_id: str, *, api: HfApi | None = None, **others: Any) -> Published:
+    """Check a trained folder and publish it.
 
     Args:
         api: the client to use; by default one that takes endpoint and token from the environment.
+        others: of :class:`PublishOptions`.
 
     Raises:
         UserError: the folder cannot be published, which a dry run finds too, or the Hub refuses. Running again is safe.
     """
-    options = PublishOptions(str(folder), repo_id, private, revision_tag, create_pr, dry_run, data_license, license)
+    options = PublishOptions(str(folder), repo_id, **others)
     check_name(repo_id)
-    check_tag(revision_tag)
-    check_license(license)
-    if create_pr and revision_tag is not None:
+    check_tag(options.revision_tag)
+    if options.create_pr and options.revision_tag is not None:
         raise UserError("--revision_tag cannot be given with --create_pr: the owner tags after the merge")
-    check_folder(Path(folder), data_license)
+    check_folder(Path(folder), options.data_license)
     files = collect(Path(folder), options)
-    if dry_run:
+    if options.dry_run:
         return Published(repo_id, {name: len(content) for name, content in files.items()})
     return push(api or HfApi(), files, options)
 
