@@ -21,6 +21,7 @@ from kru_hf import (
     kroneckerize,
 )
 from kru_hf.maps import KroneckerLinear, _as_installed, is_bare
+from kru_hf.recurrence import KRURecurrence
 
 EVERY = pytest.mark.parametrize("options", [*BLOCKS, *GATED], ids=str)
 EIGHT_BITS = 0.05  # of the largest logit
@@ -45,17 +46,36 @@ class LowRankAdapter(nn.Module):
         return self.base_layer(x) + x @ self.a.mT @ self.b.mT
 
 
+class EmbeddingAdapter(nn.Module):
+    """What adapters put in an embedding's place: a module with its weight, and no other attribute of it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.b = nn.Parameter(torch.full((base.embedding_dim,), 0.5))
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, ids):
+        return self.base_layer(ids) + self.b
+
+
 @EVERY
-def test_adapters_of_every_map_are_trained(options):
+def test_adapters_are_trained(options):
     model = tiny_model(**options).requires_grad_(False)
-    plain, names = model(IDS).logits, list(maps(model))
+    model.set_input_embeddings(EmbeddingAdapter(model.get_input_embeddings()))
+    shifted, names = model(IDS).logits, list(maps(model))
+    assert (shifted - tiny_model(**options)(IDS).logits).abs().max() > LOGITS
     for name in names:
         model.set_submodule(name, LowRankAdapter(model.get_submodule(name)))
     out = model(IDS, labels=IDS)
-    assert (out.logits - plain).abs().max() > LOGITS
+    assert (out.logits - shifted).abs().max() > LOGITS
     out.loss.backward()
-    for name in names:
-        assert model.get_submodule(name).b.grad.abs().max() > 0, name
+    assert all(module.b.grad.abs().max() > 0 for module in model.modules() if hasattr(module, "base_layer"))
+    with pytest.raises(ValueError, match="input_ids must be in"):
+        model(IDS + 1000)
     for name in names:  # the correction is a change of the weight
         adapter = model.get_submodule(name)
         bias = getattr(adapter.base_layer, "bias", None)
@@ -64,35 +84,6 @@ def test_adapters_of_every_map_are_trained(options):
         merged.bias = bias
         model.set_submodule(name, merged)
     assert_near(model(IDS).logits, out.logits, LOGITS)
-
-
-class EmbeddingAdapter(nn.Module):
-    """What adapters put in an embedding's place: a module with its weight, and no other attribute of it."""
-
-    def __init__(self, base_layer: nn.Embedding) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.shift = nn.Parameter(torch.full((base_layer.embedding_dim,), 0.5))
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    def forward(self, ids):
-        return self.base_layer(ids) + self.shift
-
-
-@EVERY
-def test_an_adapter_of_the_embedding_is_trained(options):
-    model = tiny_model(**options).requires_grad_(False)
-    plain = model(IDS).logits
-    model.set_input_embeddings(EmbeddingAdapter(model.get_input_embeddings()))
-    out = model(IDS, labels=IDS)
-    out.loss.backward()
-    assert (out.logits - plain).abs().max() > LOGITS
-    assert model.get_input_embeddings().shift.grad.abs().max() > 0
-    with pytest.raises(ValueError, match="input_ids must be in"):
-        model(IDS + 1000)
 
 
 def test_pruned_weights_count_at_the_first_call():
@@ -110,7 +101,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.scale, self.bias = base.weight.detach().abs().max() / 127, base.bias
+        self.scale, self.bias = base.weight.detach().abs().max() / 127, getattr(base, "bias", None)
         self.register_buffer("codes", (base.weight.detach() / self.scale).round().to(torch.int8))
 
     def weight(self):
@@ -273,30 +264,19 @@ class Coded(torch.Tensor):
         raise NotImplementedError(f"Coded does not know {function}")
 
 
-@pytest.mark.parametrize("part", ["weight", "bias"])
 @EVERY
-def test_weights_of_another_type_are_left_to_their_maps(options, part):
+@pytest.mark.parametrize("part", ["module", "weight", "bias"])
+def test_quantized_maps_are_called(options, part):
     for model, inputs in every_head(**options):
         for module in maps(model).values():
             if getattr(module, "bias", None) is not None:
                 nn.init.normal_(module.bias)
         expected = model.eval()(**inputs).logits
-        for module in maps(model).values():
-            if getattr(module, part, None) is not None and isinstance(module, nn.Linear):
-                setattr(module, part, nn.Parameter(Coded(getattr(module, part).detach()), requires_grad=False))
-        found = model(**inputs).logits
-        assert not torch.equal(found, expected)
-        assert_near(found, expected, EIGHT_BITS)
-
-
-@pytest.mark.parametrize(
-    "options", [{"intermediate_size": 5}, {"block_type": "plain", "io_rank": 3}, {"block_type": "plain"}], ids=str
-)
-def test_quantized_maps_are_called(options):
-    for model, inputs in every_head(**options):
-        expected = model.eval()(**inputs).logits
         for name, module in maps(model).items():
-            model.set_submodule(name, Int8Linear(module))
+            if part == "module":
+                model.set_submodule(name, Int8Linear(module))
+            elif getattr(module, part, None) is not None and isinstance(module, nn.Linear):
+                setattr(module, part, nn.Parameter(Coded(getattr(module, part).detach()), requires_grad=False))
         found = model(**inputs).logits
         assert not torch.equal(found, expected)
         assert_near(found, expected, EIGHT_BITS)
@@ -317,22 +297,38 @@ class LowRankSum(nn.Module):
     def __init__(self, weight):
         super().__init__()
         self.a = nn.Parameter(torch.randn(*weight.shape[:-2], 1, weight.shape[-1]))
-        self.b = nn.Parameter(torch.randn(*weight.shape[:-1], 1))
+        self.b = nn.Parameter(0.1 * torch.randn(*weight.shape[:-1], 1))
 
     def forward(self, weight):
-        return weight + 0.1 * self.b @ self.a
+        return weight + self.b @ self.a
+
+
+class FactorsAdapter(nn.Module):
+    """As peft puts it in the place of a module whose parameters it adapts: called with an input, and only so."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.b = nn.Parameter(torch.tensor(0.9))
+
+    def forward(self, x, *args, **kwargs):
+        assert isinstance(x, torch.Tensor)
+        return [factor * self.b for factor in self.base_layer(x, *args, **kwargs)]
 
 
 @EVERY
-def test_an_adapter_of_the_factors_is_trained(options):
+@pytest.mark.parametrize("place", ["parameter", "module"])
+def test_an_adapter_of_the_factors_is_trained(options, place):
     model = tiny_model(**options).train().requires_grad_(False)
-    plain = model(IDS, labels=IDS)
-    adapters = []
-    for module in list(model.modules()):
-        if "factors" in dict(module.named_children()):
-            for index, factor in enumerate(list(module.factors)):
-                adapters.append(LowRankSum(factor))
-                parametrize.register_parametrization(module.factors, str(index), adapters[-1])
+    plain, adapters = model(IDS, labels=IDS), []
+    for cell in [module for module in model.modules() if isinstance(module, KRURecurrence)]:
+        if place == "module":
+            cell.factors = FactorsAdapter(cell.factors)
+            adapters.append(cell.factors)
+            continue
+        for index, factor in enumerate(list(cell.factors)):
+            adapters.append(LowRankSum(factor))
+            parametrize.register_parametrization(cell.factors, str(index), adapters[-1])
     out = model(IDS, labels=IDS)
     assert (out.logits - plain.logits).abs().max() > LOGITS
     out.loss.backward()
@@ -344,29 +340,3 @@ def test_an_adapter_of_the_factors_is_trained(options):
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name)
     assert_near(model(IDS).logits, out.logits, LOGITS)
-
-
-class FactorsAdapter(nn.Module):
-    """As peft puts it in the place of a module whose parameters it adapts: called with an input, and only so."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-        self.scale = nn.Parameter(torch.tensor(0.9))
-
-    def forward(self, x, *args, **kwargs):
-        assert isinstance(x, torch.Tensor)
-        return [factor * self.scale for factor in self.base_layer(x, *args, **kwargs)]
-
-
-@EVERY
-def test_an_adapter_in_the_place_of_the_factors_is_called(options):
-    model = tiny_model(**options).train().requires_grad_(False)
-    plain = model(IDS).logits
-    for module in list(model.modules()):
-        if "factors" in dict(module.named_children()):
-            module.factors = FactorsAdapter(module.factors)
-    out = model(IDS, labels=IDS)
-    out.loss.backward()
-    assert (out.logits - plain).abs().max() > LOGITS
-    assert all(module.scale.grad != 0 for module in model.modules() if isinstance(module, FactorsAdapter))
