@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kru_hf import KRUConfig, KRUForCausalLM, kron_dense, random_unitary
-from training.common.checkpoint import load_weights
 from training.common.errors import UserError
 from training.evaluate import main as evaluate
 from training.loop.arguments import parse_arguments
+from training.loop.checkpoint import load_weights
 from training.models.baselines import BaselineConfig, BaselineForCausalLM
 from training.models.build import build_model
 from training.models.optimization import parameter_groups

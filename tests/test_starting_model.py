@@ -121,11 +121,11 @@ def test_factor_sizes_are_whole_numbers(tmp_path, capsys):
     assert "factor_shapes='[[2.9, 2.9], [4, 4]]' is not valid" in capsys.readouterr().err
 
 
-def test_going_on_leaves_out_overwriting_in_either_spelling():
-    from training.common.processes import how_to_go_on
+def test_resuming_leaves_out_overwriting_in_either_spelling():
+    from training.common.processes import how_to_resume
 
     for words in (["--overwrite-output-dir", "true"], ["--overwrite_output_dir=true"], ["--overwrite_output_dir"]):
-        shown = how_to_go_on([*words, "--seed", "3"], "training.train")
+        shown = how_to_resume([*words, "--seed", "3"], "training.train")
         assert "overwrite" not in shown and shown.endswith("--seed 3 --resume_from_checkpoint last")
 
 

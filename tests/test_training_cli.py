@@ -1,4 +1,4 @@
-"""The commands as a user types them: a trained folder, its evaluation, going on from it, and bad input."""
+"""The commands as a user types them: a trained folder, its evaluation, a run that starts from it, and bad input."""
 
 import json
 import os
@@ -186,7 +186,7 @@ def test_evaluate_bad_input(trained, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_going_on_from_a_trained_folder(trained, text_file, tmp_path, capsys):
+def test_a_run_that_starts_from_a_trained_folder(trained, text_file, tmp_path, capsys):
     words = ["--max_steps=3", "--eval_steps=3", "--per_device_train_batch_size=2", "--sequence_length=16"]
     words += [f"--model={trained}", "--report_to=none", "--use_cpu", "--sample_length=5"]
     assert main([*words, f"--dataset={text_file}", f"--output_dir={tmp_path / 'more'}"]) == 0

@@ -1,5 +1,6 @@
 """Tiny runs of a training program for several test files: their options, their processes, and how two are compared."""
 
+import json
 import os
 import random
 import subprocess
@@ -12,11 +13,15 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from training.common import checkpoint as ckpt
+from training.common.run_folder import WEIGHTS
+from training.loop.driver import Driver
 from training.records.run_record import read_history
+from training.train import main as train
+from training.train_lightning import main as train_lightning
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
+PROGRAMS = {"training.train": train, "training.train_lightning": train_lightning}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
 
 
@@ -59,7 +64,7 @@ def spawn(code_or_module: list[str], words: list[str], **kwargs) -> subprocess.P
 
 
 def same_weights(one: Path, other: Path) -> None:
-    a, b = load_file(one / ckpt.WEIGHTS), load_file(other / ckpt.WEIGHTS)
+    a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
@@ -80,10 +85,22 @@ def same_end(one: Path, other: Path) -> None:
     assert not list(other.glob(".*"))
 
 
+def at_step(monkeypatch, step: int, change) -> None:
+    """Have a run in this process do `change(driver, figures)` at the end of this step, before it is counted."""
+    whole = Driver.finish_step
+
+    def finish_step(self, figures, norm, num_elements):
+        if self.state.step == step - 1:
+            change(self, figures)
+        whole(self, figures, norm, num_elements)
+
+    monkeypatch.setattr(Driver, "finish_step", finish_step)
+
+
 # Dies at the `at`-th sync, rename or removal of a file.
 CRASH = """
 import os, signal, sys
-from training.common import checkpoint as ckpt
+from training.common import saving
 from {program} import main
 calls = 0
 def dying(function):
@@ -94,14 +111,19 @@ def dying(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return wrapped
-ckpt.sync, os.replace, ckpt.shutil.rmtree = dying(ckpt.sync), dying(os.replace), dying(ckpt.shutil.rmtree)
+saving.sync, os.replace, saving.shutil.rmtree = dying(saving.sync), dying(os.replace), dying(saving.shutil.rmtree)
 main(sys.argv[1:])
 """
 
 
-def wait_for(condition, child, timeout=90.0) -> None:
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def wait_for(condition, *children, timeout=90.0) -> None:
     end = time.monotonic() + timeout
     while not condition():
-        assert child.poll() is None, child.communicate()[1].decode()
+        for child in children:
+            assert child.poll() is None, child.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)

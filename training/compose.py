@@ -21,10 +21,10 @@ from kru_hf.music import MidiError, PianoRoll, draw_roll, read_midi, write_midi,
 from kru_hf.music.render import check_length
 from kru_hf.music.rolls import MAX_FRAMES, MAX_GRID, NUM_PITCHES
 
-from .common.checkpoint import PRESENTED, RUN_FILES
 from .common.errors import UserError
 from .common.files import check_fields, read_json
 from .common.machine import shown_command
+from .common.run_folder import PRESENTED, RUN_FILES
 from .data.music_data import piece_figures
 from .models.build import load_model
 from .options.fields import AT_LEAST_0, FINITE, SEED, Is, Options, option, require

@@ -24,11 +24,12 @@ from accelerate import Accelerator
 from kru_hf import kroneckerize
 from kru_hf.kronecker import factorings
 
-from .common import checkpoint as ckpt
 from .common import processes
 from .common.errors import Interrupted, UserError
 from .common.lock import locked
 from .common.machine import keep_freed_memory, shown_command
+from .common.run_folder import holds_run, is_within
+from .common.saving import write_json
 from .common.stopping import StopRequest
 from .evaluate import EvaluateOptions, load_task
 from .loop.accelerate_loop import TrainingLoop
@@ -195,9 +196,9 @@ class Shrinker:
             UserError: it would replace the model, which every row starts from, or an earlier fine-tune, or is in use.
         """
         arguments = self.arguments(name)
-        if ckpt.is_within(self.options.model, arguments.output_dir):
+        if is_within(self.options.model, arguments.output_dir):
             raise UserError(f"output_dir={self.options.output_dir!r} would replace model={self.options.model!r}")
-        if ckpt.holds_run(arguments.output_dir) and not arguments.run.overwrite_output_dir:
+        if holds_run(arguments.output_dir) and not arguments.run.overwrite_output_dir:
             raise UserError(
                 f"output_dir={self.options.output_dir!r} holds the fine-tune {name!r}, and rows are made from the "
                 "beginning: pass --overwrite_output_dir true to delete it, or another --output_dir"
@@ -246,7 +247,7 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
         for name, shapes in plan.items():
             rows.append(shrinker.row(name, shapes))
             record = {"model": Path(str(options.model)).name, "dataset": shrinker.task.dataset_record(), "rows": rows}
-            ckpt.write_json(folder / RESULT, {**record, "command": command})
+            write_json(folder / RESULT, {**record, "command": command})
     print(f"test BPC before and after {options.max_steps} steps:\n{render(rows)}")
     print(f"folder: {folder}")
     print(json.dumps(rows))

@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common import checkpoint as ckpt
 from .common.errors import UserError
 from .common.lock import locked
+from .common.saving import write_text
 from .records.cards import render_card
 from .records.results_page import PAGE, overview, tables, update_readme, write_page
 from .records.runs import add, entry_of, find_runs, read_runs, write_runs
@@ -34,7 +34,7 @@ def report(runs: list[str], folder: Path, only_runs: bool) -> str:
         write_page(folder, found)
         for place in [folder / entry.released for entry in entries if entry.released]:
             if place.is_dir():
-                ckpt.write_text(place / "README.md", render_card(place))
+                write_text(place / "README.md", render_card(place))
         text = overview(found)
         update_readme(folder.resolve().parent / "README.md", text)
     return text

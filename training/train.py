@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, driver: type[Driver] = TrainingLoop, pro
     argv = list(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()  # bars for single files would break the training's own
     deterministic = torch.are_deterministic_algorithms_enabled()
-    again = f"go on with: {processes.how_to_go_on(argv, program)}"
+    again = f"resume with: {processes.how_to_resume(argv, program)}"
     with StopRequest() as stop:  # while the reason is said too: launchers send a second signal
         try:
             run(parse_arguments(argv, program), stop, driver)

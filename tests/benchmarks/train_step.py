@@ -66,6 +66,7 @@ def make_loop(folder: str, batch: int, length: int, words: list[str], stop: Stop
     task, model = prepare_task(arguments)
     loop = TrainingLoop(arguments, task, model, Accelerator(), stop)
     loop.model.train()
+    loop.set_rate()
     return loop
 
 
@@ -124,7 +125,7 @@ def main() -> None:
         print(f"\nN={options.state_size}, B={options.batch}, T={options.length}, {torch.get_num_threads()} threads")
         print(f"{'':15} {'parameters':>12} {'ms/step':>9} {'char/s':>9} {'x LSTM':>7} {'x RNN':>7}")
         for name, rate in rates.items():
-            count = loops[name].bare_model.num_parameters()
+            count = loops[name].model.num_parameters()
             row = f"{name:15} {count:12,} {1e3 * characters / rate:9.1f} {rate:9,.0f}"
             print(f"{row} {rate / rates['lstm']:7.2f} {rate / rates['rnn']:7.2f}")
         parts = {name: where_time_goes(name, loops[name]) for name in loops if options.profile}

@@ -6,7 +6,7 @@ import re
 
 
 class UserError(Exception):
-    """Bad input or a run that cannot go on; the message names the field, the value and what is allowed.
+    """Bad input or a run that cannot continue; the message names the field, the value and what is allowed.
 
     `shared` says that every process of a run raises it, so that one of them saying it is enough.
     """

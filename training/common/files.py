@@ -110,6 +110,11 @@ def read_torch(path: Path) -> Any:
     return read(path, reader)
 
 
+def not_finite(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters with a NaN or an infinity among their numbers."""
+    return [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
+
+
 def fingerprint(*parts: Any) -> str:
     """SHA-256 of arrays (their type, shape and bytes) and of the text of anything else."""
     digest = hashlib.sha256()

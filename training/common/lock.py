@@ -6,43 +6,16 @@ import contextlib
 import errno
 import os
 import socket
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 
 NAME = ".lock"
-if sys.platform == "win32":
-    import msvcrt
-
-    def take(handle: int) -> None:
-        """Lock a byte far behind the text, which others may then still read; OSError if another process holds it."""
-        os.lseek(handle, 1 << 30, os.SEEK_SET)
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def take(handle: int) -> None:
-        """Lock the file; OSError if another process holds it."""
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-handles: set[int] = set()
-
-
-def let_go() -> None:
-    """In a forked child: the lock is its parent's alone, and would otherwise outlive it."""
-    for handle in handles:
-        with contextlib.suppress(OSError):
-            os.close(handle)
-    handles.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=let_go)
+UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks answer
 
 
 @contextmanager
@@ -55,53 +28,45 @@ def locked(folder: Path, option: str = "output_dir") -> Iterator[None]:
     Raises:
         UserError: another process holds the lock (which one, as far as it has said so), or the folder cannot be used.
     """
-    absent: list[Path] = []
-    try:
+    path, named = folder / NAME, f"{option}={str(folder)!r}"
+    with ExitStack() as held:
         try:
-            absent = [path for path in (folder, *folder.parents) if not path.exists()]
+            absent = [place for place in (folder, *folder.parents) if not place.exists()]
+            held.callback(remove_empty, absent)
             folder.mkdir(parents=True, exist_ok=True)
-            handle = acquire(folder, option)
-        except OSError as error:
-            raise UserError(f"{option}={str(folder)!r} cannot be written to: {error.strerror or error}") from error
-        handles.add(handle)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                (folder / NAME).unlink()
-            handles.discard(handle)
-            os.close(handle)
-    finally:
-        with contextlib.suppress(OSError):
-            for path in absent:
-                path.rmdir()
-
-
-def acquire(folder: Path, option: str) -> int:
-    """The open file that holds the lock. Its text says whose it is, to people alone."""
-    path = folder / NAME
-    while True:
-        if path.is_symlink() or (path.exists() and not path.is_file()):  # what a link names would be written to
-            raise UserError(f"{option}={str(folder)!r} cannot be locked: {NAME} in it is no file; remove it")
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        try:
-            take(handle)
-        except OSError as error:
-            os.lseek(handle, 0, os.SEEK_SET)
-            holder = " ".join(os.read(handle, 200).decode(errors="replace").split()) or "another process"
-            os.close(handle)
-            if error.errno not in HELD_ELSEWHERE:
-                print(f"note: {str(folder)!r} cannot be locked ({error.strerror}): start no second run in it")
-                return os.open(os.devnull, os.O_RDONLY)
+            if path.is_symlink() or (path.exists() and not path.is_file()):  # what a link names would be written to
+                raise UserError(f"{named} cannot be locked: {NAME} in it is no file; remove it")
+            held.enter_context(FileLock(path, timeout=0, mode=0o644))
+            held.callback(forget, path)
+            with contextlib.suppress(OSError):  # a full disk; Windows, which locks the text too
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        except Timeout as error:
             raise UserError(
-                f"{option}={str(folder)!r} is in use by {holder}, which writes to it; wait for its end, stop it, or "
-                "pass another folder"
+                f"{named} is in use by {holder(path)}, which writes to it; wait for its end, stop it, or pass another "
+                "folder"
             ) from error
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(path), os.fstat(handle)):  # else its holder removed it at the same moment
-                with contextlib.suppress(OSError):  # a full disk
-                    os.ftruncate(handle, 0)
-                    os.lseek(handle, 0, os.SEEK_SET)
-                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return handle
-        os.close(handle)
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                raise UserError(f"{named} cannot be written to: {error.strerror or error}") from error
+            print(f"note: {str(folder)!r} cannot be locked ({error.strerror}): start no second run in it")
+        yield
+
+
+def holder(path: Path) -> str:
+    """Whose lock it is, as its file tells people."""
+    with contextlib.suppress(OSError):
+        return " ".join(path.read_text(errors="replace")[:200].split()) or "another process"
+    return "another process"
+
+
+def forget(path: Path) -> None:
+    """Remove the file of a lock; Windows removes no open file."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for path in folders:
+            path.rmdir()

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from .errors import printable
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-UNSHOWN = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run went on, not what it was
+UNSHOWN = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was resumed, not what it was
 
 
 def machine_record(accelerator: Accelerator) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def machines_record(accelerator: Accelerator, earlier: list[dict[str, Any]], tra
     """The machines that a run was made on, in their order.
 
     Args:
-        earlier: of the run that goes on; empty for a new one.
+        earlier: of the run that is resumed; empty for a new one.
         trains: whether steps are left; a finished run that is only scored keeps its machines.
     """
     here = machine_record(accelerator)

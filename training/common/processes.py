@@ -179,8 +179,8 @@ def what_was_lost(error: BaseException) -> str:
     return f'another process has ended ({reason}); its own message, or the launcher\'s "Root Cause", says why'
 
 
-def how_to_go_on(argv: list[str], program: str) -> str:
-    """The command that goes on with this run of `program`."""
+def how_to_resume(argv: list[str], program: str) -> str:
+    """The command that resumes this run of `program`."""
     kept, dropping = [], False
     for word in argv:
         if word.startswith("--"):

@@ -12,19 +12,20 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..common import checkpoint as ckpt
 from ..common import processes
 from ..common.errors import UserError
 from ..common.files import one_line
+from ..common.saving import write_files, write_json, write_text
 from ..records.cards import render_card
 from ..records.plots import learning_curve
 from ..records.run_record import HISTORY, RESULTS, RUN, history_text, read_fields
 from ..tasks import Task
+from .checkpoint import TrainerState
 
 
 @contextmanager
 def trackers(accelerator: Accelerator, name: str, config: dict[str, Any]) -> Iterator[None]:
-    """The trackers of `--report_to` while a run trains; one that fails later gets no more figures, and the run goes on.
+    """The trackers of `--report_to` while a run trains; one that fails later gets no more figures, which ends no run.
 
     Raises:
         UserError: the tracker cannot be started.
@@ -37,7 +38,7 @@ def trackers(accelerator: Accelerator, name: str, config: dict[str, Any]) -> Ite
             accelerator.trackers = []
             raise UserError(
                 f"report_to={name!r} cannot be started: {one_line(error)}; if the disk is full make room, or pass "
-                "--report_to none; the run goes on with --resume_from_checkpoint last"
+                "--report_to none; resume with --resume_from_checkpoint last"
             ) from error
 
     def hook(args: Any) -> None:
@@ -72,7 +73,7 @@ class Progress:
         self.shown: dict[str, str] = {}
         self.validation = ""
 
-    def update(self, state: ckpt.TrainerState) -> None:
+    def update(self, state: TrainerState) -> None:
         """Move the bar to `state.step`."""
         nats, targets = state.window
         speed = state.train_elements / max(state.train_seconds, 1e-9)
@@ -85,7 +86,7 @@ class Progress:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(state.step - self.bar.n)
 
-    def log(self, state: ckpt.TrainerState, figures: dict[str, float]) -> None:
+    def log(self, state: TrainerState, figures: dict[str, float]) -> None:
         """Add figures to the history and send them to the trackers."""
         if state.history and state.history[-1]["step"] == state.step:
             state.history[-1].update(figures)
@@ -113,7 +114,7 @@ class Progress:
         self.accelerator.trackers = []
 
     def give_up_trackers(self, error: Exception) -> None:
-        """Go on without trackers, and say so."""
+        """Continue without trackers, and say so."""
         self.accelerator.trackers = []
         with processes.unheard():
             self.bar.write(
@@ -128,7 +129,7 @@ class Progress:
             self.bar.close()
 
 
-def results(task: Task, model: Any, state: ckpt.TrainerState, metrics: dict[str, dict[str, float]]) -> dict[str, Any]:
+def results(task: Task, model: Any, state: TrainerState, metrics: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The flat figures of `all_results.json`."""
     figures = {f"{split}_{name}": value for split, values in metrics.items() for name, value in values.items()}
     return {
@@ -143,11 +144,11 @@ def results(task: Task, model: Any, state: ckpt.TrainerState, metrics: dict[str,
     }
 
 
-def write_results(folder: Path, task: Task, state: ckpt.TrainerState, figures: dict[str, Any]) -> None:
+def write_results(folder: Path, task: Task, state: TrainerState, figures: dict[str, Any]) -> None:
     """The end of a run's record, `learning_curve.png` and the card, each complete or absent."""
-    ckpt.write_text(folder / HISTORY, history_text(state.history))
-    ckpt.write_files(folder, lambda t: learning_curve(state.history, task.metric, t / "learning_curve.png"))
+    write_text(folder / HISTORY, history_text(state.history))
+    write_files(folder, lambda t: learning_curve(state.history, task.metric, t / "learning_curve.png"))
     times = {"wall_seconds": figures["train_runtime"], "processor_seconds": figures["processor_seconds"]}
-    ckpt.write_json(folder / RUN, {**read_fields(folder / RUN), **times})
-    ckpt.write_json(folder / RESULTS, figures)
-    ckpt.write_text(folder / "README.md", render_card(folder))
+    write_json(folder / RUN, {**read_fields(folder / RUN), **times})
+    write_json(folder / RESULTS, figures)
+    write_text(folder / "README.md", render_card(folder))

@@ -14,11 +14,12 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 import kru_hf
 
-from ..common import checkpoint as ckpt
 from ..common import processes
+from ..common import run_folder as runs
 from ..common.errors import UserError
 from ..common.lock import locked
 from ..common.machine import keep_freed_memory, machines_record
+from ..common.saving import write_json, write_text
 from ..common.stopping import StopRequest
 from ..models.build import build_model, check_fit, freeze_factors, load_model, using_backend
 from ..options.model import ModelOptions
@@ -27,9 +28,9 @@ from ..records.run_record import RECIPE, RUN, read_fields, read_record, recipe_t
 from ..tasks import Task, get_task
 from .accelerate_loop import TrainingLoop
 from .arguments import Arguments, resolved
+from .checkpoint import load_weights, resume
 from .driver import Driver
 from .progress import Progress, results, trackers, write_results
-from .resume import resume
 from .scoring import evaluate
 
 
@@ -88,7 +89,7 @@ def check_place(folder: Path) -> None:
     """`UserError` unless a run can have the output folder for itself."""
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        checkpoint = ckpt.checkpoint_around(folder.resolve())
+        checkpoint = runs.checkpoint_around(folder.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle, a zero byte
         raise UserError(f"output_dir={str(folder)!r} cannot be a folder: {error}") from error
     if not nearest.is_dir():
@@ -108,19 +109,19 @@ def open_folder(arguments: Arguments, held: ExitStack) -> Path | None:
 
 
 def check_folder(arguments: Arguments) -> Path | None:
-    """The checkpoint to go on from, if any; an error if the output folder holds a run that would be overwritten."""
+    """The checkpoint to resume from, if any; an error if the output folder holds a run that would be overwritten."""
     run, folder = arguments.run, arguments.output_dir
-    foreign = ckpt.foreign_files(folder)
+    foreign = runs.foreign_files(folder)
     if foreign:
         raise UserError(
             f"output_dir={str(folder)!r} is not the folder of a run and holds {' and '.join(foreign)}, which the run "
             "would replace; pass another --output_dir"
         )
     if run.resume_from_checkpoint is not None:
-        ckpt.clean(folder)
-        found = ckpt.find_checkpoint(run.resume_from_checkpoint, folder)
+        runs.clean(folder)
+        found = runs.find_checkpoint(run.resume_from_checkpoint, folder)
         if found is not None and not os.path.isdir(found):  # no error for a name that none can have
-            there = ", ".join(str(path) for path in ckpt.checkpoints(folder)) or "none"
+            there = ", ".join(str(path) for path in runs.checkpoints(folder)) or "none"
             raise UserError(
                 f"resume_from_checkpoint={run.resume_from_checkpoint!r} must be last or a checkpoint's folder; "
                 f"output_dir={str(folder)!r} holds: {there}"
@@ -130,19 +131,19 @@ def check_folder(arguments: Arguments) -> Path | None:
                 f"resume_from_checkpoint={str(found)!r} is not in output_dir={str(folder)!r}, but with the best "
                 f"weights of its run; pass --output_dir {str(found.parent)!r}"
             )
-        if found is None and ckpt.holds_run(folder) and (folder / "all_results.json").exists():
+        if found is None and runs.holds_run(folder) and (folder / "all_results.json").exists():
             raise UserError(
-                f"output_dir={str(folder)!r} holds a finished run without checkpoints: nothing to go on from"
+                f"output_dir={str(folder)!r} holds a finished run without checkpoints: nothing to resume from"
             )
         return found
-    if run.overwrite_output_dir and ckpt.is_within(arguments.model.model, folder):
+    if run.overwrite_output_dir and runs.is_within(arguments.model.model, folder):
         raise UserError(
             f"overwrite_output_dir=True would delete model={arguments.model.model!r}, which the run starts from; "
             "pass another --output_dir"
         )
-    if ckpt.holds_run(folder) and not run.overwrite_output_dir:
+    if runs.holds_run(folder) and not run.overwrite_output_dir:
         raise UserError(
-            f"output_dir={str(folder)!r} already holds a run; pass --resume_from_checkpoint last to go on with it, "
+            f"output_dir={str(folder)!r} already holds a run; pass --resume_from_checkpoint last to resume it, "
             "--overwrite_output_dir true to delete it, or another --output_dir"
         )
     return None
@@ -153,8 +154,8 @@ def start_folder(arguments: Arguments, driver: Driver) -> None:
     folder, run = arguments.output_dir, arguments.run
     earlier = read_fields(folder / RUN) if driver.state.step > 0 else {}
     if run.overwrite_output_dir and run.resume_from_checkpoint is None:
-        ckpt.delete_run(folder)
-    ckpt.clean(folder)
+        runs.delete_run(folder)
+    runs.clean(folder)
     versions = {"kru_hf": kru_hf.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     record = {
         "data": driver.task.dataset_record(),
@@ -164,9 +165,9 @@ def start_folder(arguments: Arguments, driver: Driver) -> None:
         ),
         "command": arguments.command,
     }
-    options = resolved(arguments, driver.bare_model.config, driver.accelerator.mixed_precision)
-    ckpt.write_json(folder / RUN, {**earlier, **record})
-    ckpt.write_text(folder / RECIPE, recipe_text(options))
+    options = resolved(arguments, driver.model.config, driver.accelerator.mixed_precision)
+    write_json(folder / RUN, {**earlier, **record})
+    write_text(folder / RECIPE, recipe_text(options))
 
 
 def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = TrainingLoop) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def train(
     accelerator.wait_for_everyone()
     paths = ("output_dir", "dataset", "model", "resume_from_checkpoint")
     config = {k: v for k, v in arguments.flat().items() if isinstance(v, (int, float, str)) and k not in paths}
-    with stop.deferred():  # from the moment at which there is a folder to go on from
+    with stop.deferred():  # from the moment at which there is a folder to resume in
         if is_main:
             start_folder(arguments, loop)
             with processes.unheard():
@@ -230,9 +231,9 @@ def train(
 
 def finish(arguments: Arguments, task: Task, loop: Driver) -> dict[str, Any]:
     """Evaluate the best weights and write the results."""
-    accelerator, folder, model = loop.accelerator, arguments.output_dir, loop.bare_model
+    accelerator, folder, model = loop.accelerator, arguments.output_dir, loop.model
     if accelerator.is_main_process:
-        ckpt.load_weights(model, folder)
+        load_weights(model, folder)
     processes.from_main(accelerator, model)
     model.eval()
     splits = ("validation", "test") if arguments.run.evaluate_test else ("validation",)
@@ -276,10 +277,8 @@ def publish(arguments: Arguments) -> None:
 
 def describe(arguments: Arguments, task: Task, model: Any, loop: Driver, found: Path | None) -> None:
     """Say what is going to happen."""
-    record = task.dataset_record()
-    print(
-        f"data: {record['name']}, SHA-256 {record['sha256'][:12]}…; one pass is {task.num_batches(loop.layout)} steps"
-    )
+    record, steps = task.dataset_record(), task.num_batches(loop.slots.layout)
+    print(f"data: {record['name']}, SHA-256 {record['sha256'][:12]}…; one pass is {steps} steps")
     splits = ("train", "validation", *(["test"] if arguments.run.evaluate_test else []))
     for note in task.notes(splits):
         print(f"note: {note}")
@@ -288,7 +287,7 @@ def describe(arguments: Arguments, task: Task, model: Any, loop: Driver, found: 
         f"{model.num_recurrent_parameters():,} of them recurrent"
     )
     start = f"from {found}" if found else "from the beginning"
-    rows = loop.layout.global_batch_size
+    rows = loop.slots.layout.global_batch_size
     print(f"training: {start}, {loop.total_steps} steps of {rows} rows on {loop.accelerator.device}")
     if arguments.run.resume_from_checkpoint == "last" and found is None:
         print("no checkpoint had been written yet")

@@ -18,6 +18,31 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
+class Scores:
+    """Sums of a task's figures over the batches of a split; the recurrent state goes from each to the next."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.state = task, None
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, model: Any, batch: Batch) -> None:
+        """Score the next batch of this process."""
+        out = self.task.forward(model, batch, None if batch.reset_state else self.state)
+        self.state = out.state.detach() if out.state is not None else None
+        for name, value in out.sums.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
+
+    def metrics(self) -> dict[str, float]:
+        """The task's metrics over all ranks; one that had no batch contributes nothing, not even names."""
+        own = {name: float(value) for name, value in self.sums.items()}
+        parts: list[Any] = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, own)
+        names = dict.fromkeys(name for part in parts for name in part)
+        return self.task.metrics({name: sum(part.get(name, 0.0) for part in parts) for name in names})
+
+
 @torch.no_grad()
 def evaluate(task: Task, model: Any, split: str, accelerator: Accelerator) -> dict[str, float]:
     """The task's metrics of a split, the same on every rank.
@@ -28,24 +53,9 @@ def evaluate(task: Task, model: Any, split: str, accelerator: Accelerator) -> di
     """
     training = model.training
     model.eval()
-    sums: dict[str, torch.Tensor] = {}
-    state = None
+    scores = Scores(task)
     for batch in task.eval_batches(split, accelerator.process_index, accelerator.num_processes):
-        batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
-            out = task.forward(model, batch, None if batch.reset_state else state)
-        state = out.state.detach() if out.state is not None else None
-        for name, value in out.sums.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
+            scores.add(model, to_device(batch, accelerator.device))
     model.train(training)
-    return task.metrics(total(sums, accelerator))
-
-
-def total(sums: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
-    """Sums over all ranks; a rank that had no batch contributes nothing, not even names."""
-    if accelerator.num_processes == 1:
-        return {name: float(value) for name, value in sums.items()}
-    parts: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(parts, {name: float(value) for name, value in sums.items()})
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+    return scores.metrics()

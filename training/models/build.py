@@ -19,10 +19,10 @@ from transformers.utils import logging
 import kru_hf
 from kru_hf import scan, scan_triton
 
-from ..common import checkpoint as ckpt
 from ..common import processes
 from ..common.errors import UserError
-from ..common.files import check_fields, one_line, read, read_json
+from ..common.files import check_fields, not_finite, one_line, read, read_json
+from ..common.run_folder import WEIGHTS
 from ..options.model import ModelOptions
 from .baselines import CELLS, BaselineConfig
 from .sizing import fit_to_budget
@@ -222,7 +222,7 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
     if (local / "generation_config.json").exists():
         with loading(folder, "generation_config.json"):
             GenerationConfig.from_pretrained(folder)
-    with loading(folder, f"{ckpt.WEIGHTS} by config.json"):
+    with loading(folder, f"{WEIGHTS} by config.json"):
         model, found = load(folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
     check_weights(folder, model, found)
     tokenizer = None
@@ -247,7 +247,7 @@ def check_files(folder: Path) -> None:
     for name in JSON_FILES:
         values = read_json(folder / name, optional=True)
         check_fields(folder / name, values, {"architectures": list[str] | None})
-    path = folder / ckpt.WEIGHTS
+    path = folder / WEIGHTS
     if not os.path.lexists(path):
         return
 
@@ -275,9 +275,9 @@ def check_weights(folder: str, model: PreTrainedModel, found: dict[str, Any]) ->
     wrong["shapes"] = [f"{name} is {list(stored)}, not {list(wanted)}" for name, stored, wanted in shapes]
     if any(wrong.values()):
         shown = "; ".join(f"{kind}: {', '.join(names[:5])}" for kind, names in wrong.items() if names)
-        raise UserError(f"the weights in {folder!r} ({ckpt.WEIGHTS}) do not fit config.json: {shown}")
-    if broken := ckpt.not_finite(model):
-        raise UserError(f"the weights in {folder!r} ({ckpt.WEIGHTS}) are not finite: {', '.join(broken[:5])}")
+        raise UserError(f"the weights in {folder!r} ({WEIGHTS}) do not fit config.json: {shown}")
+    if broken := not_finite(model):
+        raise UserError(f"the weights in {folder!r} ({WEIGHTS}) are not finite: {', '.join(broken[:5])}")
 
 
 def check_fit(folder: str, model: PreTrainedModel, task: str, wanted: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
-from ..common.checkpoint import COMPANIONS
 from ..common.files import check_fields, one_line, read_json
+from ..common.run_folder import COMPANIONS
 from ..options.data import DataOptions
 from ..options.fields import fields_of
 from ..options.model import ModelOptions

@@ -20,9 +20,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import kru_hf
 
-from ..common.checkpoint import COMPANIONS, WEIGHTS
 from ..common.errors import UserError
 from ..common.files import read_json
+from ..common.run_folder import COMPANIONS, WEIGHTS
 from ..models.build import load_model
 from .cards import DATA_SOURCES, missing_fields, render_card
 from .hub import PROPOSAL, check_access, check_name, check_tag, explained, open_proposal, remote_files, same

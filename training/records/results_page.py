@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..common import checkpoint as ckpt
 from ..common.errors import UserError
 from ..common.files import read
+from ..common.saving import write_files, write_text
 from .paper_figures import FIGURES, PaperFigure
 from .paper_figures import METRICS as PAPER_METRICS
 from .plots import validation_curves
@@ -160,7 +160,7 @@ def write_page(folder: Path, found: dict[str, list[Row]]) -> None:
             validation_curves(one["setting"], one["metric"], one["curves"], temporary / one["picture"])
         (temporary / PAGE).write_text(text, encoding="utf-8")
 
-    ckpt.write_files(folder, fill)
+    write_files(folder, fill)
     for path in {*folder.glob("results-*.png")} - {folder / one["picture"] for one in drawn}:
         path.unlink()
 
@@ -177,7 +177,7 @@ def update_readme(readme: Path, text: str) -> bool:
     if before.count(BEGIN) != 1 or before.count(END) != 1 or before.index(BEGIN) > before.index(END):
         raise UserError(f"{str(readme)!r} must hold {BEGIN} and, after it, {END}, each once")
     start, rest = before.split(BEGIN)
-    ckpt.write_text(readme, f"{start}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    write_text(readme, f"{start}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
     return True
 
 

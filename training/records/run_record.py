@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from huggingface_hub import hf_hub_download
 
-from ..common import checkpoint as ckpt
 from ..common.errors import UserError
 from ..common.files import check_fields, one_line, read, read_json
 from ..common.machine import shown_path
+from ..common.run_folder import RECORD
 from ..options.recipe import read_recipe
 from ..tasks import get_task
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-RECIPE, RUN, RESULTS, HISTORY = ckpt.RECORD
+RECIPE, RUN, RESULTS, HISTORY = RECORD
 
 
 class Head(NamedTuple):

@@ -20,10 +20,11 @@ from typing import Any, get_type_hints
 
 from kru_hf.cells import BY_TYPE
 
-from ..common import checkpoint as ckpt
 from ..common.errors import UserError
 from ..common.files import check_fields, one_line, read, read_json
 from ..common.machine import shown_path
+from ..common.run_folder import STATE, checkpoints, is_checkpoint
+from ..common.saving import write_text
 from ..options.model import OFF_AT_ZERO
 from ..tasks import get_task, task_names
 from .paper_figures import ADDING, COPY, JSB, PERMUTED, PHONEMES, PIANO, PTB_LARGE, PTB_SMALL, SEQUENTIAL
@@ -168,11 +169,11 @@ def entry_of(folder: Path, table: Path) -> Entry:
     Args:
         table: the folder of runs.jsonl; a model that lies in it is a released one.
     """
-    record, saved, stopped = RunRecord.read(folder), ckpt.checkpoints(folder), None
+    record, saved, stopped = RunRecord.read(folder), checkpoints(folder), None
     history = read_history(folder / HISTORY)
     if not record.results and saved:
-        state = read_json(saved[-1] / ckpt.STATE, optional=True)
-        check_fields(saved[-1] / ckpt.STATE, state, {"history": list[dict[str, Any]], "step": int})
+        state = read_json(saved[-1] / STATE, optional=True)
+        check_fields(saved[-1] / STATE, state, {"history": list[dict[str, Any]], "step": int})
         history, stopped = state.get("history", []), state.get("step")
     metric = metric_of(record)
     points = [[row["step"], row[f"validation_{metric}"]] for row in history if f"validation_{metric}" in row]
@@ -219,7 +220,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, of which the weights may be gone."""
-    return not ckpt.is_checkpoint(folder) and any((folder / name).is_file() for name in (RUN, RESULTS))
+    return not is_checkpoint(folder) and any((folder / name).is_file() for name in (RUN, RESULTS))
 
 
 def parse_line(line: str, place: str) -> Entry:
@@ -251,7 +252,7 @@ def write_runs(table: Path, entries: Iterable[Entry]) -> None:
     """Replace a folder's runs.jsonl."""
     lines = [{k: v for k, v in asdict(entry).items() if v not in (None, [], {})} for entry in entries]
     text = "".join(f"{json.dumps(line, ensure_ascii=False, default=str)}\n" for line in lines)
-    ckpt.write_text(table / RUNS, text)
+    write_text(table / RUNS, text)
 
 
 def add(entries: list[Entry], new: Entry) -> list[Entry]:

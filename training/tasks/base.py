@@ -9,7 +9,7 @@ The file `training/tasks/<name>.py` defines
   `--task <name>` is chosen.
 - a subclass of `Task`, and at the end of the file `TASK = ThatSubclass`.
 
-The driver (`loop.py`, `lightning_module.py`, `evaluate.py`) calls, in this order:
+The drivers (`loop/driver.py`) and `evaluate.py` call, in this order:
 
 1. `task = TASK(options, data, seed)`; no work is done here.
 2. `task.load(tokenizer=None)`: reads or generates the data. `tokenizer` is given when a trained folder is continued or
@@ -156,11 +156,11 @@ class Task(ABC):
         """Figures from summed sums."""
 
     def state_from_tensors(self, states: list[Tensor]) -> Any:
-        """The carried state again from its `.states`, when a run goes on from a checkpoint."""
+        """The carried state again from its `.states`, when a run resumes from a checkpoint."""
         return KRUCache.from_states(states)
 
     def check_vocabulary(self) -> None:  # noqa: B027 (most tasks have nothing to check)
-        """For going on from a trained folder: raise `UserError` if its tokenizer does not cover the training data."""
+        """For a run from a trained folder: raise `UserError` if its tokenizer does not cover the training data."""
 
     def notes(self, splits: tuple[str, ...]) -> list[str]:
         """What in the data of these splits is not as it should be, a sentence each."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -16,18 +15,19 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import BLOCKS, tiny_config
 from safetensors.torch import load_file
+from tiny_run import PROGRAMS, ROOT, options, results_of, same_end, wait_for
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
 from kru_hf.configuration_kru import CELL_TYPES
-from training.common import checkpoint as ckpt
+from training.common.run_folder import WEIGHTS, checkpoints, remove_checkpoint
 from training.evaluate import main as evaluate
 from training.loop.arguments import parse_arguments
+from training.loop.checkpoint import TENSORS
 from training.models.build import build_model
 from training.options.recipe import RECIPES
 from training.tasks import get_task
 from training.train import main
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "training" / "accelerate"
 FIGURE = 2e-3  # between the figure of one process and that of two
 SAME = 1e-6  # between evaluations of the same weights, cut differently
@@ -36,18 +36,6 @@ STEPS = 12
 COMMON = ["--use_cpu", "--report_to=none", "--sample_length=5", "--logging_steps=2", "--eval_steps=6", "--save_steps=6"]
 COMMON += [f"--max_steps={STEPS}", "--sequence_length=16", "--learning_rate=0.01"]
 TEXT = [*COMMON, "--state_size=16", "--factor_shapes=4x4,4x4", "--block_type=plain"]
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    words = random.Random(0).choices(["the ", "recurrent ", "state, ", "of a unit\n", "is "], k=600)
-    path = tmp_path_factory.mktemp("data") / "corpus.txt"
-    path.write_text("".join(words))
-    return path
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "all_results.json").read_text())
 
 
 def two(words: list[str], folder: Path, log: Path, rows: int = 2) -> list[tuple[int | None, str]]:
@@ -59,6 +47,7 @@ def two(words: list[str], folder: Path, log: Path, rows: int = 2) -> list[tuple[
     return done
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "words",
     [
@@ -74,27 +63,31 @@ def test_two_processes_give_the_figures_of_one(text_file, tmp_path, words, capsy
     done = two(words, both, tmp_path / "log")
     assert [code for code, _ in done] == [0, 0], done
     for name in ("validation_bpc", "test_bpc"):
-        assert abs(results(one)[name] - results(both)[name]) < FIGURE
+        assert abs(results_of(one)[name] - results_of(both)[name]) < FIGURE
     assert done[1][1] == ""  # the second process says nothing
     # What two processes counted together is what one counts alone: every character once.
     capsys.readouterr()
     assert evaluate([f"--model={both}", f"--dataset={text_file}", "--use_cpu"]) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert abs(alone["bpc"] - results(both)["test_bpc"]) < SAME
+    assert abs(alone["bpc"] - results_of(both)["test_bpc"]) < SAME
 
 
+@pytest.mark.processes
 def test_all_processes_end_with_the_best_weights(text_file, tmp_path, capsys):
     """Those of process 0's folder, which the second process does not have, and not each its own last ones."""
+    (tmp_path / "short.txt").write_text(text_file.read_text()[:4012])
+    text_file = tmp_path / "short.txt"
     words = [*TEXT, f"--dataset={text_file}", "--learning_rate=0.2", "--lr_scheduler_type=constant", "--eval_steps=2"]
     folder = tmp_path / "run"
     done = two([*words, "--warmup_steps=0", "--freeze_factors", "--max_steps=30"], folder, tmp_path / "log")
     assert [code for code, _ in done] == [0, 0], done
-    assert results(folder)["best_step"] < results(folder)["steps"]
+    assert results_of(folder)["best_step"] < results_of(folder)["steps"]
     assert evaluate([f"--model={folder}", f"--dataset={text_file}", "--use_cpu"]) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert abs(alone["bpc"] / results(folder)["test_bpc"] - 1) < SAME
+    assert abs(alone["bpc"] / results_of(folder)["test_bpc"] - 1) < SAME
 
 
+@pytest.mark.processes
 def test_pieces_that_end_leave_a_process_without_rows(pieces, tmp_path, capsys):
     words = [*COMMON, "--task=piano_roll", f"--dataset={pieces}", "--state_size=16", "--factor_size=4"]
     words.append("--state_dropout=0")  # each process draws its own
@@ -102,11 +95,11 @@ def test_pieces_that_end_leave_a_process_without_rows(pieces, tmp_path, capsys):
     assert main([*words, f"--output_dir={one}", "--per_device_train_batch_size=4"]) == 0
     done = two(words, both, tmp_path / "log")
     assert [code for code, _ in done] == [0, 0], done
-    assert abs(results(one)["test_nll_per_frame"] - results(both)["test_nll_per_frame"]) < FIGURE
+    assert abs(results_of(one)["test_nll_per_frame"] - results_of(both)["test_nll_per_frame"]) < FIGURE
     capsys.readouterr()
     assert evaluate([f"--model={both}", f"--dataset={pieces}", "--use_cpu", "--split=validation"]) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert abs(alone["nll_per_frame"] - results(both)["validation_nll_per_frame"]) < SAME
+    assert abs(alone["nll_per_frame"] - results_of(both)["validation_nll_per_frame"]) < SAME
 
 
 @pytest.mark.parametrize("cell", CELL_TYPES)
@@ -141,12 +134,13 @@ def test_models_of_the_recipes_are_too_small_to_shard(recipe):
     assert model.num_parameters(only_trainable=True) < 500_000
 
 
+@pytest.mark.processes
 def test_resume_with_another_number_of_processes(text_file, tmp_path):
     words = [*TEXT, f"--dataset={text_file}"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*words, f"--output_dir={whole}", "--per_device_train_batch_size=4"]) == 0
     assert main([*words, f"--output_dir={cut}", "--per_device_train_batch_size=4"]) == 0
-    ckpt.remove_checkpoint(cut / f"checkpoint-{STEPS}")
+    remove_checkpoint(cut / f"checkpoint-{STEPS}")
     again = [*words, "--resume_from_checkpoint=last", "--per_device_train_batch_size=4", f"--output_dir={cut}"]
     # The same rows a process would be twice the batch: refused, on every process, said once.
     log = tmp_path / "refused"
@@ -160,11 +154,33 @@ def test_resume_with_another_number_of_processes(text_file, tmp_path):
     done = ranks.finish(ranks.start([again, again], log), log)
     assert [code for code, _ in done] == [0, 0], done
     assert f"from {cut / 'checkpoint-6'}" in done[0][1]
-    assert abs(results(cut)["test_bpc"] - results(whole)["test_bpc"]) < FIGURE
-    state = load_file(cut / f"checkpoint-{STEPS}" / ckpt.CARRIED)
-    assert state["0"].shape == (4, 2, 16)
+    assert abs(results_of(cut)["test_bpc"] - results_of(whole)["test_bpc"]) < FIGURE
+    assert torch.load(cut / f"checkpoint-{STEPS}" / TENSORS)["carried"][0].shape == (4, 2, 16)
 
 
+@pytest.mark.processes
+def test_each_program_trains_and_resumes_exactly_in_two_processes(text_file, tmp_path):
+    """Each process with its own random state, which decides its dropout."""
+    parts = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+
+    def train(program, name, **changes):
+        words = options(text_file, tmp_path / program, **parts, **changes)
+        done = ranks.finish(ranks.start([words, words], tmp_path / name, program), tmp_path / name)
+        assert [code for code, _ in done] == [0, 0], done
+        assert done[1][1] == ""  # the second process says nothing
+
+    for program in PROGRAMS:
+        train(program, f"log-{program}")
+    folders = [tmp_path / program for program in PROGRAMS]
+    same_end(*folders)
+    last = folders[1] / "checkpoint-20"
+    assert torch.load(last / TENSORS)["carried"][0].shape == (8, 2, 24)  # rows of both processes and parts
+    remove_checkpoint(last)
+    train("training.train_lightning", "again", resume_from_checkpoint="last")
+    same_end(*folders)
+
+
+@pytest.mark.processes
 def test_an_error_of_one_process_ends_all_and_is_said_once(text_file, tmp_path):
     words = [*TEXT, f"--output_dir={tmp_path / 'run'}"]
     log = tmp_path / "log"
@@ -176,29 +192,21 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(text_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_to_one_process_stops_all_with_a_checkpoint(text_file, tmp_path):
+@pytest.mark.processes
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(text_file, tmp_path, program):
     folder, log = tmp_path / "run", tmp_path / "log"
     words = [*TEXT, f"--dataset={text_file}", f"--output_dir={folder}", "--max_steps=100000", "--eval_steps=100000"]
-    words += ["--save_steps=100000"]
-    children = ranks.start([words, words], log)
-    wait_for(lambda: (folder / "recipe.yaml").exists())
+    words += ["--save_steps=20"]
+    children = ranks.start([words, words], log, program)
+    wait_for(lambda: checkpoints(folder))
     os.kill(children[1].pid, signal.SIGTERM)
     done = ranks.finish(children, log)
     assert [code for code, _ in done] == [128 + signal.SIGTERM] * 2, done
-    assert len(ckpt.checkpoints(folder)) == 1
-    assert "go on with: torchrun --nproc_per_node 2 -m training.train" in done[0][1]
+    assert f"resume with: torchrun --nproc_per_node 2 -m {program}" in done[0][1]
 
 
 # ---- the launcher ----
-
-
-def wait_for(condition, children=(), timeout=90.0) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        for child in children:
-            assert child.poll() is None, child.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def launch(options: list[str], words: list[str]) -> subprocess.Popen:
@@ -214,6 +222,8 @@ def process_of(launcher: subprocess.Popen) -> int:
     return int(child)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
 def test_a_killed_process_ends_those_of_the_other_machine_within_a_minute(text_file, tmp_path):
     """Two launchers as on two machines; the process of the second one is killed."""
@@ -222,7 +232,7 @@ def test_a_killed_process_ends_those_of_the_other_machine_within_a_minute(text_f
     options += ["--main_process_port", str(ranks.free_port()), "--machine_rank"]
     folders = [tmp_path / "first", tmp_path / "second"]
     launchers = [launch([*options, str(n)], [*words, f"--output_dir={folder}"]) for n, folder in enumerate(folders)]
-    wait_for(lambda: ckpt.checkpoints(folders[0]), launchers)
+    wait_for(lambda: checkpoints(folders[0]), *launchers)
     killed, began = process_of(launchers[1]), time.monotonic()
     os.kill(killed, signal.SIGKILL)
     said = [launcher.communicate(timeout=MINUTE)[0] for launcher in launchers]
@@ -234,10 +244,24 @@ def test_a_killed_process_ends_those_of_the_other_machine_within_a_minute(text_f
     assert "--resume_from_checkpoint last" in said[0]
     assert "gloo" not in said[0]
     assert not folders[1].exists()
-    for path in ckpt.checkpoints(folders[0]):
-        load_file(path / ckpt.WEIGHTS)
+    for path in checkpoints(folders[0]):
+        load_file(path / WEIGHTS)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_launchers_two_processes_train_as_one(text_file, tmp_path):
+    words = [*TEXT, f"--dataset={text_file}"]
+    assert main([*words, f"--output_dir={tmp_path / 'one'}", "--per_device_train_batch_size=4"]) == 0
+    config = ["--config_file", str(CONFIGS / "two_cpu_processes.yaml")]
+    child = launch(config, [*words, f"--output_dir={tmp_path / 'two'}", "--per_device_train_batch_size=2"])
+    said = child.communicate(timeout=180)[0]
+    assert child.returncode == 0, said
+    for name in ("test_bpc", "validation_bpc"):
+        assert abs(results_of(tmp_path / "one")[name] - results_of(tmp_path / "two")[name]) < FIGURE
+
+
+@pytest.mark.slow
 def test_what_the_launcher_would_do_wrong_is_refused(text_file, tmp_path):
     words = [*TEXT, f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}"]
     cases = {

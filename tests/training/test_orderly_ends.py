@@ -6,32 +6,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
-from tiny_run import ENVIRONMENT, ROOT, figures_of, options, spawn, wait_for
+from tiny_run import ENVIRONMENT, PROGRAMS, ROOT, at_step, figures_of, options, spawn, wait_for
 
-from training.common import checkpoint as ckpt
 from training.common import processes
+from training.common.run_folder import checkpoints
 from training.common.stopping import SIGNALS, StopRequest
-from training.loop.driver import Driver
 from training.train import main
-from training.train_lightning import main as lightning_main
 
-DRIVERS = {"training.train": main, "training.train_lightning": lightning_main}
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
+LONG = {"max_steps": 100_000, "save_steps": 100_000, "eval_steps": 100_000}
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 20
-
-
-def at_step(monkeypatch, step, act):
-    """Have the run do `act(driver)` within this step."""
-    whole = Driver.forward
-
-    def forward(self, model, batch, part):
-        if self.state.step == step - 1:
-            act(self)
-        return whole(self, model, batch, part)
-
-    monkeypatch.setattr(Driver, "forward", forward)
 
 
 @pytest.fixture
@@ -44,29 +31,29 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("program", DRIVERS)
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_each_signal_saves_and_says_how_to_go_on(text_file, tmp_path, monkeypatch, capsys, handlers, number, program):
-    at_step(monkeypatch, 3, lambda run: os.kill(os.getpid(), number))
+def test_each_signal_saves_and_says_how_to_resume(text_file, tmp_path, monkeypatch, capsys, handlers, number, program):
+    at_step(monkeypatch, 3, lambda run, figures: os.kill(os.getpid(), number))
     words = options(text_file, tmp_path, max_steps=10)
-    assert DRIVERS[program]([*words, "--overwrite_output_dir=true"]) == 128 + number
-    assert [path.name for path in ckpt.checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert PROGRAMS[program]([*words, "--overwrite_output_dir=true"]) == 128 + number
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
     *_, reason, advice = capsys.readouterr().err.splitlines()
     assert reason == "error: stopped at step 3; the checkpoint is written"
-    assert advice == f"go on with: python -m {program} {shlex.join(words)} --resume_from_checkpoint last"
+    assert advice == f"resume with: python -m {program} {shlex.join(words)} --resume_from_checkpoint last"
 
 
-def test_the_way_on_is_from_the_newest_checkpoint():
+def test_the_way_to_resume_is_from_the_newest_checkpoint():
     """And not again from the one that this run began with."""
     words = ["char_lm", "--resume-from-checkpoint", "run/checkpoint-5", "--seed=1"]
-    assert processes.how_to_go_on(words, "training.train") == (
+    assert processes.how_to_resume(words, "training.train") == (
         "python -m training.train char_lm --seed=1 --resume_from_checkpoint last"
     )
 
 
 def test_nohup_keeps_its_word(text_file, tmp_path, monkeypatch, handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    at_step(monkeypatch, 3, lambda run: os.kill(os.getpid(), signal.SIGHUP))
+    at_step(monkeypatch, 3, lambda run, figures: os.kill(os.getpid(), signal.SIGHUP))
     assert main(options(text_file, tmp_path, max_steps=6)) == 0
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -80,28 +67,64 @@ def test_a_signal_at_the_loops_end_is_not_forgotten():
 
 def test_a_signal_while_the_reason_is_said_changes_nothing(text_file, tmp_path, monkeypatch, capsys, handlers):
     """Launchers send theirs after that of the terminal."""
-    at_step(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGINT))
+    at_step(monkeypatch, 2, lambda run, figures: os.kill(os.getpid(), signal.SIGINT))
     whole = processes.say
     monkeypatch.setattr(processes, "say", lambda *words: (os.kill(os.getpid(), signal.SIGTERM), whole(*words)))
     assert main(options(text_file, tmp_path, max_steps=6)) == 128 + signal.SIGINT
-    assert capsys.readouterr().err.splitlines()[-1].startswith("go on with: ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("resume with: ")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "number"), [*zip(PROGRAMS, (signal.SIGTERM, signal.SIGINT), strict=True)])
+def test_a_signal_from_outside_saves(text_file, tmp_path, program, number):
+    child = spawn(["-m", program], options(text_file, tmp_path, **LONG))
+    wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
+    time.sleep(0.5)
+    child.send_signal(number)
+    said = child.communicate(timeout=60)[1].decode()
+    assert child.returncode == 128 + number, said
+    assert len(checkpoints(tmp_path)) == 1
+    assert said.splitlines()[-1].startswith(f"resume with: python -m {program} ")
+    assert "characters/s" in said and "Traceback" not in said and "Warning" not in said
+
+
+@pytest.mark.slow
+def test_a_signal_outside_the_loop_ends_the_run_at_once(text_file, tmp_path):
+    child = spawn(["-m", "training.train"], options(text_file, tmp_path, sample_length=1_000_000))
+    wait_for(lambda: (tmp_path / "all_results.json").exists(), child)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=30)[1].decode()
+    assert child.returncode == 128 + signal.SIGINT, said
+    assert "resume with: python -m training.train" in said
+    assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 0
+
+
+@pytest.mark.slow
 def test_a_closed_terminal_costs_no_step(text_file, tmp_path):
     """With it goes the reader of what the run says, before the signal comes."""
-    words = options(text_file, tmp_path, max_steps=100_000, save_steps=100_000, eval_steps=100_000)
-    child = spawn(["-m", "training.train"], words)
+    child = spawn(["-m", "training.train"], options(text_file, tmp_path, **LONG))
     wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
     for pipe in (child.stdout, child.stderr):
         pipe.close()
     child.send_signal(signal.SIGHUP)
     assert child.wait(60) == 128 + signal.SIGHUP
-    assert len(ckpt.checkpoints(tmp_path)) == 1
+    assert len(checkpoints(tmp_path)) == 1
 
 
 # ---- launchers ----
 
 
+@pytest.mark.slow
+def test_training_ends_when_its_launcher_is_killed(text_file, tmp_path):
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "-m", "training.train"]
+    child = spawn(launcher, options(text_file, tmp_path, **LONG))
+    wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
+    time.sleep(0.5)
+    child.kill()
+    wait_for(lambda: checkpoints(tmp_path))
+
+
+@pytest.mark.slow
 def test_the_reason_is_the_last_word_under_a_launcher(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     words = options(tmp_path / "text.txt", tmp_path / "text.txt" / "run")
@@ -119,11 +142,11 @@ def test_the_reason_is_the_last_word_under_a_launcher(tmp_path):
         )
 
 
-@pytest.mark.parametrize("program", DRIVERS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_srun_without_a_launcher_is_refused(text_file, tmp_path, monkeypatch, capsys, program):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert DRIVERS[program](options(text_file, tmp_path / "run")) == 1
+    assert PROGRAMS[program](options(text_file, tmp_path / "run")) == 1
     assert capsys.readouterr().err.startswith("error: srun started 2 processes that know nothing of each other; ")
     assert not (tmp_path / "run").exists()
 
@@ -137,7 +160,7 @@ def test_srun_without_a_launcher_is_refused(text_file, tmp_path, monkeypatch, ca
     ],
     ids=lambda variables: next(iter(variables)),
 )
-def test_what_slurm_starts_rightly_goes_on(monkeypatch, variables):
+def test_what_slurm_starts_rightly_is_accepted(monkeypatch, variables):
     for name, value in {**SLURM, **variables}.items():
         monkeypatch.setenv(name, value)
     processes.check_launcher()
@@ -146,7 +169,7 @@ def test_what_slurm_starts_rightly_goes_on(monkeypatch, variables):
 # ---- trackers ----
 
 
-@pytest.mark.parametrize("program", DRIVERS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_tracker_that_fails_ends_alone(text_file, tmp_path, monkeypatch, capsys, program):
     """Its thread meets a full disk in the middle of the run."""
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -154,9 +177,9 @@ def test_a_tracker_that_fails_ends_alone(text_file, tmp_path, monkeypatch, capsy
     def full(self, data):
         raise OSError(28, "No space left on device")
 
-    at_step(monkeypatch, 5, lambda run: monkeypatch.setattr(RecordWriter, "write", full))
+    at_step(monkeypatch, 5, lambda run, figures: monkeypatch.setattr(RecordWriter, "write", full))
     hook = threading.excepthook
-    assert DRIVERS[program](options(text_file, tmp_path, report_to="tensorboard")) == 0
+    assert PROGRAMS[program](options(text_file, tmp_path, report_to="tensorboard")) == 0
     assert threading.excepthook is hook
     said = capsys.readouterr().err
     note = "note: the tracker has failed and gets no more figures ([Errno 28] No space left on device)"

@@ -8,16 +8,15 @@ import subprocess
 import sys
 
 import pytest
-from tiny_run import ENVIRONMENT, ROOT, options
+from tiny_run import ENVIRONMENT, PROGRAMS, ROOT, options
 
-from training.common import checkpoint as ckpt
+from training.common import saving
 from training.common.errors import UserError
 from training.common.lock import NAME, locked
+from training.common.run_folder import STATE
 from training.report import main as report
 from training.train import main
-from training.train_lightning import main as lightning_main
 
-DRIVERS = [main, lightning_main]
 # Holds the lock of a folder, says so, and waits; a child that it forked outlives it.
 HOLDER = """
 import os, sys, time
@@ -48,16 +47,16 @@ def holder(folder):
 def test_a_second_run_is_refused_until_the_first_is_dead(text_file, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(options(text_file, folder, max_steps=2)) == 0
-    temporary = folder / f"{ckpt.TEMPORARY}files-1"
+    temporary = folder / f"{saving.TEMPORARY}files-1"
     ways = [{"resume_from_checkpoint": "last"}, {"overwrite_output_dir": "true"}, {}]
     with holder(folder) as child:
         temporary.mkdir()
         (temporary / "half").write_text("x")
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-        for driver in DRIVERS:
+        for program in PROGRAMS.values():
             for way in ways:
                 capsys.readouterr()
-                assert driver(options(text_file, folder, max_steps=2, **way)) == 1
+                assert program(options(text_file, folder, max_steps=2, **way)) == 1
                 said = capsys.readouterr().err
                 assert said.startswith(f"error: output_dir='{folder}' is in use by process {child.pid} on ")
                 assert said.count("\n") == 1
@@ -93,15 +92,15 @@ def test_a_lock_follows_no_link(tmp_path):
 def test_what_cannot_be_replaced_is_named(tmp_path):
     (tmp_path / "all_results.json").mkdir()
     with pytest.raises(UserError, match=r"^could not save '.*all_results.json' \(Is a directory\); move what is there"):
-        ckpt.write_json(tmp_path / "all_results.json", {})
+        saving.write_json(tmp_path / "all_results.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["all_results.json"]
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_folders_that_no_run_may_have(text_file, tmp_path, capsys, driver):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_folders_that_no_run_may_have(text_file, tmp_path, capsys, program):
     run = tmp_path / "run"
     (run / "checkpoint-5").mkdir(parents=True)
-    (run / "checkpoint-5" / ckpt.STATE).write_text(json.dumps({}))
+    (run / "checkpoint-5" / STATE).write_text(json.dumps({}))
     (tmp_path / "link").symlink_to(run / "checkpoint-5")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     own = f"belongs to a checkpoint, which goes when there are newer ones; pass --output_dir '{run}' for"
@@ -117,10 +116,10 @@ def test_folders_that_no_run_may_have(text_file, tmp_path, capsys, driver):
         tmp_path / ("x" * 300): f"output_dir='{tmp_path}/{'x' * 300}' cannot be a folder: ",
     }.items():
         for way in ({}, {"resume_from_checkpoint": "last"}, {"overwrite_output_dir": "true"}):
-            assert driver(options(text_file, folder, **way)) == 1
+            assert PROGRAMS[program](options(text_file, folder, **way)) == 1
             said = capsys.readouterr().err
             assert expected in said and said.startswith("error: ") and said.count("\n") == 1, said
-    assert driver(options(text_file, tmp_path / "new", resume_from_checkpoint="x" * 5000)) == 1
+    assert PROGRAMS[program](options(text_file, tmp_path / "new", resume_from_checkpoint="x" * 5000)) == 1
     assert "must be last or a checkpoint's folder" in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == ["checkpoint-5"]
-    assert [path.name for path in (run / "checkpoint-5").iterdir()] == [ckpt.STATE]
+    assert [path.name for path in (run / "checkpoint-5").iterdir()] == [STATE]
