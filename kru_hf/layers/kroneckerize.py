@@ -70,9 +70,8 @@ def nearest_kronecker(weight: Tensor, factor_shapes: Sequence[tuple[int, int]]) 
     """Factors (P_f, Q_f) whose Kronecker product is near ``weight`` (∏ P_f, ∏ Q_f) in the Frobenius norm.
 
     Van Loan's rearrangement turns the problem into the best rank-1 approximation of a tensor with an axis of P_f·Q_f
-    for each factor. Two factors: a matrix, so its SVD gives the global optimum. Three and more: alternating least
-    squares from the HOSVD, a local optimum that need not be the global one, but exact where ``weight`` is a Kronecker
-    product.
+    for each factor: alternating least squares from the HOSVD. Of two factors that is the SVD of a matrix, the global
+    optimum; of three and more a local one, but exact where ``weight`` is a Kronecker product.
     All factors get the same norm. Computed in float64, returned in the dtype of ``weight``.
     """
     count = len(factor_shapes)
@@ -80,22 +79,15 @@ def nearest_kronecker(weight: Tensor, factor_shapes: Sequence[tuple[int, int]]) 
     grid = weight.detach().double().reshape(*rows, *columns)  # (P_0, …, P_{F-1}, Q_0, …, Q_{F-1})
     pairs = [axis for f in range(count) for axis in (f, count + f)]
     tensor = grid.permute(pairs).reshape([p * q for p, q in factor_shapes])  # (P_0·Q_0, …, P_{F-1}·Q_{F-1})
-    if count == 1:
-        vectors = [tensor]  # [(P·Q,)]
-    elif count == 2:
-        left, values, right = torch.linalg.svd(tensor, full_matrices=False)
-        vectors = [left[:, 0] * values[0], right[0]]  # [(P_0·Q_0,), (P_1·Q_1,)]
-    else:
-        vectors = _rank_one(tensor)
+    vectors = _rank_one(tensor)  # [(P_f·Q_f,)]
     norms = [float(torch.linalg.vector_norm(vector)) for vector in vectors]
     scale = math.prod(norms)
     if scale > 0:
         # Equal norms: no factor is much more sensitive to the learning rate than another.
         vectors = [vector * (scale ** (1 / count) / norm) for vector, norm in zip(vectors, norms, strict=True)]
     # A zero weight keeps unit vectors beside the zero: with every factor zero, no gradient would ever reach one.
-    return [
-        vector.reshape(shape).to(weight.dtype) for vector, shape in zip(vectors, factor_shapes, strict=True)
-    ]  # [(P_f, Q_f)]
+    shaped = zip(vectors, factor_shapes, strict=True)
+    return [vector.reshape(shape).to(weight.dtype) for vector, shape in shaped]  # [(P_f, Q_f)]
 
 
 def _rank_one(tensor: Tensor) -> list[Tensor]:
@@ -103,7 +95,8 @@ def _rank_one(tensor: Tensor) -> list[Tensor]:
     count = tensor.ndim
     # Contiguous once: every sweep then reads them as plain matrix-vector products.
     unfoldings = [tensor.movedim(f, 0).contiguous() for f in range(count)]  # [(P_f·Q_f, the other axes in order)]
-    vectors = [torch.linalg.svd(each.flatten(1), full_matrices=False).U[:, 0] for each in unfoldings]  # [(P_f·Q_f,)]
+    starts = [torch.linalg.svd(x.flatten(1), full_matrices=False).U[:, 0] for x in unfoldings[1:]]  # [(P_f·Q_f,)]
+    vectors = [torch.empty(0), *starts]  # the first is solved for before it is read
     explained = -1.0
     for _ in range(ALS_SWEEPS):
         for f in range(count):
