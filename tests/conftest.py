@@ -16,3 +16,10 @@ def choose_backend():
     """``use_backend`` for one test."""
     yield use_backend
     use_backend("auto")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of several processes are slow ones."""
+    for item in items:
+        if item.get_closest_marker("processes"):
+            item.add_marker("slow")

@@ -62,6 +62,7 @@ def name_of(words: list[str]) -> str:
     return words[words.index("--output_dir") + 1].rsplit("/", 1)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_command_is_accepted(script, tmp_path):
     calls = call(script.name, tmp_path, "--max_steps", "7")
@@ -78,6 +79,7 @@ def test_every_command_is_accepted(script, tmp_path):
     assert (tmp_path / "report.txt").read_text().strip() == expected
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_made_again_and_failed_ones_do_not_stop_the_rest(tmp_path):
     assert len(call("clipping.sh", tmp_path)) == 18
     again = call("clipping.sh", tmp_path)[18:]

@@ -46,6 +46,7 @@ def commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*(f"{name}.json" for name in JSON_FILES), "recipe.yaml"])
 def test_files_that_are_not_json_are_named(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     path = folder / name
@@ -58,6 +59,7 @@ def test_files_that_are_not_json_are_named(folder: Path, capsys: pytest.CaptureF
     assert any(path.name in text or "config.json" in text for text in commands(folder, capsys))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_fields_of_other_types_are_no_traceback(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     path = folder / f"{name}.json"

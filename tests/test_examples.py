@@ -44,5 +44,6 @@ def test_the_minimal_network_is_the_model(sizes):
         assert_near(theirs.grad, ours.grad, RELATIVE[torch.float32])
 
 
+@pytest.mark.slow
 def test_the_minimal_network_recalls():
     assert load("kru_minimal").train(steps=120, delay=5, batch=16) > 0.6

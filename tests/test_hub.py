@@ -68,6 +68,7 @@ print(json.dumps({{
 """
 
 
+@pytest.mark.slow
 def test_published_model_generates_elsewhere_without_the_package(trained: Path, hub: Hub, tmp_path: Path) -> None:
     done = publish_folder(trained, "me/kru", revision_tag="v1", private=True, api=client(hub))
     assert hub.repos[("model", "me/kru")].private
@@ -86,6 +87,7 @@ def test_published_model_generates_elsewhere_without_the_package(trained: Path, 
     assert any(request.startswith("GET /lfs/") for request in hub.requests)
 
 
+@pytest.mark.slow
 def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(folder: Path, hub: Hub, tmp_path: Path) -> None:
     hub.lfs = ()  # everything as regular files
     options = ["--model", str(folder), "--repo_id", "lab/kru", "--revision_tag", "v1"]
@@ -105,6 +107,7 @@ def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(folder: Pa
     assert ("cpu: available" in said) == native_engine()
 
 
+@pytest.mark.slow
 def test_published_piano_roll_model_loads_elsewhere(folder: Path, hub: Hub, tmp_path: Path) -> None:
     config = kru_hf.KRUConfig(state_size=16, factor_size=4, hidden_size=8, input_size=88)
     kru_hf.KRUForPianoRoll(config).save_pretrained(folder)

@@ -41,6 +41,7 @@ def push(*words: str) -> list[str]:
     return ["--push_to_hub", "true", "--hub_model_id", "me/kru", *words]
 
 
+@pytest.mark.slow
 def test_train_on_a_hub_data_set_and_push(hub: Hub, tmp_path: Path) -> None:
     run = tmp_path / "trained"
     words = [*SMALL, "--dataset", "other/corpus", "--output_dir", str(run)]
@@ -65,6 +66,7 @@ def test_train_on_a_hub_data_set_and_push(hub: Hub, tmp_path: Path) -> None:
     assert publish_folder(run, "me/kru", api=client(hub)).unchanged
 
 
+@pytest.mark.slow
 def test_music_by_hub_id_there_and_back(hub: Hub, tmp_path: Path) -> None:
     """Trained on a data set of the Hub and published; then scored and composed with by its Hub id."""
     notes = [[[60 + i % 7, 64], [67]] * 6 for i in range(6)]
@@ -89,6 +91,7 @@ def test_music_by_hub_id_there_and_back(hub: Hub, tmp_path: Path) -> None:
     assert output.read_bytes().startswith(b"MThd")
 
 
+@pytest.mark.slow
 def test_parts_of_a_hub_data_set_are_what_they_are_called(hub: Hub, tmp_path: Path) -> None:
     """Whatever the spelling; only the missing part is cut from train, and what has no part's name is not used."""
     train, held = ({"text": [line] * rows} for line, rows in (("a line of training", 300), ("ZZZ held out ZZZ", 200)))
@@ -115,6 +118,7 @@ def test_parts_of_a_hub_data_set_are_what_they_are_called(hub: Hub, tmp_path: Pa
     assert lines[6:] == [lines[0], str(["not used: other.parquet", notes.format("validation")])]
 
 
+@pytest.mark.slow
 def test_push_that_fails_at_the_end_names_the_command_that_finishes(hub: Hub, text_file: Path, tmp_path: Path) -> None:
     hub.fail["commit"] = 500
     words = [*SMALL, "--dataset", str(text_file), "--output_dir", str(tmp_path / "run"), *push("--data_license", "own")]
@@ -131,6 +135,7 @@ def test_push_that_fails_at_the_end_names_the_command_that_finishes(hub: Hub, te
     assert "model.safetensors" in hub.files("me/kru")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "repo_id", "words", "message"),
     [

@@ -49,6 +49,7 @@ print(json.dumps([measure(sizes) for sizes in json.loads(sys.argv[2])]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("backend", ["auto", "portable"])
 def test_forward_and_backward_need_little_beside_inputs_and_outputs(backend):
@@ -82,6 +83,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_training_keeps_freed_memory_for_the_next_step():
     faults = {

@@ -124,6 +124,7 @@ def run(code: str, arguments: list[str], cache: Path, cwd: Path, **changes: str)
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["alone", "package installed"])
 def test_every_head_loads_and_generates_from_its_own_code(models, tmp_path, place):
     """Without the package, a compiler or Triton; and with the package at hand, for its native engine alone."""
@@ -151,6 +152,7 @@ def test_every_head_loads_and_generates_from_its_own_code(models, tmp_path, plac
     assert seen["heads"]["piano"] == {"AutoModel": "KRUForPianoRoll"}
 
 
+@pytest.mark.slow
 def test_the_package_loads_a_pushed_folder_without_its_code(models, tmp_path):
     folder, _, said = models
     assert run(WITH_PACKAGE, [str(folder / "residual")], tmp_path / "cache", ROOT) == repr(said["residual"])

@@ -50,6 +50,7 @@ def score(folder: Path, text: str) -> float:
         return model(input_ids=ids, labels=ids).loss.item()
 
 
+@pytest.mark.slow
 def test_python_of_the_readme(tmp_path):
     """All blocks in their order in one process: a later one may go on from an earlier one."""
     released = ROOT / "model_cards" / "kru-python-docs"
@@ -66,6 +67,7 @@ def test_python_of_the_readme(tmp_path):
     assert score(place / "runs" / "fine-tuned", text) < score(released, text) - LEARNT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.parent.name)
 def test_python_of_the_released_cards(path, tmp_path):
     for code in blocks(path.read_text(), "python"):
@@ -79,6 +81,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 def test_python_of_rendered_cards(tmp_path):
     """The card that a run leaves in its folder, for every head; in one process, to be quick."""
     code = []

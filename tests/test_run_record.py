@@ -69,6 +69,7 @@ def test_a_recipe_says_all_that_a_run_was(tmp_path: Path, words: list[str]):
     assert resolved(again, config, again.run.mixed_precision or "") == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [main, lightning_main], ids=["accelerate", "lightning"])
 def test_a_run_is_repeated_from_its_recipe(text_file, tmp_path: Path, program):  # noqa: F811
     changes = {"optimizer": "rmsprop", "weight_decay": 0, "state_size": None, "factor_shapes": None, "block_type": None}
@@ -101,6 +102,7 @@ def test_processor_time_is_that_of_the_training_steps(text_file, tmp_path: Path,
     assert json.loads((folder / "run.json").read_text())["processor_seconds"] == 20
 
 
+@pytest.mark.slow
 def test_evaluation_is_in_the_precision_of_the_run(text_file, tmp_path: Path, capsys):  # noqa: F811
     from accelerate.state import AcceleratorState
 

@@ -57,6 +57,7 @@ def command(module: list[str], words: list[str], **environment: str) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_launcher_recipe_and_last_lines(text_file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"dataset: {text_file}\nlearning_rate: 1e-2\n")
@@ -75,6 +76,7 @@ def test_launcher_recipe_and_last_lines(text_file, tmp_path):
     assert (record["state_size"], record["learning_rate"]) == (36, 0.01)
 
 
+@pytest.mark.slow
 def test_unknown_option_ends_with_one_line():
     done = command(["-m", "training.train"], ["--lerning_rate", "1"])
     assert done.returncode == 1
@@ -254,6 +256,7 @@ print(len(generate("the state", max_new_tokens=20, do_sample=False)[0]["generate
 """
 
 
+@pytest.mark.slow
 def test_folder_loads_where_the_package_is_missing(trained, tmp_path):
     done = command(["-c", REMOTE], [str(trained)], HF_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -246,6 +246,7 @@ def test_generate_reads_one_document_a_row():
         model.generate(ROW, attention_mask=NUMBERS + 1, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_compiled_models_read_documents_and_masks():
     torch.compiler.reset()
     model = build(KRUForCausalLM).float()

@@ -21,6 +21,7 @@ SHAPES = [(2, 3), (3, 2), (2, 2)]
 IDS = torch.randint(1, 11, (2, 6), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @ON_EVERY_ENGINE
 def test_compiled_is_eager(engine, dtype, cell, activation):
     torch._dynamo.reset()
@@ -33,6 +34,7 @@ def test_compiled_is_eager(engine, dtype, cell, activation):
     assert_close(run(one, engine, dtype, device_of(engine), call=call), expected)
 
 
+@pytest.mark.slow
 @ON_EVERY_ENGINE
 def test_operators_are_registered_correctly(engine, dtype, cell, activation):
     p, to = problem(cell, [(2, 2), (3, 3)], 2, 3, masked=True, starts=True, activation=activation), device_of(engine)
@@ -48,6 +50,7 @@ def test_operators_are_registered_correctly(engine, dtype, cell, activation):
         torch.library.opcheck(backward, (*arguments, states, saved, *gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initial", [False, True])
 def test_the_graph_holds_the_scan_once(initial):
     """Not unrolled: as many nodes for a long sequence as for a short one."""
@@ -83,6 +86,7 @@ def test_fake_and_meta_tensors_have_the_shapes(cell):
     assert [tuple(x.shape) for x in kron_scan(meta[0], meta[2:], meta[1], cell=cell)] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELL_TYPES)
 @pytest.mark.parametrize(("bidirectional", "dtype"), [(False, torch.float32), (True, torch.float64)], ids=str)
 def test_compiled_models_are_eager(cell, bidirectional, dtype, choose_backend):

@@ -23,6 +23,7 @@ KRU = CELLS["kru"]
 runs_elsewhere = pytest.mark.skipif(scan_triton.is_available(), reason="the kernels run in this process")
 
 
+@pytest.mark.slow
 @runs_elsewhere
 def test_the_contract_in_the_interpreter():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

@@ -103,6 +103,7 @@ def test_best_weights_that_are_gone(run):
         assert re.fullmatch(said, str(error.value)), str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_nothing_is_lost_by_resuming_before_a_damaged_checkpoint(finished, text_file, tmp_path, capsys, program):
     """The command in the message works; what is saved then is not pruned as older than the damaged one."""

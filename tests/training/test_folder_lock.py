@@ -44,6 +44,7 @@ def holder(folder):
         child.wait()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_is_dead(text_file, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(options(text_file, folder, max_steps=2)) == 0

@@ -39,6 +39,7 @@ def words(text_file, tmp_path_factory):
     return options(text_file, tmp_path_factory.mktemp("run") / "run", state_dropout=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_of_ones_own_makes_the_steps_of_training(words, tmp_path):
     """Equal figures and weights, and a checkpoint in the middle of a pass resumes exactly."""

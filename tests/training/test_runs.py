@@ -94,6 +94,7 @@ def test_every_step_and_the_folder_are_those_of_the_other_program(pair, text_fil
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bpc"] == figures[1]["test_bpc"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -112,6 +113,7 @@ def test_options_mean_the_same_to_both(text_file, pieces, tmp_path, precision, c
     same_end(*(tmp_path / program for program in PROGRAMS))
 
 
+@pytest.mark.slow
 def test_two_halves_of_a_batch_give_what_the_whole_batch_gives(text_file, tmp_path):
     figures = []
     for parts in (1, 2):
@@ -131,6 +133,7 @@ def test_early_stopping(text_file, tmp_path, monkeypatch, program):
     assert (results_of(tmp_path)["steps"], results_of(tmp_path)["best_step"]) == (16, 8)
 
 
+@pytest.mark.slow
 @both
 def test_norm_of_the_recurrent_matrix_is_held(text_file, tmp_path, program):
     words = options(text_file, tmp_path, learning_rate=0.1, factor_learning_rate_scale=1, unitary_loss_coef=0)
@@ -150,6 +153,7 @@ def test_no_norm_to_hold(text_file, tmp_path, other, capsys):
     assert "max_recurrent_norm" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_new_run_is_trained_as_the_record_of_its_model_says(text_file, tmp_path):
     assert main(options(text_file, tmp_path / "first", max_recurrent_norm=0.9)) == 0
     words = ["--model", str(tmp_path / "first"), "--dataset", str(text_file), "--max_steps", "2", "--report_to", "none"]
@@ -214,6 +218,7 @@ def test_each_program_resumes_from_the_others_checkpoint(pair, text_file, tmp_pa
     same_end(other, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["rnn", "lstm", "gru"])
 def test_baselines_resume_and_evaluate(text_file, tmp_path, architecture, capsys):
     changes = {"architecture": architecture, "factor_shapes": None, "block_type": None, "num_hidden_layers": 2}
@@ -272,6 +277,7 @@ def test_huge_learning_rate_ends_with_a_message(text_file, tmp_path, capsys, mod
     assert f"; lower --learning_rate or --max_grad_norm{advice}\n" in said
 
 
+@pytest.mark.slow
 def test_output_folder_of_another_run(text_file, tmp_path, capsys):
     assert main(options(text_file, tmp_path)) == 0
     (tmp_path / "notes.md").write_text("mine")
@@ -325,6 +331,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_disk_full_leaves_nothing_half_written(text_file, tmp_path):
     """A limit on the size of files stands in for a full disk."""
     child = spawn(["-c", FULL], options(text_file, tmp_path, state_size=24 * 8, factor_shapes="4x4,6x6,8x8"))
