@@ -1,41 +1,29 @@
 """What the training loop knows of a task. A new task is one file `training/tasks/<name>.py`; nothing else changes.
 
-Protocol
---------
-The file `training/tasks/<name>.py` defines
+The file defines a subclass of `Task` and ends with `TASK = ThatSubclass`. `Task.Options` is a dataclass of the task's
+own options (each field is an `option` of `options/fields.py`): they are options of the command line and keys of a
+recipe where `--task <name>` is chosen. Sets of labelled sequences need less: see `sequences.py`.
 
-- `Options`: a dataclass of the task's own flat options (each field is an `option` of
-  `options/fields.py`, which says what it may be). They become command-line options and recipe keys when
-  `--task <name>` is chosen.
-- a subclass of `Task`, and at the end of the file `TASK = ThatSubclass`.
+In order of the calls:
 
-The drivers (`loop/driver.py`) and `evaluate.py` call, in this order:
+1. `task = TASK(options, data, seed)`, without any work; `task.load(tokenizer)` reads or makes the data, `task.dataset`.
+2. `task.model_kwargs()`, what the data fix in the model; `training.models.build.build_model` makes it.
+3. `task.train_batch(index, slot, layout)`: batch `index` (0, 1, 2 … over all passes) for one slot. **It depends on
+   nothing but its arguments, the options and the seed**: randomness is `numpy.random.default_rng([seed, pass])`, never
+   a global generator. So the position in the data is one number, and a resumed run sees the batches of an
+   uninterrupted one.
+4. `task.forward(model, batch, state)`, in training and in evaluation. The `state` that it returns comes back,
+   detached, with the next batch of the slot, unless that says `reset_state`.
+5. `task.eval_batches(split, slot, num_slots)`, then `task.metrics(sums)` of the sums over all batches and slots.
+   Metrics have the names of `all_results.json` without prefix: `loss`, `bpc`, `nll_per_frame`, `accuracy`, `mse`.
 
-1. `task = TASK(options, data, seed)`; no work is done here.
-2. `task.load(tokenizer=None)`: reads or generates the data. `tokenizer` is given when a trained folder is continued or
-   evaluated; otherwise the task builds one if it needs one (`task.tokenizer`, may stay None).
-   Afterwards `task.dataset_record()` says which data it was, by name and SHA-256, never by an absolute path.
-3. `task.model_kwargs()`: what the data fixes in the model (`{"vocab_size": 99}`, `{"input_size": 1}`).
-   `training.models.build.build_model(task.head, architecture, model_options, **task.model_kwargs())` makes the model.
-4. `task.num_batches(layout)`: batches in one pass (epoch) over the training data, the same number on every rank.
-5. `task.train_batch(index, slot, layout)`: batch number `index` (0, 1, 2 … over all epochs) for one slot. **It is a
-   pure function of its arguments, the options and the seed**: shuffling and generated data take their randomness from
-   `numpy.random.default_rng([seed, epoch or index])`, never from a global generator. So the position in the data is
-   one integer, and a resumed run sees exactly the batches that an uninterrupted one sees.
-6. `out = task.forward(model, batch, state)`: calls the model, in training and in evaluation. `out.state` is handed
-   back, detached by the loop, with the next batch of the same slot unless that batch says `reset_state`.
-7. `task.eval_batches(split, slot, num_slots)`: an iterator over the `split` ("validation" or "test"): every element
-   (character, frame, picture) is in exactly one slot and counted once. Slots may be empty or of different length.
-8. `task.metrics(sums)`: figures from the sums of `out.sums` over all batches and slots. The names are those of
-   `all_results.json` without prefix: `loss`, `bpc`, `nll_per_frame`, `accuracy`, `mse`.
+Layout: a global batch has `layout.global_batch_size` rows (G), cut into `layout.num_slots` equal slots (ranks × steps
+of accumulation). What row g holds in batch `index` depends on g, `index` and G only, so that two processes with half
+the batch each train as one does.
 
-Layout. A global batch has `layout.global_batch_size` rows and is cut into `layout.num_slots` equal slots (ranks ×
-gradient-accumulation steps); slot s holds rows [s·G/S, (s+1)·G/S). What row g holds in batch `index` must depend on g,
-`index` and G only, never on the number of slots: so two processes with half the batch each train as one process does.
-
-Loss. `out.loss` is the mean over the slot's targets (plus the model's own penalty); the loop averages slots. Where
-slots hold different numbers of targets (variable lengths), set `batch.loss_weight` = targets in the slot · num_slots /
-targets in the global batch, and the average is the mean over all targets.
+Loss: `out.loss` is the mean over the slot's targets (and the model's penalty); the loop averages slots. Where slots
+hold different numbers of targets, `batch.loss_weight` = targets in the slot · num_slots / targets in the global batch
+makes it the mean over all targets.
 """
 
 from __future__ import annotations
@@ -77,7 +65,7 @@ class Batch:
         inputs: passed as `model(**inputs)`, moved to the device by the loop.
         reset_state: True if the batch starts new sequences: the carried state is dropped before it.
         num_elements: characters, frames or steps in it, for the throughput.
-        loss_weight: see "Loss" above.
+        loss_weight: see above, "Loss".
         extra: tensors for the task's metrics that the model must not see; moved to the device too.
     """
 
@@ -106,7 +94,7 @@ class TaskOutput:
 
 
 class Task(ABC):
-    """One task: its data, its head and its metrics. See the module docstring for the protocol."""
+    """One task: its options, data, head and metrics. The module says in which order it is called."""
 
     name: ClassVar[str]
     head: ClassVar[str]  # "causal_lm", "sequence_classification", "token_classification" or "piano_roll"
@@ -125,7 +113,7 @@ class Task(ABC):
 
     @abstractmethod
     def load(self, tokenizer: Any = None) -> None:
-        """Read or generate the data; `tokenizer` is that of a trained folder, if there is one."""
+        """Read or make `dataset`, and `self.tokenizer` if the task has one: that of a trained folder if it is given."""
 
     def dataset_record(self) -> dict[str, Any]:
         """`{"name": …, "sha256": …}` and what else identifies the data; flat, JSON, no absolute paths."""
@@ -137,15 +125,15 @@ class Task(ABC):
 
     @abstractmethod
     def num_batches(self, layout: Layout) -> int:
-        """Batches in one pass over the training data; raises `UserError` if there is not one."""
+        """Batches in one pass over the training data, the same on every rank; `UserError` if there is not one."""
 
     @abstractmethod
     def train_batch(self, index: int, slot: int, layout: Layout) -> Batch:
-        """Batch number `index` of one slot; pure (see point 5)."""
+        """Batch number `index` of one slot, from its arguments, the options and the seed alone."""
 
     @abstractmethod
     def eval_batches(self, split: str, slot: int, num_slots: int) -> Iterator[Batch]:
-        """The slot's share of a split, each element counted once over all slots."""
+        """The slot's share of a split ("validation" or "test"): each element once in one slot."""
 
     @abstractmethod
     def forward(self, model: Any, batch: Batch, state: Any) -> TaskOutput:
@@ -156,11 +144,11 @@ class Task(ABC):
         """Figures from summed sums."""
 
     def state_from_tensors(self, states: list[Tensor]) -> Any:
-        """The carried state again from its `.states`, when a run resumes from a checkpoint."""
+        """The carried state from its `.states`, when a run is resumed from a checkpoint."""
         return KRUCache.from_states(states)
 
     def check_vocabulary(self) -> None:  # noqa: B027 (most tasks have nothing to check)
-        """For a run from a trained folder: raise `UserError` if its tokenizer does not cover the training data."""
+        """For training a trained model further: `UserError` if its tokenizer does not cover the training data."""
 
     def notes(self, splits: tuple[str, ...]) -> list[str]:
         """What in the data of these splits is not as it should be, a sentence each."""

@@ -74,7 +74,7 @@ class CharLM(Task):
         return torch.tensor(ids, dtype=torch.long)  # (L,)
 
     def check_vocabulary(self) -> None:
-        """For going on from a trained folder: its vocabulary has to hold the new training text."""
+        """The vocabulary of a trained model has to hold the new training text."""
         missing = sorted(set(self.dataset.splits["train"]) - set(self.tokenizer.get_vocab()))
         if missing:
             shown = ", ".join(repr(character) for character in missing[:10])
