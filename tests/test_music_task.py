@@ -431,7 +431,7 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
     [
         ([], "model is missing"),
         (["--model", "MODEL"], "output is missing"),
-        (["--model", "MODEL", "--output", "a.wav"], "must end in .mid"),
+        (["--model", "MODEL", "--output", "a.wav"], "must be a file that ends in .mid"),
         (["--model", "MODEL", "--output", "a.mid", "--num_frames", "0"], "num_frames=0"),
         (["--model", "MODEL", "--output", "a.mid", "--prime", "none.mid"], "none.mid' does not exist"),
         (["--model", "MODEL", "--output", "run.mid", "--report"], "output='run.mid' is not valid"),

@@ -27,7 +27,7 @@ from .common.machine import shown_command
 from .common.run_folder import PRESENTED, RUN_FILES
 from .data.music_data import piece_figures
 from .models.build import load_model
-from .options.fields import AT_LEAST_0, FINITE, SEED, Is, Options, option, require
+from .options.fields import AT_LEAST_0, FINITE, SEED, Is, Options, at_most, option, require
 from .options.parser import parse_words
 from .records.run_record import RECIPE, RUN, read_record
 
@@ -41,20 +41,18 @@ class ComposeOptions(Options):
     prime_frames: int = option(
         0, "How many frames of the prime are used; 0: all.", only={"prime": Is.ON}, off=0, allowed=AT_LEAST_0
     )
-    num_frames: int = option(
-        64,
-        "Frames that are composed.",
-        allowed=(f"between 1 and {MAX_FRAMES}", lambda value: 1 <= value <= MAX_FRAMES),
-    )
+    num_frames: int = option(64, "Frames that are composed.", allowed=at_most(MAX_FRAMES))
     output: str | None = option(None, "MIDI file to write; a .png and a .wav of the same name are written beside it.")
     temperature: float = option(
         1.0, "Below 1 the model plays it safe, above 1 it dares more; 0 is no chance at all.", allowed=FINITE
     )
-    max_voices: int = option(0, "At most that many keys at once; 0: no limit.", allowed=AT_LEAST_0)
+    max_voices: int = option(0, "At most that many keys at once; 0: no limit.", allowed=at_most(NUM_PITCHES, 0))
     min_voices: int = option(
         0, "At least that many keys at once: the most probable ones join those drawn.", allowed=AT_LEAST_0
     )
-    frames_per_quarter: int = option(0, "Grid of the piece; 0: that of the training data.", allowed=AT_LEAST_0)
+    frames_per_quarter: int = option(
+        0, "Grid of the piece; 0: that of the training data.", allowed=at_most(MAX_GRID, 0)
+    )
     tempo: float = option(
         0.0,
         "Quarter notes a minute; 0: that of the prime, or 90.",
@@ -67,12 +65,12 @@ class ComposeOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is None:
-            raise UserError("model is missing: pass --model FOLDER or a Hub id")
-        if self.output is None:
-            raise UserError("output is missing: pass --output FILE.mid")
-        if Path(self.output).suffix.lower() not in (".mid", ".midi"):
-            raise UserError(f"output={self.output!r} is not valid: it must end in .mid or .midi")
+        for name, wanted in (("model", "--model FOLDER or a Hub id"), ("output", "--output FILE.mid")):
+            if getattr(self, name) is None:
+                raise UserError(f"{name} is missing: pass {wanted}")
+        self.output = str(self.output)
+        midi = Path(self.output).suffix.lower() in (".mid", ".midi")
+        require(midi, "output", self.output, "a file that ends in .mid or .midi")
         files = [Path(self.output).with_suffix(ending) for ending in (".png", ".wav", ".json")[: 2 + self.report]]
         free = not any(path.name in (*RUN_FILES, *PRESENTED) for path in files)
         require(free, "output", self.output, "another name, as a run keeps a file of its own there")
@@ -80,10 +78,6 @@ class ComposeOptions(Options):
         require(own, "output", self.output, "another file than prime")
         for path in (Path(self.output), *files):
             require(not path.is_dir(), "output", self.output, f"a file, and {path.name} is a folder")
-        require(
-            self.frames_per_quarter <= MAX_GRID, "frames_per_quarter", self.frames_per_quarter, f"at most {MAX_GRID}"
-        )
-        require(self.max_voices <= NUM_PITCHES, "max_voices", self.max_voices, f"at most {NUM_PITCHES}, or 0")
         most = self.max_voices or NUM_PITCHES
         require(self.min_voices <= most, "min_voices", self.min_voices, f"at most {most}, the most voices allowed")
 
