@@ -146,6 +146,25 @@ def test_what_is_no_picture_is_named_with_its_row(tmp_path, cells, message):
         load(tmp_path, "image", cells)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "has no train.arrow, .*; it has nothing"),
+        ({"text": ["a", "b"]}, "must have the columns label and pixels"),
+        ({"pixels": [[0, 1]] * 2, "label": [0.5, 1.5]}, "column label: labels must be whole numbers, got 0.5 in row 0"),
+        ({"pixels": [[0, 1]] * 2, "label": ["0", "1"]}, "column label: labels must be whole numbers, got '0' in row 0"),
+        ({"pixels": [[0, 1]] * 2, "label": [1, None]}, "column label: labels must be whole numbers, got None in row 1"),
+        ({"pixels": [[0, 1]] * 8, "label": [-1, 0] * 4}, "train: labels must be 0 … 0, as in training"),
+        ({"pixels": [], "label": []}, "train' is empty"),
+    ],
+)
+def test_tables_without_pictures_or_labels_are_refused(tmp_path, columns, message):
+    for split in ("train", "test") if columns else ():
+        Dataset.from_dict(columns).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=message):
+        load_pictures(DataOptions(dataset=str(tmp_path)))
+
+
 # ---- held out rows --------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from training.data.splits import SPLITS
 from training.models.build import build_model, load_model
 from training.options.data import DataOptions
 from training.options.model import ModelOptions
-from training.tasks import Layout, get_task
+from training.tasks import Layout, piano_roll
 from training.tasks.piano_roll import TASK, PianoRollOptions
 
 pytest.importorskip("symusic")
@@ -112,7 +113,7 @@ def test_figure_equals_a_dozen_lines_of_plain_torch(trained, folder):
 
 
 @pytest.mark.parametrize("architecture", ["kru", "lstm"])
-def test_accuracy_and_f1_count_sounding_keys(trained, folder, architecture):
+def test_accuracy_and_f1_count_sounding_keys_and_evaluate_repeats_the_figures(trained, folder, architecture, capsys):
     model, _ = load_model(str(trained / architecture), "piano_roll")
     hits = errors = 0
     for notes in make_pieces(7, 2):
@@ -124,6 +125,10 @@ def test_accuracy_and_f1_count_sounding_keys(trained, folder, architecture):
     assert results["test_accuracy"] == hits / (hits + errors)
     assert results["test_f1"] == 2 * hits / (2 * hits + errors)
     assert results["num_parameters"] == sum(p.numel() for p in model.parameters())
+    words = ["--model", str(trained / architecture), "--dataset", str(folder), "--split", "test", "--use_cpu", "true"]
+    assert evaluate.main(words) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures == {name: results[f"test_{name}"] for name in ("loss", "nll_per_frame", "accuracy", "f1")}
 
 
 def test_metrics_of_known_sums():
@@ -134,25 +139,12 @@ def test_metrics_of_known_sums():
     assert silent["f1"] == silent["accuracy"] == 0.0
 
 
-@pytest.mark.parametrize("architecture", ["kru", "lstm"])
-def test_evaluate_repeats_the_figures(trained, folder, capsys, architecture):
-    words = ["--model", str(trained / architecture), "--dataset", str(folder), "--split", "test", "--use_cpu", "true"]
-    assert evaluate.main(words) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    results = json.loads((trained / architecture / "all_results.json").read_text())
-    assert figures["nll_per_frame"] == results["test_nll_per_frame"]
-
-
 def test_training_learns(trained, folder):
     """The best model beats the start, where every key sounds with the same small probability."""
     results = json.loads((trained / "kru" / "all_results.json").read_text())
-    total = count = 0.0
-    p = 1 / (1 + np.exp(3.0))
-    for notes in make_pieces(5, 1):
-        sounding = sum(map(len, notes[1:]))
-        total -= sounding * np.log(p) + (88 * (len(notes) - 1) - sounding) * np.log(1 - p)
-        count += len(notes) - 1
-    assert results["validation_nll_per_frame"] < total / count - 0.5
+    p, sounding = 1 / (1 + np.exp(3.0)), np.mean([len(frame) for notes in make_pieces(5, 1) for frame in notes[1:]])
+    start = -sounding * np.log(p) - (88 - sounding) * np.log(1 - p)
+    assert results["validation_nll_per_frame"] < start - 0.5
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------
@@ -195,35 +187,27 @@ def test_slots_hold_the_rows_of_the_global_batch_and_weights_average_to_all_targ
 
 
 def test_batches_are_a_function_of_index_and_seed(folder):
-    layout, first, again = Layout(4), make_task(folder, transpose=3), make_task(folder, transpose=3)
-    indices = list(range(12))
-    forward = [first.train_batch(i, 0, layout).inputs["input_values"] for i in indices]
-    backward = [again.train_batch(i, 0, layout).inputs["input_values"] for i in reversed(indices)][::-1]
-    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
-    other = make_task(folder, seed=1, transpose=3)
-    assert not all(
-        torch.equal(a, other.train_batch(i, 0, layout).inputs["input_values"]) for i, a in enumerate(forward)
-    )
+    first, again, other = (make_task(folder, seed=seed, transpose=3) for seed in (0, 0, 1))
+    batches = [[task.train_batch(i, 0, Layout(4)).inputs["input_values"] for i in range(12)] for task in (first, other)]
+    for index in reversed(range(12)):
+        assert torch.equal(again.train_batch(index, 0, Layout(4)).inputs["input_values"], batches[0][index])
+    assert not all(map(torch.equal, *batches))
 
 
-def test_windows_with_carried_state_give_the_loss_of_the_whole_piece(folder):
+def test_windows_with_carried_state_give_the_loss_of_the_whole_piece(folder, monkeypatch):
     """Evaluation figures do not depend on windows, batches or slots."""
     model = build_model("piano_roll", ModelOptions(state_size=12), vocab_size=1, input_size=88).eval()
     task = make_task(folder)
     figures = []
     for num_slots, window in ((1, 512), (3, 7)):
-        import training.tasks.piano_roll as module
-
-        sums: dict[str, float] = {}
-        old, module.EVAL_WINDOW = module.EVAL_WINDOW, window
+        sums = Counter()
+        monkeypatch.setattr(piano_roll, "EVAL_WINDOW", window)
         for slot in range(num_slots):
             state = None
             for batch in task.eval_batches("test", slot, num_slots):
                 out = task.forward(model, batch, None if batch.reset_state else state)
                 state = out.state.detach()
-                for name, value in out.sums.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-        module.EVAL_WINDOW = old
+                sums.update({name: float(value) for name, value in out.sums.items()})
         figures.append(task.metrics(sums))
         assert sums["count"] == sum(len(piece) - 1 for piece in make_pieces(7, 2))
     assert abs(figures[0]["loss"] - figures[1]["loss"]) < FLOAT32_TOLERANCE
@@ -285,7 +269,7 @@ def test_bad_tables_say_what_is_wrong(tmp_path, column, values, message):
         load_pieces(DataOptions(dataset=str(tmp_path)), 1)
 
 
-@pytest.mark.parametrize("name", ["test", "validation", "dev", "Valid"])
+@pytest.mark.parametrize("name", ["test", "Valid"])
 def test_folders_of_midi_files_are_the_parts_that_they_are_called(tmp_path, name):
     """Only the missing part is cut from train; a file beside the folders is not used, and said."""
     for place, low, count in (("train", 40, 10), (name, 70, 3)):
@@ -389,10 +373,6 @@ def test_pieces_that_would_be_too_long_are_not_begun(change, message):
     with pytest.raises(UserError) as caught:
         compose.compose(None, prime, options, 1)
     assert message in str(caught.value)
-
-
-def test_task_is_registered():
-    assert get_task("piano_roll") is TASK
 
 
 # ---- composing ----------------------------------------------------------------------------------------------------

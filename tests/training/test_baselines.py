@@ -66,15 +66,36 @@ def unitary_matrix(model) -> torch.Tensor:
     return torch.complex(*kron_dense(list(cell.factors)))
 
 
-def test_unitary_stays_unitary_and_learns():
-    model = new_model("unitary")
-    start = unitary_matrix(model).detach().clone()
-    assert distance_from_identity(start) < UNITARY
+def constrained(architecture: str, model) -> list[torch.Tensor]:
+    """The recurrent matrices of a model."""
+    if architecture == "unitary":
+        return [unitary_matrix(model).detach()]
+    return [m.weight.detach() for m in model.modules() if isinstance(m, (OrthogonalMatrix, LowRankMatrix))]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "count"),
+    [
+        ("unitary", {}, 2 * (9 + 16)),
+        ("orthogonal", {"num_hidden_layers": 2}, 2 * 12 * 11 // 2),
+        ("low_rank", {"recurrent_rank": 3}, 2 * 12 * 3),
+    ],
+)
+def test_a_constraint_holds_while_the_model_learns(architecture, options, count):
+    model = new_model(architecture, **options)
+    starts = [matrix.clone() for matrix in constrained(architecture, model)]
     losses = train(model, 30, 0.05)
-    moved = unitary_matrix(model).detach()
-    assert losses[-1] < 0.7 * losses[0]
-    assert float((moved - start).abs().max()) > 0.1
-    assert distance_from_identity(moved) < UNITARY
+    assert losses[-1] < 0.7 * losses[0] and model.num_recurrent_parameters() == count
+    assert len(starts) == options.get("num_hidden_layers", 1)
+    for matrix, start in zip(constrained(architecture, model), starts, strict=True):
+        assert float((matrix - start).abs().max()) > 0.1
+        if architecture == "low_rank":
+            values = torch.linalg.svdvals(matrix)
+            assert values[2] > 1e-2 * values[0] and values[3] < UNITARY * values[0]
+        else:
+            assert max(distance_from_identity(start), distance_from_identity(matrix)) < UNITARY
+            # Uniform on the circle: 1.8, near the identity: 0
+            assert float(torch.linalg.eigvals(start).angle().std()) > 1.0
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 40])
@@ -86,13 +107,6 @@ def test_every_unitary_factor_has_a_generator(size):
     torch.testing.assert_close(exponential(exponential.right_inverse(factor)), factor, rtol=0, atol=UNITARY)
 
 
-def test_unitary_counts_as_the_soft_model_does():
-    strict = new_model("unitary")
-    soft = new_model("kru")
-    assert strict.num_parameters() == soft.num_parameters()
-    assert strict.num_recurrent_parameters() == soft.num_recurrent_parameters() == 2 * (9 + 16)
-
-
 def test_unitary_forward_is_the_soft_models_with_its_factors():
     strict = new_model("unitary").eval()
     (cell,) = strict.cells()
@@ -100,35 +114,10 @@ def test_unitary_forward_is_the_soft_models_with_its_factors():
     weights = {name: value for name, value in strict.state_dict().items() if "parametrizations" not in name}
     factors = {f"model.layers.0.recurrence.factors.{i}": factor.detach() for i, factor in enumerate(cell.factors)}
     soft.load_state_dict({**weights, **factors})
+    assert strict.num_parameters() == soft.num_parameters()
+    assert strict.num_recurrent_parameters() == soft.num_recurrent_parameters()
     tokens = torch.randint(1, VOCABULARY, (2, 9))
     torch.testing.assert_close(strict(tokens).logits, soft(tokens).logits, rtol=0, atol=EQUAL)
-
-
-def test_orthogonal_stays_orthogonal_and_learns():
-    model = new_model("orthogonal", num_hidden_layers=2)
-    matrices = [m for m in model.modules() if isinstance(m, OrthogonalMatrix)]
-    starts = [m.weight.detach().clone() for m in matrices]
-    angles = torch.linalg.eigvals(starts[0]).angle()
-    assert float(angles.std()) > 1.0  # uniform on the circle: 1.8, near the identity: 0
-    losses = train(model, 30, 0.05)
-    assert losses[-1] < 0.7 * losses[0]
-    assert len(matrices) == 2
-    for matrix, start in zip(matrices, starts, strict=True):
-        assert distance_from_identity(start) < UNITARY
-        assert distance_from_identity(matrix.weight.detach()) < UNITARY
-        assert float((matrix.weight - start).detach().abs().max()) > 0.1
-    assert model.num_recurrent_parameters() == 2 * 12 * 11 // 2
-
-
-def test_low_rank_keeps_its_rank_and_learns():
-    model = new_model("low_rank", recurrent_rank=3)
-    (matrix,) = [m for m in model.modules() if isinstance(m, LowRankMatrix)]
-    losses = train(model, 30, 0.05)
-    assert losses[-1] < 0.7 * losses[0]
-    values = torch.linalg.svdvals(matrix.weight.detach())
-    assert values[2] > 1e-2 * values[0]
-    assert values[3] < UNITARY * values[0]
-    assert model.num_recurrent_parameters() == 2 * 12 * 3
 
 
 @pytest.mark.parametrize("architecture", ["orthogonal", "low_rank"])
