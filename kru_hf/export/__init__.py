@@ -1,0 +1,6 @@
+"""Models outside PyTorch: the C runtime and its weight file, and exports to other formats."""
+
+from .streaming import StreamingModel
+from .weight_file import weight_file
+
+__all__ = ["StreamingModel", "weight_file"]
