@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .cells import ACTIVATIONS, BY_TYPE, CELLS, Cell, check_chrono
+from .frame_heads import CHAIN_SIZE, check_frame_head
 from .kronecker import MOST_UNITS, check_choice, check_max_phase, plan_with_warning
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ LIMITS = {
     "kronecker_terms": 2**20,
     "recurrent_terms": 2**10,
     "input_size": 2**20,
+    "frame_head_size": 2**20,
     "chrono_max_length": 2**40,
 }
 MOST_FACTORS = 64
@@ -105,6 +107,9 @@ class KRUConfig(PreTrainedConfig):
         unitary_loss_coef: λ, weight of Σ_f ‖W_f^H W_f − I‖² in the training loss. With 0.001 the norm of W grows past
             1.5 on text and gradients through carried state explode within 500 steps; 0.1 holds it near 1.1.
         input_size: width of continuous frames given as ``input_values``; None for token ids alone.
+        frame_head: of a model of piano rolls: "independent" keys given the state, or a "chain" from low to high, where
+            each key is drawn given the lower ones.
+        frame_head_size: H, hidden units of the chain. frame_head_dropout: on them.
         layer_norm_epsilon: of every RMS norm.
         initializer_range: standard deviation of the output head's weights at the start.
 
@@ -116,7 +121,7 @@ class KRUConfig(PreTrainedConfig):
     """
 
     model_type = "kru"
-    keys_to_ignore_at_inference = ["past_key_values", "unitary_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "unitary_loss", "frame_context"]
 
     vocab_size: int = 256
     state_size: int | None = None
@@ -143,6 +148,9 @@ class KRUConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     unitary_loss_coef: float | int = 0.1
     input_size: int | None = None
+    frame_head: str = "independent"
+    frame_head_size: int = CHAIN_SIZE
+    frame_head_dropout: float | int = 0.0
     layer_norm_epsilon: float | int = 1e-6
     initializer_range: float | int = 0.02
     use_cache: bool = True
@@ -341,6 +349,7 @@ class KRUConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_frame_head(self)
         for name in ("state_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -1,8 +1,10 @@
 """Piano rolls as sequences of binary frames: the head that predicts the next frame, and sampling from it."""
 
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,11 +15,14 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_kru import KRUCache, refuse_bidirectional
 from .configuration_kru import KRUConfig
+from .frame_heads import MOST_DRAWS, KeyChain, chain_logits, draw_frame
 from .modeling_kru import KRUPreTrainedModel
 from .transforms import can_look_at
 
 PIANO_KEYS = 88  # width of a frame where the config names none
 SILENT_LOGIT = -3.0  # start of the output bias: about one key in twenty sounds
+CHAIN_STD = 0.1  # start of what a chain reads of frames: four keys or so sound in one
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,6 +34,10 @@ class KRUPianoRollOutput(ModelOutput):
     logits: (B, T, width), row t for frame t+1. past_key_values: the state after the last frame.
     hidden_states: embeddings and each layer's output. unitary_loss: the penalty without λ, in
     training mode and beside a loss; else None.
+    frame_context: what a frame is drawn from, (B, T, width + H) with a chain, else the logits.
+
+    With a chain a logit is of a key given the lower keys of the target frame; in the last row, whose target is not
+    known without ``shift_labels``, given that they are silent.
     """
 
     loss: Tensor | None = None
@@ -36,6 +45,7 @@ class KRUPianoRollOutput(ModelOutput):
     past_key_values: KRUCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     unitary_loss: Tensor | None = None
+    frame_context: Tensor | None = None
 
 
 def frame_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -53,18 +63,119 @@ def check_frames(frames: Tensor, width: int) -> None:
             raise ValueError(f"input_values must be in [0, 1], got values from {low} to {high}")
 
 
-class PianoRollMixin:
-    """Loss and sampling, shared by every model whose forward is that of :class:`KRUForPianoRoll`."""
+def check_targets(targets: Tensor) -> None:
+    """A ValueError unless the frames that a chain scores hold zeros and ones; looked at on the CPU alone."""
+    if targets.device.type == "cpu" and can_look_at(targets):
+        rounded = (targets > 0.5).to(targets.dtype)  # (B, T, width)
+        if not torch.equal(targets, rounded):
+            wrong = float(targets[targets != rounded][0])
+            raise ValueError(f"frames that a chain scores must hold 0 and 1 alone, got {wrong}")
+
+
+class KRUForPianoRoll(KRUPreTrainedModel):
+    """Polyphonic music: frame t+1 from the frames up to t.
+
+    The keys of a frame are independent given the state, or with ``frame_head="chain"`` a chain, each given the lower
+    ones. The width of a frame is ``config.input_size``, 88 keys where it is None.
+
+    Raises:
+        ValueError: the config is ``bidirectional``.
+    """
 
     main_input_name = "input_values"
-    width: int
-    key_head: nn.Linear
+
+    def __init__(self, config: KRUConfig) -> None:
+        refuse_bidirectional(config, "a model of piano rolls")
+        if config.input_size is None:
+            config = copy.deepcopy(config)  # the caller's may be for other heads, too
+            config.input_size = PIANO_KEYS
+        super().__init__(config)
+        self.width = config.input_size
+        self.model = self.make_body(config)
+        size = config.frame_head_size if config.frame_head == "chain" else 0  # H
+        self.key_head = nn.Linear(config.feature_size, self.width + size)
+        self.key_head.silent_keys = self.width  # type: ignore[assignment]
+        self.chain = KeyChain(self.width, size, config.frame_head_dropout) if size else None
+        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
-        if getattr(module, "starts_silent", False):
-            init.constant_(cast(Tensor, module.bias), SILENT_LOGIT)  # (width,)
+        super()._init_weights(module)
+        if (keys := getattr(module, "silent_keys", None)) is not None:
+            bias = cast(Tensor, module.bias)  # (width,) or (width + H,)
+            init.copy_(bias, torch.where(torch.arange(len(bias), device=bias.device) < keys, SILENT_LOGIT, 0.0))
+        if isinstance(module, KeyChain):
+            init.normal_(module.before.weight, std=CHAIN_STD)  # (width + H, width)
+            init.normal_(module.lower.weight, std=CHAIN_STD)  # (H, width)
+            init.normal_(module.keys.weight, std=module.size**-0.5)  # (width, H)
+
+    def read_frames(self, context: Tensor, input_values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, width) of the targets and the context of each frame.
+
+        Args:
+            context: (B, T, width + H) or (B, T, width), from the features. input_values: the frames before the targets.
+        """
+        if self.chain is None:
+            return context, context
+        check_targets(targets)
+        context = context + self.chain.before(input_values.to(context.dtype))  # (B, T, width + H)
+        return chain_logits(self.chain, context, targets), context
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: KRUCache | None = None,
+        shift_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_loss: bool = True,
+        **kwargs: Any,
+    ) -> KRUPianoRollOutput:
+        """Frames (B, T, width) of zeros and ones to logits of the next frames, and the loss.
+
+        Args:
+            input_values: frames (B, T, width).
+            attention_mask: (B, T), 0 for padding before or after a piece: the state holds, the frame is not scored.
+            past_key_values: the state that an earlier call returned.
+            shift_mask: (B, T), which rows of ``shift_labels`` are scored; None: all.
+            use_cache: return the state. return_loss: False saves the loss.
+            kwargs: ``shift_labels``, targets (B, T, width) already aligned with the logits, for windows of a longer
+                piece; without them frame t is scored with input_values[:, t+1]. It is no named argument, or the
+                ``Trainer`` would take it for labels that every batch must have.
+
+        Returns:
+            the loss is the mean over all scored frames of −log p(frame) in nats.
+
+        Raises:
+            ValueError: frames of another shape, outside [0, 1], or where a chain scores them neither 0 nor 1.
+        """
+        check_frames(input_values, self.width)
+        mask, starts = self.read_batch(attention_mask, kwargs, input_values)  # (B, T) each
+        outputs = self.model(
+            input_values=input_values,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            document_starts=starts,
+            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
+        )
+        context = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width + H)
+        shift_labels = kwargs.get("shift_labels")
+        targets, scored = self.scored_frames(input_values, mask, shift_labels, shift_mask, starts)
+        logits, context = self.read_frames(context, input_values, targets)  # (B, T, width), (B, T, width + H)
+        loss = None
+        if return_loss and (shift_labels is not None or input_values.shape[1] > 1):
+            loss = roll_loss(logits, targets, scored)
+        loss, penalty = self.with_penalty(loss, outputs)
+        return KRUPianoRollOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            unitary_loss=penalty,
+            frame_context=context,
+        )
 
     @staticmethod
     def scored_frames(
@@ -97,18 +208,22 @@ class PianoRollMixin:
         seed: int | None = None,
         batch_size: int = 1,
         min_voices: int = 0,
+        top_p: float = 1.0,
     ) -> Iterator[Tensor]:
         """Sample frame after frame with the carried state: each step costs the same, however long the piece is.
 
         Args:
             prime: frames (T, width) or (B, T, width) that the piece begins with; None: a silent frame.
             num_frames: how many frames are yielded, after the prime.
-            temperature: divides the logits; 0 sounds the keys above a probability of one half.
-            max_voices: at most that many keys at once, the most probable of those drawn; None: no limit.
+            temperature: 1 draws what the model has learnt. Of a chain it divides the logarithms of the probabilities
+                of which key sounds next, of independent keys their logits; 0: the most probable.
+            max_voices: at most that many keys at once; None: no limit. Frames with more are drawn again, which is
+                exact; where none of many draws will do, the draw itself is kept within the limits, and a warning of
+                the log says how often.
             seed: of the draws, which are made on the CPU; None: torch's global generator.
             batch_size: pieces at once where there is no prime.
-            min_voices: at least that many keys at once: the most probable ones join those drawn. Keys are drawn
-                independently, so now and then hardly one sounds, which the training music may never have shown.
+            min_voices: at least that many keys at once, met as ``max_voices`` is.
+            top_p: of the keys that may sound next, the most probable ones that together have this share are drawn from.
 
         Yields:
             frames (B, width) of zeros and ones.
@@ -125,38 +240,41 @@ class PianoRollMixin:
         most = self.width if max_voices is None else min(max_voices, self.width)
         if not 0 <= min_voices <= most:
             raise ValueError(f"min_voices must be in [0, {most}], got {min_voices}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
         if prime is None:
             prime = torch.zeros(batch_size, 1, self.width)  # (B, 1, width)
         prime = prime[None] if prime.ndim == 2 else prime  # (B, T, width)
         check_frames(prime, self.width)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return self._stream(prime.float(), num_frames, temperature, (min_voices, max_voices), generator)
+        draw = partial(
+            draw_frame, temperature=temperature, top_p=top_p, voices=(min_voices, max_voices), generator=generator
+        )
+        return self._stream(prime.float(), num_frames, draw)
 
     @torch.no_grad()
-    def _stream(
-        self,
-        frames: Tensor,
-        num_frames: int,
-        temperature: float,
-        voices: tuple[int, int | None],
-        generator: torch.Generator | None,
-    ) -> Iterator[Tensor]:
-        device: torch.device = self.device  # type: ignore[attr-defined]
+    def _stream(self, frames: Tensor, num_frames: int, draw: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        device: torch.device = self.device
         device = torch.device("cpu") if device.type == "meta" else device  # weights that are brought in for each call
-        training = self.training  # type: ignore[attr-defined]
-        self.eval()  # type: ignore[attr-defined]
+        training = self.training
+        self.eval()
         try:
-            state = None
+            state, limited = None, 0
             for _ in range(num_frames):
-                out = self(  # type: ignore[operator]
-                    input_values=frames.to(device), past_key_values=state, use_cache=True, return_loss=False
-                )
+                out = self(input_values=frames.to(device), past_key_values=state, use_cache=True, return_loss=False)
                 state = out.past_key_values
-                frame = draw_frame(out.logits[:, -1].float().cpu(), temperature, *voices, generator)  # (B, width)
+                frame, forced = draw(out.frame_context[:, -1], self.chain)  # (B, width), (B,)
+                limited += int(forced.sum())
                 yield frame
                 frames = frame[:, None]  # (B, 1, width)
+            if limited:
+                logger.warning(
+                    "min_voices and max_voices were held within the draw in %d frames: none of %d free draws met them",
+                    limited,
+                    MOST_DRAWS,
+                )
         finally:
-            self.train(training)  # type: ignore[attr-defined]
+            self.train(training)
 
     def generate_piano_roll(
         self,
@@ -167,103 +285,11 @@ class PianoRollMixin:
         seed: int | None = None,
         batch_size: int = 1,
         min_voices: int = 0,
+        top_p: float = 1.0,
     ) -> Tensor:
         """The frames of :meth:`stream_piano_roll` as one roll (B, num_frames, width), without the prime."""
-        frames = self.stream_piano_roll(prime, num_frames, temperature, max_voices, seed, batch_size, min_voices)
+        frames = self.stream_piano_roll(prime, num_frames, temperature, max_voices, seed, batch_size, min_voices, top_p)
         return torch.stack(list(frames), 1)  # (B, num_frames, width)
-
-
-def draw_frame(
-    logits: Tensor,
-    temperature: float,
-    min_voices: int = 0,
-    max_voices: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Independent Bernoulli draws of a frame: logits (B, width) to zeros and ones (B, width)."""
-    if temperature == 0:
-        sounding = logits > 0  # (B, width)
-    else:
-        sounding = torch.rand(logits.shape, generator=generator) < (logits / temperature).sigmoid()  # (B, width)
-    if min_voices:
-        ranked = logits.masked_fill(sounding, torch.inf)  # (B, width): those drawn come first
-        sounding = sounding.scatter(-1, ranked.topk(min_voices).indices, True)  # (B, width)
-    if max_voices is not None and max_voices < logits.shape[-1]:
-        ranked = logits.masked_fill(~sounding, -torch.inf)  # (B, width)
-        kept = torch.zeros_like(sounding).scatter(-1, ranked.topk(max_voices).indices, True)  # (B, width)
-        sounding = sounding & kept  # (B, width)
-    return sounding.float()
-
-
-class KRUForPianoRoll(PianoRollMixin, KRUPreTrainedModel):
-    """Polyphonic music: frame t+1 from the frames up to t, with independent Bernoulli outputs for the keys.
-
-    The width of a frame is ``config.input_size``, 88 keys where it is None.
-
-    Raises:
-        ValueError: the config is ``bidirectional``.
-    """
-
-    def __init__(self, config: KRUConfig) -> None:
-        refuse_bidirectional(config, "a model of piano rolls")
-        if config.input_size is None:
-            config = copy.deepcopy(config)  # the caller's may be for other heads, too
-            config.input_size = PIANO_KEYS
-        super().__init__(config)
-        self.width = config.input_size
-        self.model = self.make_body(config)
-        self.key_head = nn.Linear(config.feature_size, self.width)
-        self.key_head.starts_silent = True  # type: ignore[assignment]
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: KRUCache | None = None,
-        shift_mask: Tensor | None = None,
-        use_cache: bool | None = None,
-        return_loss: bool = True,
-        **kwargs: Any,
-    ) -> KRUPianoRollOutput:
-        """Frames (B, T, width) of zeros and ones to logits of the next frames, and the loss.
-
-        Args:
-            input_values: frames (B, T, width).
-            attention_mask: (B, T), 0 for padding before or after a piece: the state holds, the frame is not scored.
-            past_key_values: the state that an earlier call returned.
-            shift_mask: (B, T), which rows of ``shift_labels`` are scored; None: all.
-            use_cache: return the state. return_loss: False saves the loss.
-            kwargs: ``shift_labels``, targets (B, T, width) already aligned with the logits, for windows of a longer
-                piece; without them frame t is scored with input_values[:, t+1]. It is no named argument, or the
-                ``Trainer`` would take it for labels that every batch must have.
-
-        Returns:
-            the loss is the mean over all scored frames of the binary cross-entropy summed over the keys, in nats.
-        """
-        check_frames(input_values, self.width)
-        mask, starts = self.read_batch(attention_mask, kwargs, input_values)  # (B, T) each
-        outputs = self.model(
-            input_values=input_values,
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            document_starts=starts,
-            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
-        )
-        logits = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width)
-        loss, shift_labels = None, kwargs.get("shift_labels")
-        if return_loss and (shift_labels is not None or input_values.shape[1] > 1):
-            loss = roll_loss(logits, *self.scored_frames(input_values, mask, shift_labels, shift_mask, starts))
-        loss, penalty = self.with_penalty(loss, outputs)
-        return KRUPianoRollOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            unitary_loss=penalty,
-        )
 
 
 def roll_loss(logits: Tensor, targets: Tensor, scored: Tensor) -> Tensor:

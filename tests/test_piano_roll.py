@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel
 
 from kru_hf import KRUCache, KRUConfig, KRUForPianoRoll
-from kru_hf.piano_roll_head import draw_frame
+from kru_hf.frame_heads import draw_frame
 
 FLOAT32_TOLERANCE = 1e-5  # nats a frame and states, fp32 sums over 88 keys in another order
 BLOCKS = ({"block_type": "plain"}, {"block_type": "plain", "io_rank": 5}, {"block_type": "residual", "hidden_size": 12})
@@ -178,20 +178,14 @@ def test_seed_voices_and_mode():
     with torch.no_grad():
         model.key_head.bias.fill_(-2.0)
     few = model.generate_piano_roll(num_frames=20, seed=3).sum(-1)
-    assert few.min() == 0 and few.max() > 3
+    assert few.min() == 0 and few.max() < 3
     assert model.generate_piano_roll(num_frames=20, seed=3, min_voices=3, max_voices=3).sum(-1).unique().tolist() == [3]
     assert model.training
 
 
-def test_the_most_probable_keys_join_those_drawn():
-    logits = torch.tensor([[40.0, -50.0, -30.0, -20.0]])  # (1, 4): the first key is drawn, no other is
-    assert draw_frame(logits, 1.0, min_voices=2).tolist() == [[1, 0, 0, 1]]
-    assert draw_frame(logits, 0, min_voices=3).tolist() == [[1, 0, 1, 1]]
-
-
 def test_draws_have_the_models_probabilities():
     logits = torch.tensor([[-2.0, 0.0, 1.0]]).expand(40_000, 3)
-    share = draw_frame(logits, 1.0, generator=torch.Generator().manual_seed(0)).mean(0)
+    share = draw_frame(logits, None, generator=torch.Generator().manual_seed(0))[0].mean(0)
     deviations = (share - logits[0].sigmoid()).abs() / (0.25 / 40_000) ** 0.5
     assert deviations.max() < 4  # standard errors
 

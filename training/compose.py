@@ -48,7 +48,14 @@ class ComposeOptions(Options):
     )
     max_voices: int = option(0, "At most that many keys at once; 0: no limit.", allowed=at_most(NUM_PITCHES, 0))
     min_voices: int = option(
-        0, "At least that many keys at once: the most probable ones join those drawn.", allowed=AT_LEAST_0
+        0,
+        "At least that many keys at once: frames with fewer are drawn again, as those with too many.",
+        allowed=AT_LEAST_0,
+    )
+    top_p: float = option(
+        1.0,
+        "The next key is drawn from the most probable ones that together have this share.",
+        allowed=("above 0 and at most 1", lambda value: 0 < value <= 1),
     )
     frames_per_quarter: int = option(
         0, "Grid of the piece; 0: that of the training data.", allowed=at_most(MAX_GRID, 0)
@@ -118,7 +125,13 @@ def compose(model: Any, prime: PianoRoll | None, options: ComposeOptions, frames
     start = None if prime is None else torch.from_numpy(prime.roll).float()  # (T, 88)
     most, least = options.max_voices or None, options.min_voices
     stream = model.stream_piano_roll(
-        start, options.num_frames, options.temperature, most, options.seed, min_voices=least
+        start,
+        options.num_frames,
+        options.temperature,
+        most,
+        options.seed,
+        min_voices=least,
+        top_p=options.top_p,
     )
     bar = tqdm(stream, total=options.num_frames, desc="composing", unit="frame", disable=not sys.stderr.isatty())
     roll[len(given) :] = np.stack([frame[0].numpy() for frame in bar]) > 0.5

@@ -24,7 +24,7 @@ from training.models.build import build_model, load_model
 from training.options.data import DataOptions
 from training.options.model import ModelOptions
 from training.tasks import Layout, piano_roll
-from training.tasks.piano_roll import TASK, PianoRollOptions
+from training.tasks.piano_roll import TASK, PianoRollOptions, roll_batch
 
 pytest.importorskip("symusic")
 
@@ -71,7 +71,9 @@ def make_task(folder, seed=0, **options):
 def trained(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
     for architecture in ("kru", "lstm"):
-        network = SMALL if architecture == "kru" else ["--state_size", "8", *SMALL[-4:]]
+        network = ["--state_size", "8", *SMALL[-4:]]  # with the chain, which is the default
+        if architecture == "kru":
+            network = [*SMALL, "--frame_head", "independent"]
         words = ["--task", "piano_roll", "--architecture", architecture, "--dataset", str(folder), "--eval_steps", "10"]
         words += ["--max_steps", "30", "--per_device_train_batch_size", "4", "--sequence_length", "16", *network]
         recipe = output / "empty.yaml"
@@ -218,14 +220,21 @@ def test_transposition_moves_whole_pieces_within_the_keyboard(folder):
     roll = task.dataset.splits["train"][0]
     shifts = set()
     for epoch in range(60):
-        moved = task.transposed(roll, epoch, 0)
-        shift = int(np.flatnonzero(moved.any(0))[0] - np.flatnonzero(roll.any(0))[0])
-        assert np.array_equal(np.roll(roll, shift, 1), moved)
+        shift = task.shift(roll, epoch, 0)
+        moved = roll_batch([roll, None], 1, 5, [shift, 0]).inputs["input_values"]
+        assert np.array_equal(moved[0], np.roll(roll[1:6], shift, 1)) and not moved[1].any()
         shifts.add(shift)
-    assert shifts == set(range(-5, 6))
+    assert shifts == set(range(-4, 6))
     edges = np.zeros((2, 88), dtype=bool)
     edges[:, [0, 87]] = True
-    assert np.array_equal(task.transposed(edges, 0, 0), edges)
+    assert task.shift(edges, 0, 0) == 0
+
+
+def test_every_key_is_as_likely_where_pieces_move_by_up_to_six_semitones(folder):
+    task = make_task(folder, transpose=6)
+    shifts = [task.shift(np.eye(2, 88, 40, dtype=bool), epoch, 0) for epoch in range(1200)]
+    counts = np.bincount([shift % 12 for shift in shifts])
+    assert set(shifts) == set(range(-5, 7)) and counts.min() > 60
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------

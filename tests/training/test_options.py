@@ -6,6 +6,7 @@ import itertools
 import pytest
 
 from kru_hf.configuration_kru import ACTIVATIONS, BLOCK_TYPES, CELL_TYPES, RECURRENT_INITS, KRUConfig
+from kru_hf.frame_heads import FRAME_HEADS
 from kru_hf.transforms import BACKENDS
 from training.common.errors import UserError
 from training.loop.arguments import parse_arguments
@@ -29,6 +30,8 @@ CHOICES = {
     "activation": ACTIVATIONS,
     "backend": BACKENDS,
     "recurrent_init": RECURRENT_INITS,
+    "frame_head": FRAME_HEADS,
+    "task": ("char_lm", "piano_roll"),
     "optimizer": ("adamw", "rmsprop"),
     "lr_scheduler_type": ("cosine", "plateau", "constant"),
 }

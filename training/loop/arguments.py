@@ -65,8 +65,9 @@ def resolved(arguments: Arguments, config: Any, precision: str) -> dict[str, Any
     if values.get("factor_shapes"):
         values |= {"factor_size": None, "factor_shapes": ",".join(f"{p}x{q}" for p, q in values["factor_shapes"])}
     own = {f.name: f for f in dataclasses.fields(ModelOptions)}
-    without_effect = idle({name: values[name] for name in own}, own)
-    return values | {name: None for name in without_effect if not is_off(own[name], values[name])}
+    fields = {f.name: f for f in dataclasses.fields(RunOptions)} | own  # a field of the model may be of one task alone
+    without_effect = idle({name: values[name] for name in fields.keys() & values.keys()}, fields)
+    return values | {name: None for name in own.keys() & without_effect if not is_off(own[name], values[name])}
 
 
 def parse_arguments(argv: list[str] | None = None, program: str = "training.train") -> Arguments:

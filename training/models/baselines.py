@@ -15,6 +15,7 @@ from kru_hf.cache_kru import check_cache, initial_state, read_batch
 from kru_hf.cells import CELLS as KRONECKER_CELLS
 from kru_hf.cells import check_chrono, gate_bias
 from kru_hf.configuration_kru import LIMITS
+from kru_hf.frame_heads import CHAIN_SIZE, check_frame_head
 from kru_hf.modeling_kru import KRUModelOutput, KRUPreTrainedModel
 
 from .heads import register_heads
@@ -37,11 +38,12 @@ class BaselineConfig(PreTrainedConfig):
             products of real factors, see ``kru_hf.kroneckerize``; for "rnn", "lstm" and "gru".
         hidden_dropout, state_dropout: between layers, and before the readout.
         forget_bias: start of the LSTM's forget-gate bias.
+        frame_head, frame_head_size, frame_head_dropout: as in KRUConfig.
         chrono_max_length: as in KRUConfig, for "lstm" and "gru": the bias of the gate that keeps is drawn instead.
     """
 
     model_type = "kru_baseline"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "frame_context"]
 
     vocab_size: int = 256
     cell: str = "lstm"
@@ -58,6 +60,9 @@ class BaselineConfig(PreTrainedConfig):
     initializer_range: float | int = 0.1
     use_cache: bool = True
     tie_word_embeddings: bool = False
+    frame_head: str = "independent"
+    frame_head_size: int = CHAIN_SIZE
+    frame_head_dropout: float | int = 0.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -109,6 +114,7 @@ class BaselineConfig(PreTrainedConfig):
             raise ValueError(f"recurrent_rank must be in [1, state_size = {most}], got {rank}")
         if self.chrono_max_length is not None:
             check_chrono("chrono_max_length", self.chrono_max_length)
+        check_frame_head(self)
         for name in ("state_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -71,6 +71,8 @@ def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedMod
     if options.architecture in CELLS:
         config_type = BaselineConfig
         values["cell"] = options.architecture
+    if head == "piano_roll":
+        values.setdefault("frame_head", "chain")
     if values.get("bidirectional") and head in STREAMED:
         raise UserError(f"bidirectional=True cannot be given for a {head} task: it would read what it is to predict")
     if options.parameter_budget is not None:

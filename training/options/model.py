@@ -25,6 +25,7 @@ SOFT: Condition = {"architecture": ("kru",)}
 COMPLEX: Condition = {**KRU, "cell_type": ("kru",)}
 TRAINED: Condition = {**SOFT, "cell_type": ("kru",), "freeze_factors": Is.OFF}
 RESIDUAL: Condition = {**KRU, "block_type": ("residual",)}
+MUSIC: Condition = {"task": ("piano_roll",)}
 LAYERS: Condition = {"architecture": BASELINES, "num_hidden_layers": 2}
 
 
@@ -130,6 +131,13 @@ class ModelOptions(Options):
     hidden_dropout: float | None = of_new(
         "Dropout on the residual branches (between the layers of baselines).", LAYERS, RESIDUAL, off=0
     )
+    frame_head: str | None = of_new(
+        "Keys of a frame of music: chain (each given the lower ones; the default), or independent.",
+        MUSIC,
+        replaces=("frame_head_size", "frame_head_dropout"),
+    )
+    frame_head_size: int | None = of_new("Hidden units of the chain.", MUSIC, allowed=AT_LEAST_1)
+    frame_head_dropout: float | None = of_new("Dropout on the hidden units of the chain.", MUSIC, off=0)
     unitary_loss_coef: float | None = of_new(
         "Weight of the soft unitary penalty in the training loss.",
         TRAINED,

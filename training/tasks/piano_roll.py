@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -15,7 +15,7 @@ from kru_hf.music.rolls import MAX_GRID, NUM_PITCHES, roll_to_frames
 from kru_hf.piano_roll_head import frame_nats
 
 from ..data.music_data import CHORALES, load_pieces
-from ..options.fields import AT_LEAST_0, AT_LEAST_1, Options, at_most, option
+from ..options.fields import AT_LEAST_1, Options, at_most, option
 from .base import Batch, Layout, Task, TaskOutput
 from .sequences import by_length
 
@@ -35,7 +35,10 @@ class PianoRollOptions(Options):
         4, "Grid of MIDI files and chorales; tables of notes bring their own.", allowed=at_most(MAX_GRID)
     )
     transpose: int = option(
-        0, "Training pieces are shifted by up to that many semitones either way; 0: never.", off=0, allowed=AT_LEAST_0
+        0,
+        "Training pieces are shifted by -(n - 1) to n semitones, drawn anew in each pass; 6: all keys alike; 0: never.",
+        off=0,
+        allowed=at_most(NUM_PITCHES, 0),
     )
 
 
@@ -97,24 +100,24 @@ class PianoRollTask(Task):
         window = self.options.sequence_length
         train = self.dataset.splits["train"]
         own = [group[row] if row < len(group) else None for row in layout.rows(slot)]
-        rolls = [None if piece is None else self.transposed(train[piece], epoch, piece) for piece in own]
+        rolls = [None if piece is None else train[piece] for piece in own]
+        shifts = [0 if piece is None else self.shift(train[piece], epoch, piece) for piece in own]
         # All slots get windows of one length: the length of the longest piece's window in the global batch.
         length = min(window, max(len(train[piece]) for piece in group) - 1 - first)
-        batch = roll_batch(rolls, first, length)
+        batch = roll_batch(rolls, first, length, shifts)
         total = sum(min(length, max(0, len(train[piece]) - 1 - first)) for piece in group)
         scored = int(batch.inputs["shift_mask"].sum())
         batch.loss_weight = scored * layout.num_slots / total
         return batch
 
-    def transposed(self, roll: np.ndarray, epoch: int, piece: int) -> np.ndarray:
-        """A piece shifted by a random number of semitones, as far as all its notes stay on the keyboard."""
+    def shift(self, roll: np.ndarray, epoch: int, piece: int) -> int:
+        """By how many semitones a piece is shifted in a pass: at random, as far as its notes stay on the keyboard."""
         limit = self.options.transpose
         keys = np.flatnonzero(roll.any(0))
         if not limit or not len(keys):
-            return roll
-        low, high = max(-limit, -int(keys[0])), min(limit, NUM_PITCHES - 1 - int(keys[-1]))
-        shift = int(np.random.default_rng([self.seed, epoch, piece]).integers(low, high + 1))
-        return np.roll(roll, shift, axis=1)
+            return 0
+        low, high = max(1 - limit, -int(keys[0])), min(limit, NUM_PITCHES - 1 - int(keys[-1]))
+        return int(np.random.default_rng([self.seed, epoch, piece]).integers(low, high + 1))
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
@@ -167,13 +170,22 @@ def frame_sums(logits: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def roll_batch(rolls: list[np.ndarray | None], first: int, length: int) -> Batch:
-    """Frames [first, first + length) of each piece and the frames after them; rows whose piece has ended are empty."""
+def roll_batch(
+    rolls: Sequence[np.ndarray | None], first: int, length: int, shifts: Sequence[int] | None = None
+) -> Batch:
+    """Frames [first, first + length) of each piece and the frames after them; rows whose piece has ended are empty.
+
+    Args:
+        shifts: semitones by which each piece is moved on its way into the batch, within the keyboard.
+    """
     x = torch.zeros(len(rolls), length + 1, NUM_PITCHES)  # (B, T + 1, 88)
     scored = torch.zeros(len(rolls), length, dtype=torch.bool)  # (B, T)
-    for row, roll in enumerate(rolls):
-        part = roll[first : first + length + 1] if roll is not None else np.zeros((0, NUM_PITCHES), dtype=bool)
-        x[row, : len(part)] = torch.from_numpy(part)
+    for row, (roll, shift) in enumerate(zip(rolls, shifts or [0] * len(rolls), strict=True)):
+        if roll is None:
+            continue
+        part = roll[first : first + length + 1]
+        low, high = max(0, shift), NUM_PITCHES + min(0, shift)
+        x[row, : len(part), low:high] = torch.from_numpy(part[:, low - shift : high - shift])
         scored[row, : max(0, len(part) - 1)] = True
     inputs = {"input_values": x[:, :-1], "shift_labels": x[:, 1:], "shift_mask": scored}
     return Batch(inputs, reset_state=first == 0, num_elements=int(scored.sum()))

@@ -1,0 +1,179 @@
+"""A chain of probabilities over the keys of a frame, and drawing a frame from it or from independent keys."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .kronecker import check_choice
+
+CHAIN_SIZE = 64  # hidden units
+FRAME_HEADS = ("independent", "chain")
+MOST_DRAWS = 64  # free draws of a frame before limits on its voices are built into the draw
+SURE = 1e-4  # a temperature at which a key of independent ones is all but certain
+
+
+def check_frame_head(config: Any) -> None:
+    """A ValueError for a field of the frame head that is not allowed."""
+    check_choice("frame_head", config.frame_head, FRAME_HEADS)
+    if config.frame_head_size < 1:
+        raise ValueError(f"frame_head_size must be at least 1, got {config.frame_head_size}")
+    if not 0 <= config.frame_head_dropout < 1:
+        raise ValueError(f"frame_head_dropout must be in [0, 1), got {config.frame_head_dropout}")
+    for name, unused in (("frame_head_size", CHAIN_SIZE), ("frame_head_dropout", 0)):
+        if config.frame_head != "chain" and getattr(config, name) != unused:
+            raise ValueError(f"{name} of independent keys must stay {unused} (unused), got {getattr(config, name)}")
+
+
+class KeyChain(nn.Module):
+    """Keys from low to high, each given the lower ones that sound (NADE, Larochelle & Murray 2011).
+
+    Key i of a frame x sounds with the logit a_i + v_i · ReLU(c + Σ_{j<i} x_j w_j). The context (a, c) is read from the
+    recurrent state and from the frame before: it and the lower keys are all that key i sees.
+
+    Args:
+        width: keys of a frame. size: H, width of c. dropout: on the hidden units, in training.
+    """
+
+    def __init__(self, width: int, size: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.width, self.size = width, size
+        self.before = nn.Linear(width, width + size, bias=False)  # of the frame before: its part of (a, c)
+        self.lower = nn.Linear(width, size, bias=False)  # w
+        self.keys = nn.Linear(size, width, bias=False)  # v
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, lower: Tensor) -> Tensor:
+        """What is added to a: (M, width) for all keys, were the keys of ``lower`` those that sound below each of them.
+
+        Args:
+            hidden: c, (M, H). lower: (M, width) bool.
+        """
+        hidden = F.relu(hidden + self.lower(lower.to(hidden.dtype)))  # (M, H)
+        return self.keys(self.dropout(hidden))  # (M, width)
+
+
+def chain_logits(chain: KeyChain, context: Tensor, targets: Tensor) -> Tensor:
+    """Each key's logit given the lower keys of the same frame of targets, in one pass.
+
+    What lies below a key changes only where a key sounds: a frame of k sounding keys is k + 1 rows of the chain,
+    not ``width``.
+
+    Args:
+        context: (a, c) of each frame side by side, (B, T, width + H). targets: (B, T, width) of zeros and ones.
+
+    Returns:
+        logits (B, T, width).
+    """
+    own, hidden = context.flatten(0, -2).split((chain.width, chain.size), -1)  # (M, width), (M, H)
+    sounding = (targets > 0.5).flatten(0, -2)  # (M, width)
+    below = sounding.cumsum(-1, dtype=torch.int32) - sounding.int()  # (M, width): how many keys sound below a key
+    counts = sounding.sum(-1) + 1  # (M,)
+    frame = torch.repeat_interleave(counts)  # (R,): the frame of each row
+    first = counts.cumsum(0) - counts  # (M,): the first row of each frame
+    step = torch.arange(len(frame), device=frame.device) - first[frame]  # (R,)
+    place = below.masked_fill(~sounding, chain.width)  # (M, width): of a key among those that sound
+    lower = place.index_select(0, frame) < step[:, None]  # (R, width): the lowest `step` keys that sound
+    added = chain(hidden.index_select(0, frame), lower)  # (R, width)
+    return (own + added.gather(0, first[:, None] + below)).unflatten(0, targets.shape[:-1])  # (B, T, width)
+
+
+def next_key(logits: Tensor, lowest: Tensor, temperature: float, top_p: float, allowed: Tensor) -> Tensor:
+    """Probabilities (B, width + 1) of which key is the next to sound, or at the end that none is.
+
+    Args:
+        logits: (B, width) of each key, were all keys between silent. lowest: (B, 1), the first key that may sound.
+        temperature: divides the logarithms of these probabilities; 0: the most probable alone.
+        top_p: the most probable ones that together have this share are kept.
+        allowed: (B, width + 1) bool.
+    """
+    keys = torch.arange(logits.shape[-1])  # (width,)
+    logits = logits.masked_fill(keys < lowest, -torch.inf)  # (B, width)
+    zero = torch.zeros_like(logits[:, :1])  # (B, 1)
+    silent = torch.cat([zero, F.logsigmoid(-logits).cumsum(-1)], -1)  # (B, width + 1): all keys before are silent
+    scores = torch.cat([F.logsigmoid(logits), zero], -1) + silent  # (B, width + 1)
+    open_ = allowed & torch.cat([keys >= lowest, torch.ones_like(lowest, dtype=torch.bool)], -1)  # (B, width + 1)
+    scores = scores.clamp(min=-1e30).masked_fill(~open_, -torch.inf)  # (B, width + 1)
+    if temperature == 0:
+        return F.one_hot(scores.argmax(-1), scores.shape[-1]).float()  # (B, width + 1)
+    shares = (scores / temperature).softmax(-1)  # (B, width + 1)
+    if top_p < 1:
+        ranked, order = shares.sort(-1, descending=True)  # (B, width + 1)
+        dropped = ranked.cumsum(-1) - ranked >= top_p  # (B, width + 1)
+        shares = shares.masked_fill(dropped.scatter(-1, order, dropped), 0.0)  # (B, width + 1)
+    return shares
+
+
+def draw_keys(
+    logits_of: Callable[[Tensor], Tensor],
+    shape: tuple[int, int],
+    temperature: float,
+    top_p: float,
+    voices: tuple[int, int],
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Frames (B, width) of zeros and ones from the lowest key to the highest, each with that few and many keys.
+
+    Args:
+        logits_of: the lower keys that sound (B, width) to logits (B, width). shape: (B, width).
+    """
+    batch, width = shape
+    frame, lowest = torch.zeros(batch, width + 1), torch.zeros(batch, 1, dtype=torch.long)  # the last: no more keys
+    places = torch.arange(width + 1)  # (width + 1,)
+    while not frame[:, width].all():
+        count = frame[:, :width].sum(-1, keepdim=True)  # (B, 1)
+        missing = (voices[0] - count).clamp(min=0)  # (B, 1)
+        allowed = torch.where(count < voices[1], places <= width - missing, places == width)  # (B, width + 1)
+        shares = next_key(logits_of(frame[:, :width]), lowest, temperature, top_p, allowed)  # (B, width + 1)
+        key = torch.multinomial(shares, 1, generator=generator)  # (B, 1)
+        frame.scatter_(-1, key, 1.0)
+        lowest = (key + 1).clamp(max=width)  # (B, 1)
+    return frame[:, :width]
+
+
+def draw_frame(
+    context: Tensor,
+    chain: KeyChain | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    voices: tuple[int, int | None] = (0, None),
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A frame from its context: (B, width + H) of a chain, logits (B, width) of independent keys.
+
+    Frames with too few or too many voices are drawn again, which is exact. A row that has met no frame within the
+    limits in ``MOST_DRAWS`` draws gets one whose keys are drawn within them.
+
+    Args:
+        temperature: of a chain divides the logarithms of the probabilities of which key sounds next; of independent
+            keys their logits. 0: the most probable.
+        top_p: share of the probability of the next key that is kept. voices: least and most (None: no limit).
+
+    Returns:
+        frames (B, width) of zeros and ones; which rows were drawn within the limits (B,) bool.
+    """
+    batch, width = context.shape[0], context.shape[-1] if chain is None else chain.width
+    heat = temperature
+    if chain is None:
+        context, heat = context / max(temperature, SURE), min(temperature, 1.0) and 1.0
+    most = width if voices[1] is None else voices[1]
+    frame = torch.zeros(batch, width)  # (B, width)
+    rows = torch.arange(batch)  # (B,): those that have no frame yet
+    for attempt in range(MOST_DRAWS + 1):
+        own, within = context[rows.to(context.device)], attempt == MOST_DRAWS  # (M, …)
+
+        def logits_of(lower: Tensor, own: Tensor = own) -> Tensor:
+            if chain is not None:
+                mine, hidden = own.split((width, chain.size), -1)  # (M, width), (M, H)
+                own = mine + chain(hidden, lower.to(own.device))
+            return own.float().cpu()
+
+        limits = (voices[0], most) if within or temperature == 0 else (0, width)
+        frame[rows] = draw_keys(logits_of, (len(rows), width), heat, top_p, limits, generator)
+        count = frame[rows].sum(-1)  # (M,)
+        rows = rows if within else rows[(count < voices[0]) | (count > most)]
+        if not len(rows):
+            break
+    return frame, torch.zeros(batch, dtype=torch.bool).index_fill(0, rows, True)
