@@ -34,7 +34,6 @@ from .common.stopping import StopRequest
 from .evaluate import EvaluateOptions, load_task
 from .loop.accelerate_loop import TrainingLoop
 from .loop.arguments import Arguments
-from .loop.progress import Progress
 from .loop.run import check_place, finish, open_folder, start_folder
 from .loop.scoring import evaluate
 from .models.baselines import TORCH_CELLS
@@ -208,14 +207,10 @@ class Shrinker:
     def fine_tune(self, model: Any, arguments: Arguments) -> dict[str, Any]:
         """Train on with the run's loop; the folder then holds the weights that were best on validation."""
         loop = TrainingLoop(arguments, self.task, model, self.accelerator, self.stop)
-        start_folder(arguments, loop)
-        progress = Progress(self.task, self.accelerator, loop.total_steps, 0)
-        try:
-            with self.stop.deferred():
-                loop.run(progress)
-        finally:
-            progress.close()
-        return finish(arguments, self.task, loop)
+        start_folder(loop)
+        with self.stop.deferred():
+            loop.run()
+        return finish(loop)
 
 
 def render(rows: list[dict[str, Any]]) -> str:

@@ -41,7 +41,7 @@ def check_launcher() -> None:
 
     Raises:
         UserError: sharding, or one process where several were asked for: newer launchers of accelerate start one for
-            `--cpu --num_processes 2`, without a word.
+            `--cpu --num_processes 2`, silently.
     """
     for name, kind in SHARDED.items():
         if os.environ.get(name, "false").lower() in ("true", "1", "yes"):

@@ -83,7 +83,7 @@ def remove_checkpoint(path: Path) -> None:
 def prune(folder: Path, limit: int, newest: Path) -> None:
     """Keep `newest` and the checkpoints before it, `limit` in all; 0 keeps all.
 
-    Later ones are of a run that was taken up again further back, and would push the new ones out.
+    Later ones are of a run that was resumed from an earlier checkpoint, and would push the new ones out.
     """
     found = checkpoints(folder)
     for path in found[: found.index(newest) + 1][:-limit] if limit else []:

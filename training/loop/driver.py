@@ -69,19 +69,22 @@ class Driver(ABC):
     def train(self) -> None:
         """Make the steps that are left, and `between_steps` after each of them."""
 
-    def run(self, progress: Progress) -> None:
+    def run(self) -> None:
         """Train to the end; the best weights are then at the top of the folder.
 
         Raises:
             Interrupted: a signal came; a checkpoint has been written.
             UserError: the loss is not finite, or a save failed.
         """
-        self.progress = progress
+        self.progress = Progress(self.task, self.accelerator, self.total_steps, self.state.step)
         self.model.train()
         self.start_clocks()
         self.set_rate()
-        if not self.ended():
-            self.train()
+        try:
+            if not self.ended():
+                self.train()
+        finally:
+            self.progress.close()
 
     # ---- one step ----
 

@@ -307,6 +307,6 @@ def build_trainer(run: Driver) -> pl.Trainer:
         default_root_dir=run.folder,
     )
     # Its handler for SIGTERM starts a broadcast in the middle of whatever the process is doing, where other processes
-    # wait for something else: for ever. There is no option to leave it out.
+    # wait for something else, and never end. There is no option to leave it out.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer

@@ -66,7 +66,7 @@ class Progress:
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 5.0,
             unit="step",
-            delay=1e-9,  # it would be shown while it is built, and could not be if nobody listens any more
+            delay=1e-9,  # it would be shown while it is built, and that fails once the terminal is gone
         )
         with processes.unheard():
             self.bar.refresh()
@@ -124,9 +124,10 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the bar as it is, and end the trackers."""
         with processes.unheard():
             self.bar.close()
+        self.end_trackers()
 
 
 def results(task: Task, model: Any, state: TrainerState, metrics: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .accelerate_loop import TrainingLoop
 from .arguments import Arguments, resolved
 from .checkpoint import load_weights, resume
 from .driver import Driver
-from .progress import Progress, results, trackers, write_results
+from .progress import results, trackers, write_results
 from .scoring import evaluate
 
 
@@ -149,23 +149,22 @@ def check_folder(arguments: Arguments) -> Path | None:
     return None
 
 
-def start_folder(arguments: Arguments, driver: Driver) -> None:
+def start_folder(loop: Driver) -> None:
     """Clear the output folder if that was asked for, and record options, data, command and machine in it."""
-    folder, run = arguments.output_dir, arguments.run
-    earlier = read_fields(folder / RUN) if driver.state.step > 0 else {}
+    folder, run = loop.folder, loop.options
+    earlier = read_fields(folder / RUN) if loop.state.step > 0 else {}
     if run.overwrite_output_dir and run.resume_from_checkpoint is None:
         runs.delete_run(folder)
     runs.clean(folder)
     versions = {"kru_hf": kru_hf.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    trains = loop.state.step < loop.total_steps
     record = {
-        "data": driver.task.dataset_record(),
-        "versions": {**versions, **driver.libraries},
-        "machines": machines_record(
-            driver.accelerator, earlier.get("machines", []), driver.state.step < driver.total_steps
-        ),
-        "command": arguments.command,
+        "data": loop.task.dataset_record(),
+        "versions": {**versions, **loop.libraries},
+        "machines": machines_record(loop.accelerator, earlier.get("machines", []), trains),
+        "command": loop.arguments.command,
     }
-    options = resolved(arguments, driver.model.config, driver.accelerator.mixed_precision)
+    options = resolved(loop.arguments, loop.model.config, loop.accelerator.mixed_precision)
     write_json(folder / RUN, {**earlier, **record})
     write_text(folder / RECIPE, recipe_text(options))
 
@@ -186,69 +185,56 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
         task, model = processes.together(accelerator, lambda: prepare_task(arguments))
         engine = using_backend(arguments.run.backend, model, accelerator.device)
         processes.together(accelerator, lambda: held.enter_context(engine))
-        figures = train(arguments, stop, driver, accelerator, found, task, model)
+        processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
+        figures = train(driver(arguments, task, model, accelerator, stop), found)
         if is_main and arguments.run.push_to_hub:
             publish(arguments)  # the other processes have ended: none waits for the upload
     return figures
 
 
-def train(
-    arguments: Arguments,
-    stop: StopRequest,
-    driver: type[Driver],
-    accelerator: Accelerator,
-    found: Path | None,
-    task: Task,
-    model: Any,
-) -> dict[str, Any]:
+def train(loop: Driver, found: Path | None) -> dict[str, Any]:
     """A run in a folder that is locked, from the checkpoint `found` or from the beginning."""
-    is_main = accelerator.is_main_process
-    processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
-    loop = driver(arguments, task, model, accelerator, stop)
+    accelerator = loop.accelerator
     if found is not None:
         processes.together(accelerator, lambda: resume(loop, found))
     accelerator.wait_for_everyone()
     paths = ("output_dir", "dataset", "model", "resume_from_checkpoint")
-    config = {k: v for k, v in arguments.flat().items() if isinstance(v, (int, float, str)) and k not in paths}
-    with stop.deferred():  # from the moment at which there is a folder to resume in
-        if is_main:
-            start_folder(arguments, loop)
+    values = loop.arguments.flat().items()
+    config = {k: v for k, v in values if isinstance(v, (int, float, str)) and k not in paths}
+    with loop.stop.deferred():  # from the moment at which there is a folder to resume in
+        if accelerator.is_main_process:
+            start_folder(loop)
             with processes.unheard():
-                describe(arguments, task, model, loop, found)
+                describe(loop, found)
         accelerator.wait_for_everyone()
-        with trackers(accelerator, arguments.run.report_to, config):
-            progress = Progress(task, accelerator, loop.total_steps, loop.state.step)
-            try:
-                loop.run(progress)
-            finally:
-                progress.close()
-                progress.end_trackers()
-    figures = finish(arguments, task, loop)
+        with trackers(accelerator, loop.options.report_to, config):
+            loop.run()
+    figures = finish(loop)
     loop.close()
     accelerator.end_training()
     return figures
 
 
-def finish(arguments: Arguments, task: Task, loop: Driver) -> dict[str, Any]:
+def finish(loop: Driver) -> dict[str, Any]:
     """Evaluate the best weights and write the results."""
-    accelerator, folder, model = loop.accelerator, arguments.output_dir, loop.model
+    task, accelerator, model, options = loop.task, loop.accelerator, loop.model, loop.options
     if accelerator.is_main_process:
-        load_weights(model, folder)
+        load_weights(model, loop.folder)
     processes.from_main(accelerator, model)
     model.eval()
-    splits = ("validation", "test") if arguments.run.evaluate_test else ("validation",)
+    splits = ("validation", "test") if options.evaluate_test else ("validation",)
     if accelerator.is_main_process:
         with processes.unheard():
             print(f"scoring the best weights on {' and '.join(splits)}", flush=True)
     metrics = {split: evaluate(task, model, split, accelerator) for split in splits}
     figures = results(task, model, loop.state, metrics)
     if accelerator.is_main_process:
-        write_results(folder, task, loop.state, figures)
+        write_results(loop.folder, task, loop.state, figures)
         said = [f"{split}: {', '.join(f'{n} {v:.4f}' for n, v in values.items())}" for split, values in metrics.items()]
-        sample = task.sample(model, arguments.run.sample_length, arguments.run.seed)
+        sample = task.sample(model, options.sample_length, options.seed)
         said += [f"sample:\n{sample}"] if sample else []
         with processes.unheard():
-            print("\n".join([*said, f"folder: {folder}"]), flush=True)
+            print("\n".join([*said, f"folder: {loop.folder}"]), flush=True)
     accelerator.wait_for_everyone()
     return figures
 
@@ -275,8 +261,9 @@ def publish(arguments: Arguments) -> None:
     print(said(done))
 
 
-def describe(arguments: Arguments, task: Task, model: Any, loop: Driver, found: Path | None) -> None:
+def describe(loop: Driver, found: Path | None) -> None:
     """Say what is going to happen."""
+    arguments, task, model = loop.arguments, loop.task, loop.model
     record, steps = task.dataset_record(), task.num_batches(loop.slots.layout)
     print(f"data: {record['name']}, SHA-256 {record['sha256'][:12]}…; one pass is {steps} steps")
     splits = ("train", "validation", *(["test"] if arguments.run.evaluate_test else []))

@@ -23,7 +23,7 @@ def is_off(field: Field[Any], value: object) -> bool:
 
 
 def value_of(name: str, values: Values, fields: Fields) -> Any:
-    """What an option comes to: as given, else by its default, else by that of a KRU model."""
+    """The value that an option has in the end: as given, else by its default, else by that of a KRU model."""
     candidates = (values.get(name), fields[name].default, getattr(KRUConfig, name, None))
     return next((value for value in candidates if value is not None), None)
 

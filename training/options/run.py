@@ -60,7 +60,7 @@ class TrainingOptions(Options):
         allowed=(f"positive and at most {MAX_COUNT}", lambda value: 0 < value <= MAX_COUNT),
     )
     per_device_train_batch_size: int = training(
-        32, "Rows (streams or samples) a process and accumulation step.", allowed=AT_LEAST_1
+        32, "Rows (streams or samples) per process and accumulation step.", allowed=AT_LEAST_1
     )
     gradient_accumulation_steps: int = training(
         1, "Batches whose gradients are averaged in one optimizer step.", allowed=AT_LEAST_1
@@ -109,7 +109,7 @@ class TrainingOptions(Options):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = training(None, "Precision of matrix products.", off=NEVER)
     num_threads: int = training(
         0,
-        "CPU threads a process; 0 shares the cores out among this machine's processes.",
+        "CPU threads per process; 0 shares the cores out among this machine's processes.",
         allowed=at_most(MAX_THREADS, 0),
     )
     backend: str = training(
