@@ -90,7 +90,7 @@ class ComposeOptions(Options):
 
 
 def read_prime(options: ComposeOptions, frames_per_quarter: int) -> PianoRoll | None:
-    """The frames of the prime that are used; what was dropped from the file is said."""
+    """The frames of the prime that are used; prints what was dropped from the file."""
     if options.prime is None:
         return None
     try:
@@ -108,7 +108,7 @@ def read_prime(options: ComposeOptions, frames_per_quarter: int) -> PianoRoll | 
 
 
 def compose(model: Any, prime: PianoRoll | None, options: ComposeOptions, frames_per_quarter: int) -> PianoRoll:
-    """The prime and `num_frames` composed frames as one piece; notes begin anew where the model takes over.
+    """The prime and `num_frames` composed frames as one piece; notes start again where the model takes over.
 
     Raises:
         UserError: with the prime it would be too long, which is known before it is composed.

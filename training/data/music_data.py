@@ -26,7 +26,7 @@ from .tables import TABLE_KINDS, open_data, read_tables
 CHORALES = "bach_chorales"
 HELD_OUT = 0.1  # share of the pieces in each of validation and test, where the data has no splits of its own
 MIDI_ENDINGS = (".mid", ".midi", ".rmi", ".kar")
-# What is told of a folder of MIDI files as the number of files that have it.
+# What a note gives as the number of files of a folder that have it.
 IN_FILES = {
     "pedal_notes": "files with notes that a pedal holds on",
     "merged_tracks": "files whose tracks are laid over each other",
@@ -90,8 +90,8 @@ def load_pieces(data: DataOptions, frames_per_quarter: int) -> DataSet:
     for split in SPLITS:
         if not any(roll.any() for roll in splits[split]):
             raise UserError(f"dataset={parts.name!r}: the {split} part holds no piece of two frames with notes")
-    told = "; ".join(f"{count} {WORDS[name]}" for name, count in report.items() if count)
-    notes = [*parts.notes, *([told] if told else [])]
+    counts = "; ".join(f"{count} {WORDS[name]}" for name, count in report.items() if count)
+    notes = [*parts.notes, *([counts] if counts else [])]
     digest = hashlib.sha256()
     for split in SPLITS:
         for roll in splits[split]:

@@ -1,7 +1,7 @@
 """The parts of a data set, for every task: what the data call train, validation and test, and what is cut from train.
 
 A part that the data bring is used whole, however it is spelt; only a part that they lack is cut from the training rows.
-What is not used is said.
+The notes of a data set name what is not used.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ PACKED = {
 }
 TAR = b"ustar"  # from byte 257 on
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-CUT = 1 << 20  # bytes by which an encoding is told
+CUT = 1 << 20  # bytes that tell the encoding of a text
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def encoding(content: bytes) -> tuple[str, bool]:
 def read_table(path: Path) -> Dataset:
     """A table of this machine: parquet, arrow, JSON or JSON lines, CSV or TSV with a line of names.
 
-    It is read anew every time: a cache would know it by its time stamp and size.
+    It is read every time, never from a cache, which would know it by its time stamp and size alone.
 
     Raises:
         UserError: it cannot be read, is damaged, or has columns of several types.

@@ -49,8 +49,8 @@ class PixelMNIST(SequenceTask):
 
     def notes(self, splits: tuple[str, ...]) -> list[str]:
         white = self.dataset.white
-        told = [] if white == 255 or self.dataset.name == DIGITS else [f"the largest value of a pixel is {white}"]
-        return [*super().notes(splits), *told]
+        scale = [] if white == 255 or self.dataset.name == DIGITS else [f"the largest value of a pixel is {white}"]
+        return [*super().notes(splits), *scale]
 
     def model_kwargs(self) -> dict[str, Any]:
         classes = int(self.dataset.splits["train"].max()) + 1
