@@ -156,9 +156,8 @@ def test_a_released_model_has_other_runs_and_the_paper_beside_it(folder: Path) -
     assert report([str(folder), "--folder", str(folder.parent)]) == 0
     text = (folder / "README.md").read_text()
     assert "| LSTM 150 | 2.500 | 127,000 |" in text and "KRU 64" not in text
-    for figure in FIGURES:
-        if figure.setting == PTB_SMALL:
-            assert f"| *{figure.name}* ({figure.source}) | {figure.value:.2f} | ≈{figure.num_parameters:,} |" in text
+    for figure in FIGURES[PTB_SMALL]:
+        assert f"| *{figure.name}* ({figure.source}) | {figure.value:.2f} | ≈{figure.num_parameters:,} |" in text
 
 
 @pytest.mark.parametrize("head", ["KRUForCausalLM", "KRUForPianoRoll"])

@@ -12,7 +12,7 @@ from ..common.errors import UserError
 from ..common.files import read
 from ..common.saving import write_files, write_text
 from .paper_figures import FIGURES, PaperFigure
-from .paper_figures import METRICS as PAPER_METRICS
+from .paper_figures import metric_of as metric_of_paper
 from .plots import validation_curves
 from .runs import METRIC_ORDER, Entry, Row, read_runs, settings
 from .text import METRICS, TEMPLATES, shown, table
@@ -89,8 +89,7 @@ def paper_lines(setting: str) -> list[list[str]]:
             *(f"≈{size:,}" if size else "" for size in (figure.num_parameters, figure.num_recurrent_parameters)),
             *("", published(figure), "", "", "", ""),
         ]
-        for figure in FIGURES
-        if figure.setting == setting
+        for figure in FIGURES.get(setting, [])
     ]
 
 
@@ -105,7 +104,7 @@ def overview_line(setting: str, rows: list[Row]) -> list[str]:
         return published(figure) + (f" (≈{figure.num_parameters:,} parameters)" if figure.num_parameters else "")
 
     finished = [row for row in rows if row.figure("validation") or row.figure("test")]
-    known = [figure for figure in FIGURES if figure.setting == setting]
+    known = FIGURES.get(setting, [])
     kinds = (
         [brief(row) for row in finished if row.first.is_kru],
         [brief(row) for row in finished if not row.first.is_kru],
@@ -119,14 +118,14 @@ def overview_line(setting: str, rows: list[Row]) -> list[str]:
 
 def metric_of(setting: str, rows: list[Row]) -> str:
     """The metric of a setting."""
-    return rows[0].first.metric if rows else PAPER_METRICS[setting]
+    return rows[0].first.metric if rows else metric_of_paper(setting)
 
 
 def tables(entries: list[Entry], only_runs: bool = False) -> dict[str, list[Row]]:
     """Rows of the paper's settings in its order, also where nothing was run unless `only_runs`; then of all others."""
-    found, paper = settings(entries), dict.fromkeys(figure.setting for figure in FIGURES)
-    names = [name for name in paper if name in found or not only_runs]
-    return {name: found.get(name, []) for name in [*names, *sorted(found.keys() - paper)]}
+    found = settings(entries)
+    names = [name for name in FIGURES if name in found or not only_runs]
+    return {name: found.get(name, []) for name in [*names, *sorted(found.keys() - FIGURES)]}
 
 
 def overview(found: dict[str, list[Row]]) -> str:
