@@ -20,13 +20,35 @@ A step that is held (mask) gets a d_state of zero, and has to give zeros for it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ACTIVATIONS = ("modrelu", "identity")  # of the complex cell
 State = tuple[Tensor, ...]
+
+
+class Start(NamedTuple):
+    """Where a recurrence starts."""
+
+    norm: float  # spectral norm of each recurrent matrix; of a sum of R terms, each term's is 1/√R of it
+    input_scale: float  # standard deviation of U x; of the entries of U where a plain block reads frames
+    max_phase: float | None = None  # radians: W has eigenvalues exp(iφ) with |φ| at most this; None: all of them
+    identity: bool = False  # W is a multiple of the identity
+
+
+# Starts of the complex cell, whose factors are Haar-random unitary matrices or the identity.
+STARTS = {
+    "random": Start(0.95, 0.1),  # forgets slowly: text and music, where symbols have to be told apart
+    "unitary": Start(1.0, 0.1),  # the paper's: forgets nothing, for copy memory and permuted pixels
+    # Eigenvalues that turn once in 7 steps or more (Orvieto et al. 2023 bound phases alike): signals that are smooth.
+    "slow": Start(1.0, 0.1, max_phase=0.9),
+    "identity": Start(1.0, 0.1, identity=True),  # keeps what it reads where it is (Henaff, Szlam & LeCun 2016): sums
+    "accumulate": Start(1.0, 0.03, identity=True),  # the same for sums over hundreds of steps
+}
+# Of gated cells, with orthogonal factors: with a smaller U x, gates start too near to constants.
+GATED_START = Start(0.7, 1.0)
 
 
 @dataclass(frozen=True)
@@ -43,11 +65,14 @@ class Cell:
     step_backward: Callable[..., tuple[Tensor, Tensor, tuple[Tensor | None, ...]]]
     bias_gradient: Callable[..., Tensor]
     complex: bool = False
-    init_scale: float = 0.7  # spectral norm of each matrix at the start
-    input_scale: float = 1.0  # standard deviation of U x at the start: with less, gates start too near to constants
     keeps: str | None = None  # the gate that keeps the state, whose bias says for how long
     fills: str | None = None  # the gate that starts opposite to it
     keep_bias: float = 0.0  # where the bias of ``keeps`` starts
+
+    @property
+    def starts(self) -> dict[str, Start]:
+        """Where the recurrence may start."""
+        return STARTS if self.complex else {"random": GATED_START}
 
     @property
     def type(self) -> str:
@@ -294,7 +319,7 @@ _ENTRIES = (
     Cell(
         "kru", ("re", "im"), ("re", "im"), 0, 0,
         kru_step, kru_derivatives, kru_step_backward, kru_bias_gradient,
-        complex=True, init_scale=0.95, input_scale=0.1,
+        complex=True,
     ),
     Cell(
         "lstm", ("i", "f", "g", "o"), ("h", "c"), 4, 2,
@@ -348,6 +373,17 @@ def gate_bias(
     if cell.fills is not None:
         bias[cell.gates.index(cell.fills)] = -bias[keeps]  # (N,)
     return bias
+
+
+def check_start(name: str, value: str, cell: Cell, shapes: Any, terms: int) -> None:
+    """Raise `ValueError` unless a recurrence of these factors and so many terms can start there."""
+    if value not in cell.starts:
+        raise ValueError(f"{name} of the cell {cell.name!r} must be one of {', '.join(cell.starts)}, got {value!r}")
+    start = cell.starts[value]
+    if start.identity and terms > 1:
+        raise ValueError(f"{name} {value!r} makes all terms alike: there must be 1, got {terms}")
+    if start.max_phase is not None and any(p != q for p, q in shapes):
+        raise ValueError(f"{name} {value!r} needs square factors, got {list(map(list, shapes))}")
 
 
 def check_scale(init_scale: float) -> None:

@@ -3,29 +3,31 @@
 import difflib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cells import ACTIVATIONS, BY_TYPE, CELLS, Cell, check_chrono
+from .cells import ACTIVATIONS, BY_TYPE, CELLS, Cell, Start, check_chrono, check_start
 from .frame_heads import CHAIN_SIZE, check_frame_head
-from .kronecker import MOST_UNITS, check_choice, check_max_phase, plan_with_warning
+from .kronecker import MOST_UNITS, check_choice, plan_with_warning
 
 logger = logging.getLogger(__name__)
 
 CELL_TYPES = tuple(BY_TYPE)
 GATED_TYPES = tuple(name for name, cell in BY_TYPE.items() if not cell.complex)
 BLOCK_TYPES = ("residual", "plain")
-RECURRENT_INITS = ("random", "identity")
 
 # Fields that there were, and what stands in their place: said wherever one is still given.
 REMOVED = {
     "wiring": "it is called block_type",
     "scan_backend": "kru_hf.use_backend(NAME) chooses the engine, and --backend of training",
     "train_factors": "requires_grad_(False) on the factors freezes them, and --freeze_factors of training",
+    "recurrent_init_scale": "recurrent_init names a start, see kru_hf.cells.STARTS",
+    "recurrent_init_max_phase": "recurrent_init='slow' starts with phases of at most 0.9",
+    "input_scale": "recurrent_init names a start, see kru_hf.cells.STARTS",
     "input_dropout": "there are state_dropout and hidden_dropout",
 }
 
@@ -56,6 +58,20 @@ LIMITS = {
     "frame_head_size": 2**20,
     "chrono_max_length": 2**40,
 }
+# Numbers, what they may be in words, and as a test; None is not tested.
+RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (
+        ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "kronecker_terms", "intermediate_size")
+        + ("input_size", "recurrent_terms"),
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    (("state_dropout", "hidden_dropout"), "in [0, 1)", lambda value: 0 <= value < 1),
+    (("layer_norm_epsilon",), "positive and finite", lambda value: 0 < value < math.inf),
+    (("unitary_loss_coef", "initializer_range"), "non-negative and finite", lambda value: 0 <= value < math.inf),
+    (("bias_init",), "finite", math.isfinite),
+    (("tie_word_embeddings",), "False: a head has weights of its own", lambda value: not value),
+)
 MOST_FACTORS = 64
 MOST_ENTRIES = 2**28  # of a factor
 
@@ -82,7 +98,8 @@ class KRUConfig(PreTrainedConfig):
         bidirectional: a second recurrence in each layer runs from the end of the sequence, and the features of both are
             read. Such a model has no state to carry: it classifies, but neither generates nor streams, and
             ``use_cache`` becomes False.
-        io_rank: None for full-rank input and readout maps, else their rank: both pass through that width.
+        io_rank: None for full-rank input and readout maps of residual blocks, else their rank: both pass through that
+            width.
         kronecker_terms: n, the maps of residual blocks (input, output, feed-forward) are sums of n Kronecker
             products of (n, n) and (out/n, in/n) matrices: full rank for 1/n of the parameters (PHM layers, Zhang et
             al. 2021). None: dense. n divides ``hidden_size``, the width of the states and ``intermediate_size``.
@@ -90,17 +107,14 @@ class KRUConfig(PreTrainedConfig):
         readout_norm: RMS-normalise the state where it is read, without parameters. An exactly unitary W never forgets.
         recurrent_terms: R, terms of the recurrent matrix W = Σ_r ⊗_f W_f^(r), each with factors of its own. R > 1: the
             terms start scaled by 1/√R, and the penalty is ‖W^H W − I‖² of W itself.
-        recurrent_init: "random" (Haar-random unitary factors), or "identity": a memory that keeps what it reads
-            where it is, the better start where a sum is asked for (Henaff, Szlam & LeCun 2016).
-        recurrent_init_scale: spectral norm of W at the start (0.95; gated 0.7); each factor gets its F-th root.
-        recurrent_init_max_phase: in radians, the phases of W's eigenvalues at the start lie within ± this; None: all
-            around the circle. What an eigenvalue holds turns once in 2π / |phase| steps: the better start for smooth
-            signals, such as pixels in their order.
+        recurrent_init: where the recurrence starts, a name of ``kru_hf.cells.STARTS``, where the numbers are: "random",
+            unitary factors that forget slowly, for text and music; "unitary", which forgets nothing, for copies;
+            "slow", whose eigenvalues turn slowly, for smooth signals such as pixels in their order; "identity", which
+            keeps what it reads where it is, for sums; "accumulate", for sums over hundreds of steps. Gated cells have
+            "random" orthogonal factors.
         bias_init: modReLU's b at the start (activation "modrelu").
         chrono_max_length: T_max in steps, for gated cells: the gates start with memories spread over 1 … T_max steps
             (chrono initialisation, Tallec & Ollivier 2018). None: forget bias 1, all biases 0 (kru_gru).
-        input_scale: standard deviation of U x at the start (0.1; gated 1.0, or the gates start too near to constants);
-            of the entries of U where plain blocks reads frames.
         activation: "modrelu" or "identity" (the linear network, without a bias).
         state_dropout, hidden_dropout: probabilities on the states before the readout, and on the residual branches (0
             with a plain block, which has none).
@@ -138,11 +152,8 @@ class KRUConfig(PreTrainedConfig):
     readout_norm: bool = True
     recurrent_terms: int = 1
     recurrent_init: str = "random"
-    recurrent_init_scale: float | int | None = None
-    recurrent_init_max_phase: float | int | None = None
     bias_init: float | int = -0.1
     chrono_max_length: int | None = None
-    input_scale: float | int | None = None
     activation: str = "modrelu"
     state_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -244,8 +255,6 @@ class KRUConfig(PreTrainedConfig):
         return {
             "num_hidden_layers": 1 if plain else 2,
             "hidden_size": self.feature_planes * int(self.state_size or 0) if plain else 128,
-            "recurrent_init_scale": self.recurrent_cell.init_scale,
-            "input_scale": self.recurrent_cell.input_scale,
         }
 
     def _resolve_shapes(self) -> None:
@@ -292,19 +301,15 @@ class KRUConfig(PreTrainedConfig):
 
     @property
     def embedding_size(self) -> int:
-        """Width of the token embedding: with plain blocks that of U x or of its low-rank map, else D."""
-        if self.block_type != "plain":
-            return int(self.hidden_size or 0)
-        return (
-            self.io_rank
-            if self.io_rank is not None
-            else self.directions * self.recurrent_cell.planes * int(self.state_size or 0)
-        )
+        """Width of the token embedding: with a plain block that of U x, else D."""
+        if self.block_type == "plain":
+            return self.directions * self.recurrent_cell.planes * int(self.state_size or 0)
+        return int(self.hidden_size or 0)
 
     @property
-    def feature_size(self) -> int:
-        """Width of what the body returns and a head reads: r with low-rank plain maps, else D."""
-        return self.io_rank if self.block_type == "plain" and self.io_rank is not None else int(self.hidden_size or 0)
+    def start(self) -> Start:
+        """The numbers of ``recurrent_init``."""
+        return self.recurrent_cell.starts[self.recurrent_init]
 
     @property
     def recurrent_cell(self) -> Cell:
@@ -336,90 +341,47 @@ class KRUConfig(PreTrainedConfig):
         self._check_tokens()
         if self.factor_size is not None:
             raise ValueError(f"factor_size is read at construction: it must be None later, got {self.factor_size}")
-        choices = {
-            "cell_type": CELL_TYPES,
-            "block_type": BLOCK_TYPES,
-            "activation": ACTIVATIONS,
-            "recurrent_init": RECURRENT_INITS,
-        }
-        for name, allowed in choices.items():
+        for name, allowed in (("cell_type", CELL_TYPES), ("block_type", BLOCK_TYPES), ("activation", ACTIVATIONS)):
             check_choice(name, getattr(self, name), allowed)
-        sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "io_rank", "kronecker_terms", "intermediate_size")
-        for name in (*sizes, "input_size", "recurrent_terms"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for names, words, fits in RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise ValueError(f"{name} must be {words}, got {value}")
         check_frame_head(self)
-        for name in ("state_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("recurrent_init_scale", "layer_norm_epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("unitary_loss_coef", "input_scale", "initializer_range"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be non-negative and finite, got {getattr(self, name)}")
-        if not math.isfinite(self.bias_init):
-            raise ValueError(f"bias_init must be finite, got {self.bias_init}")
+        shapes = self.factor_shapes or []
+        check_start("recurrent_init", self.recurrent_init, self.recurrent_cell, shapes, self.recurrent_terms)
+        if self.chrono_max_length is not None and self.gated:
+            check_chrono("chrono_max_length", self.chrono_max_length)
         if self.gated:
             unused = {"activation": ("modrelu",), "bias_init": (-0.1,), "unitary_loss_coef": (0.1, 0.0)}
-            for name, values in unused.items():
-                if getattr(self, name) not in values:
-                    raise ValueError(
-                        f"{name} of a gated cell must stay {values[0]!r} (unused), got {getattr(self, name)!r}"
-                    )
-        elif self.activation == "identity" and self.bias_init != -0.1:
-            raise ValueError(f"bias_init of activation 'identity' must stay -0.1 (unused), got {self.bias_init}")
-        if self.gated and self.recurrent_init != "random":
-            raise ValueError(f"recurrent_init of a gated cell must be 'random', got {self.recurrent_init!r}")
-        if self.recurrent_init == "identity" and self.recurrent_terms > 1:
-            raise ValueError(
-                f"recurrent_init 'identity' makes terms alike: recurrent_terms must be 1, got {self.recurrent_terms}"
-            )
-        if self.chrono_max_length is not None:
-            if not self.gated:
-                raise ValueError(f"chrono_max_length of an ungated cell must be None, got {self.chrono_max_length}")
-            check_chrono("chrono_max_length", self.chrono_max_length)
-        if self.recurrent_init_max_phase is not None:
-            if self.gated:
-                raise ValueError(
-                    f"recurrent_init_max_phase of a gated cell must be None, got {self.recurrent_init_max_phase}"
-                )
-            check_max_phase(
-                "recurrent_init_max_phase",
-                self.recurrent_init_max_phase,
-                self.recurrent_init,
-                self.factor_shapes or [],
-            )
-        if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings must be False, got True: a KRU's head has weights of its own")
-        if self.kronecker_terms is not None:
-            self._validate_terms(self.kronecker_terms)
+            self._check_unused("a gated cell", unused)
+        else:
+            self._check_unused("an ungated cell", {"chrono_max_length": (None,)})
+            if self.activation == "identity":
+                self._check_unused("activation 'identity'", {"bias_init": (-0.1,)})
         if self.block_type == "plain":
-            if self.intermediate_size is not None:
-                raise ValueError(
-                    f"block_type 'plain' has no feed-forward block: intermediate_size must be None, "
-                    f"got {self.intermediate_size}"
-                )
-            if self.hidden_dropout:
-                raise ValueError(
-                    f"block_type 'plain' has no residual branches: hidden_dropout must be 0, got {self.hidden_dropout}"
-                )
-            if self.num_hidden_layers != 1:
-                raise ValueError(
-                    f"block_type 'plain' is one layer: num_hidden_layers must be 1, got {self.num_hidden_layers}"
-                )
             width = self.feature_planes * int(self.state_size or 0)
-            if self.hidden_size != width:
-                raise ValueError(
-                    f"block_type 'plain' has hidden_size = {self.feature_planes} * state_size = {width}, "
-                    f"got {self.hidden_size}"
-                )
+            self._check_unused(
+                "block_type 'plain', which is one recurrence without maps,",
+                {
+                    **dict.fromkeys(("io_rank", "kronecker_terms", "intermediate_size"), (None,)),
+                    "hidden_dropout": (0,),
+                    "num_hidden_layers": (1,),
+                    "hidden_size": (width,),
+                },
+            )
+        elif self.kronecker_terms is not None:
+            self._check_terms(self.kronecker_terms)
 
-    def _validate_terms(self, terms: int) -> None:
+    def _check_unused(self, place: str, values: dict[str, tuple[Any, ...]]) -> None:
+        """Options that do nothing in this place stay at one of these values."""
+        for name, allowed in values.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} of {place} must be {allowed[0]!r}, got {getattr(self, name)!r}")
+
+    def _check_terms(self, terms: int) -> None:
         """Each width that a sum of Kronecker products maps has to be a multiple of their number."""
-        if self.block_type == "plain":
-            raise ValueError(f"block_type 'plain' has no such maps: kronecker_terms must be None, got {terms}")
         if self.io_rank is not None:
             raise ValueError(f"give io_rank or kronecker_terms, not both: got {self.io_rank} and {terms}")
         inputs, outputs = self.recurrent_cell.planes, self.recurrent_cell.feature_planes

@@ -101,7 +101,7 @@ class _Classifier(KRUPreTrainedModel):
     @staticmethod
     def score_size(config: KRUConfig) -> int:
         """Width of what the linear map reads."""
-        return config.feature_size
+        return config.hidden_size
 
     def __init__(self, config: KRUConfig) -> None:
         super().__init__(config)
@@ -139,16 +139,15 @@ class KRUForSequenceClassification(_Classifier):
     """One set of K logits a sequence, read at its last attended step.
 
     A bidirectional model is read where each direction has seen the whole sequence: the forward one at the last
-    attended step, the reverse one at the first. In a full-rank plain block that is one half of the states at
-    either step, together D wide. Where a map has mixed the directions (residual blocks, or ``io_rank``) the features
+    attended step, the reverse one at the first. In a plain block that is one half of the states at
+    either step, together D wide. Residual blocks mix the directions: the features
     of the two steps are joined, last step first: ``score`` then reads twice as many.
     The loss follows ``config.problem_type``: regression, single_label_classification or multi_label_classification.
     """
 
     @staticmethod
     def score_size(config: KRUConfig) -> int:
-        mixed = config.block_type != "plain" or config.io_rank is not None
-        return config.feature_size * (2 if config.bidirectional and mixed else 1)
+        return config.hidden_size * (2 if config.bidirectional and config.block_type != "plain" else 1)
 
     def pool(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Features (B, T, D) to what ``score`` reads of a sequence: (B, D), or (B, 2·D) of both ends."""

@@ -178,16 +178,6 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def check_max_phase(name: str, value: float, init: str, shapes: Sequence[Sequence[int]]) -> None:
-    """Raise `ValueError` unless phases within ±``value`` can be drawn: random square factors, 0 < value ≤ π."""
-    if not 0 < value <= math.pi:
-        raise ValueError(f"{name} must be above 0 and at most π, got {value}")
-    if init != "random":
-        raise ValueError(f"{name} is for factors that start at 'random': it must be None, got {value}")
-    if any(p != q for p, q in shapes):
-        raise ValueError(f"{name} needs square factors, got {list(map(list, shapes))}")
-
-
 def random_orthogonal(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
     """A Haar-random real (P, Q) factor with orthonormal columns (rows where P < Q), float32."""
     big, small = max(rows, columns), min(rows, columns)

@@ -37,15 +37,13 @@ def build_cell(config: KRUConfig) -> KRURecurrence:
         terms=config.recurrent_terms,
         activation=config.activation,
         init=config.recurrent_init,
-        init_scale=config.recurrent_init_scale,
-        init_max_phase=config.recurrent_init_max_phase,
         bias_init=config.bias_init if reads_bias else None,
         chrono_max_length=config.chrono_max_length,
     )
 
 
 class KRUPlainLayer(GradientCheckpointingLayer):
-    """The paper's layer: the embedding is U (through ``io_rank`` if given), the output is [Re h; Im h].
+    """The paper's layer: the embedding is U, the output is [Re h; Im h].
 
     A bidirectional layer has twice as many planes of U x and of the states: those of the reverse direction come second.
     """
@@ -53,17 +51,14 @@ class KRUPlainLayer(GradientCheckpointingLayer):
     def __init__(self, config: KRUConfig) -> None:
         super().__init__()
         self.recurrence = build_recurrence(config)
-        width = self.recurrence.input_planes * config.state_size
-        self.in_proj = linear(config.io_rank, width) if config.io_rank else None
         self.state_dropout = nn.Dropout(config.state_dropout)
 
     def forward(
         self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None, starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, 2N) or (B, T, r), state (B, 2, N), mask, starts (B, T): (B, T, 2N), final state."""
+        """hidden_states (B, T, 2N), state (B, 2, N), mask, starts (B, T): (B, T, 2N), final state."""
         cell = self.recurrence
-        inputs = hidden_states if self.in_proj is None else self.in_proj(hidden_states)  # (B, T, 2N)
-        inputs = inputs.unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
+        inputs = hidden_states.unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
         states, final = cell(inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         return self.state_dropout(states.flatten(-2)), final
 
@@ -84,7 +79,7 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         self.down = linear(config.hidden_size, rank) if config.io_rank else None
         terms = config.kronecker_terms
         self.in_proj = structured_linear(
-            rank, self.recurrence.input_planes * config.state_size, terms, config.input_scale
+            rank, self.recurrence.input_planes * config.state_size, terms, config.start.input_scale
         )
         self.out_proj = structured_linear(self.recurrence.output_planes * config.state_size, rank, terms)
         self.up = linear(rank, config.hidden_size) if config.io_rank else None
@@ -119,8 +114,8 @@ class KRUResidualLayer(GradientCheckpointingLayer):
 class KRUModelOutput(ModelOutput):
     """Output of :class:`KRUModel`.
 
-    last_hidden_state: (B, T, D), or (B, T, r) with low-rank plain maps; a full-rank plain block gives the states
-        [Re h; Im h] (B, T, 2N) as they are: the heads normalise them while they read.
+    last_hidden_state: (B, T, D); of a plain block the states [Re h; Im h] (B, T, 2N) as they are: the heads normalise
+        them while they read.
     past_key_values: the state after the last step. hidden_states: embeddings and each layer's output.
     unitary_loss: Σ over layers and factors of ‖W_f^H W_f − I‖², without λ; in training mode only. At any time
         ``model.unitary_loss()`` gives it.
@@ -229,7 +224,7 @@ class KRUPreTrainedModel(PreTrainedModel):
     def read(self, features: Tensor, head: nn.Linear) -> Tensor:
         """``head`` on what :class:`KRUModel` returns, normalising states that come as they are: (B, T, out)."""
         config = self.config
-        raw = config.block_type == "plain" and config.io_rank is None and config.readout_norm
+        raw = config.block_type == "plain" and config.readout_norm
         scale = undropped(config.state_dropout, self.training)
         return normed_linear(features, head, config.layer_norm_epsilon if raw else None, scale)
 
@@ -241,7 +236,7 @@ class KRUModel(KRUPreTrainedModel):
         super().__init__(config)
         plain = config.block_type == "plain"
         # With plain blocks the embedding is the input map U, and |U x| has to reach past modReLU's bias.
-        scale = config.input_scale if plain else 1.0
+        scale = config.start.input_scale if plain else 1.0
         self.embed_tokens = self.input_map = None
         if config.input_size is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
@@ -250,7 +245,6 @@ class KRUModel(KRUPreTrainedModel):
             self.input_map = linear(config.input_size, config.embedding_size, scale * config.input_size**0.5)
         layer_class = KRUPlainLayer if plain else KRUResidualLayer
         self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
-        self.readout = linear(config.hidden_size, config.io_rank) if plain and config.io_rank else None
         self.norm = None if plain else nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         # No attribute gradient_checkpointing, which its layers have: transformers would turn use_cache off for it.
         self.post_init()
@@ -342,10 +336,6 @@ class KRUModel(KRUPreTrainedModel):
                 past_key_values.layers[index].store(final, length)
         if self.norm is not None:
             hidden = self.norm(hidden)  # (B, T, D)
-        if self.readout is not None:
-            epsilon = self.config.layer_norm_epsilon if self.config.readout_norm else None
-            scale = undropped(self.config.state_dropout, self.training)
-            hidden = normed_linear(hidden, self.readout, epsilon, scale)  # (B, T, r)
         return KRUModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
@@ -398,7 +388,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
                 f"{', '.join(config.architectures or ['none'])})"
             )
         self.model = self.make_body(config)
-        self.lm_head = nn.Linear(config.feature_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def _prepare_static_cache(self, cache_implementation: str, *args: Any, **kwargs: Any) -> KRUCache:

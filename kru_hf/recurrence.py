@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .cells import ACTIVATIONS, CELLS, check_chrono, check_scale, gate_bias
+from .cells import ACTIVATIONS, CELLS, check_chrono, check_scale, check_start, gate_bias
 from .kronecker import (
     check_choice,
-    check_max_phase,
     random_orthogonal,
     random_unitary,
     slow_unitary,
@@ -20,7 +19,6 @@ from .kronecker import (
 from .scan import kron_scan
 from .transforms import BACKENDS
 
-INITS = ("random", "identity")
 _warned_rectangular = False
 
 
@@ -52,12 +50,11 @@ class KRURecurrence(nn.Module):
 
     Args:
         factor_shapes: [[P_0, Q_0], …]. cell: a name of ``cells.CELLS``. terms: R, of which W is the sum.
-        init_scale: spectral norm of each matrix at the start, by default the cell's own; of a sum, each term's is 1/√R
+        init_scale: spectral norm of each matrix at the start, by default that of ``init``; of a sum, each term has 1/√R
             of it. bias: False fixes b at zero. train_factors: False freezes W.
         backend: engine, see ``kron_scan``; "auto" follows ``use_backend``.
-        activation, init, init_max_phase, bias_init: of the complex cell. activation: "modrelu" or "identity"; init:
-            "random" (unitary), or "identity"; init_max_phase: the phases of W's eigenvalues at the start lie within ±
-            this, in radians; bias_init: modReLU's b at the start, -0.1.
+        activation, init, bias_init: of the complex cell. activation: "modrelu" or "identity"; init: a name of
+            ``cells.STARTS``; bias_init: modReLU's b at the start, -0.1.
         chrono_max_length: of gated cells, the longest memory, in steps, that they start with: see ``gate_bias``.
 
     Raises:
@@ -78,7 +75,6 @@ class KRURecurrence(nn.Module):
         backend: str = "auto",
         activation: str = "modrelu",
         init: str = "random",
-        init_max_phase: float | None = None,
         bias_init: float | None = None,
         chrono_max_length: int | None = None,
     ) -> None:
@@ -88,8 +84,10 @@ class KRURecurrence(nn.Module):
         self.cell = CELLS[cell]
         self.factor_shapes = [(p, q) for p, q in factor_shapes]
         self.state_size = math.prod(p for p, _ in self.factor_shapes)
-        self.terms, self.activation, self.init, self.init_max_phase = terms, activation, init, init_max_phase
-        self.init_scale = self.cell.init_scale if init_scale is None else init_scale
+        self.terms, self.activation = terms, activation
+        check_start("init", init, self.cell, self.factor_shapes, terms)
+        self.start = self.cell.starts[init]
+        self.init_scale = self.start.norm if init_scale is None else init_scale
         self.chrono_max_length, self.backend = chrono_max_length, backend
         self.has_bias = bias and activation == "modrelu"  # the linear network reads none
         self._check(bias_init)
@@ -108,23 +106,16 @@ class KRURecurrence(nn.Module):
     def _check(self, bias_init: float | None) -> None:
         check_choice("backend", self.backend, BACKENDS)
         check_choice("activation", self.activation, ACTIVATIONS)
-        if self.init not in INITS:
-            raise ValueError(f"init must be 'random' or 'identity', got {self.init!r}")
         check_scale(self.init_scale)
-        if self.terms < 1 or (self.terms > 1 and self.init == "identity"):
-            allowed = "at least 1" if self.terms < 1 else "1 with init 'identity', which makes all terms alike"
-            raise ValueError(f"terms must be {allowed}, got {self.terms}")
+        if self.terms < 1:
+            raise ValueError(f"terms must be at least 1, got {self.terms}")
         if bias_init is not None and not (self.has_bias and math.isfinite(bias_init)):
             allowed = "finite" if self.has_bias else "None without a bias"
             raise ValueError(f"bias_init must be {allowed}, got {bias_init}")
         if not self.cell.complex:
-            own = {"activation": "modrelu", "init": "random", "init_max_phase": None}
-            given = {name: getattr(self, name) for name in own} | {"bias_init": bias_init}
-            for name, value in given.items():
-                if value != own.get(name):
-                    raise ValueError(f"{name} of a gated cell must be {own.get(name)!r}, got {value!r}")
-        elif self.init_max_phase is not None:
-            check_max_phase("init_max_phase", self.init_max_phase, self.init, self.factor_shapes)
+            for name, value, own in (("activation", self.activation, "modrelu"), ("bias_init", bias_init, None)):
+                if value != own:
+                    raise ValueError(f"{name} of a gated cell must be {own!r}, got {value!r}")
         if self.chrono_max_length is not None:
             check_chrono("chrono_max_length", self.chrono_max_length)
             if self.cell.keeps is None or not self.has_bias:
@@ -150,11 +141,11 @@ class KRURecurrence(nn.Module):
         """One term's random unitary, identity or orthogonal factor (K, P, Q)."""
         if not self.cell.complex:
             return torch.stack([random_orthogonal(rows, columns) for _ in range(self.cell.planes)])
-        if self.init == "identity":
+        if self.start.identity:
             return torch.stack([torch.eye(rows, columns), torch.zeros(rows, columns)])
-        if self.init_max_phase is not None:
+        if self.start.max_phase is not None:
             # The phases of a Kronecker product are the sums of its factors' phases.
-            return slow_unitary(rows, self.init_max_phase / len(self.factor_shapes))
+            return slow_unitary(rows, self.start.max_phase / len(self.factor_shapes))
         return random_unitary(rows, columns)
 
     def initial_factors(self) -> list[Tensor]:

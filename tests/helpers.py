@@ -1,9 +1,12 @@
 """What several test files need: tolerances by dtype, tiny models."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kru_hf import KRUConfig, KRUForCausalLM
+from kru_hf import KRUConfig, KRUForCausalLM, KRUModel, KRUPreTrainedModel
+from kru_hf.maps import KroneckerLinear
 
 # Largest allowed |difference| over the largest |value| of the expected tensor.
 RELATIVE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -26,10 +29,24 @@ def tiny_config(**options) -> KRUConfig:
     return KRUConfig(**(defaults | options))
 
 
+def loud(model: KRUPreTrainedModel) -> Any:
+    """The model with U x of size 1 at its start, so that the states are far from zero."""
+    body = model if isinstance(model, KRUModel) else model.model
+    maps = [body.embed_tokens or body.input_map]
+    if model.config.block_type == "residual":
+        maps = [layer.in_proj for layer in body.layers]
+    with torch.no_grad():
+        for module in maps:
+            (module.blocks if isinstance(module, KroneckerLinear) else module.weight).div_(
+                model.config.start.input_scale
+            )
+    return model
+
+
 def tiny_model(seed: int = 0, **options) -> KRUForCausalLM:
     """A model in eval mode whose states are far from zero, so that a wrong state is seen in the logits."""
     torch.manual_seed(seed)
-    model = KRUForCausalLM(tiny_config(**({"input_scale": 1.0} | options))).eval()
+    model = loud(KRUForCausalLM(tiny_config(**options))).eval()
     with torch.no_grad():
         model.lm_head.weight.normal_()
     return model
@@ -42,12 +59,11 @@ BLOCKS = [
     {"block_type": "residual", "io_rank": 3, "intermediate_size": 5},
     {"block_type": "residual", "kronecker_terms": 2, "intermediate_size": 6},
     {"block_type": "plain"},
-    {"block_type": "plain", "io_rank": 3},
     {"block_type": "plain", "readout_norm": False},
 ]
 # The gated cells, each in one of them.
 GATED = [
     {"block_type": "residual", "cell_type": "kru_lstm"},
-    {"block_type": "plain", "cell_type": "kru_gru", "io_rank": 3},
+    {"block_type": "plain", "cell_type": "kru_gru"},
     {"block_type": "residual", "cell_type": "kru_janet"},
 ]

@@ -9,6 +9,7 @@ from helpers import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kru_hf import KRUConfig, KRUModel
+from kru_hf.cells import GATED_START
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def folder(tmp_path):
         ({"factor_size": 2}, {"state_size": 12, "factor_shapes": [[2, 2], [2, 2], [3, 3]], "factor_size": None}),
         ({"state_size": 24}, {"state_size": 24, "factor_shapes": [[4, 4], [6, 6]]}),
         ({"factor_shapes": [5, 2]}, {"state_size": 10, "factor_shapes": [[5, 5], [2, 2]]}),
-        ({"cell_type": "kru_lstm"}, {"input_scale": 1.0, "recurrent_init_scale": 0.7, "hidden_size": 16}),
+        ({"cell_type": "kru_lstm"}, {"recurrent_init": "random", "hidden_size": 16}),
         ({"block_type": "plain", "hidden_size": None}, {"num_hidden_layers": 1, "hidden_size": 24}),
         ({"num_labels": 3, "use_cache": False}, {"num_labels": 3, "use_cache": False, "factor_shapes": [[12, 12]]}),
     ],
@@ -43,9 +44,9 @@ def test_shapes_that_were_chosen_stay(tmp_path):
 
 
 def test_values_that_were_chosen_stay(tmp_path):
-    KRUConfig(input_scale=0.3, num_hidden_layers=3).save_pretrained(tmp_path)
+    KRUConfig(bias_init=-0.1, num_hidden_layers=3).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, cell_type="kru_gru")
-    assert (config.input_scale, config.num_hidden_layers, config.recurrent_init_scale) == (0.3, 3, 0.7)
+    assert (config.num_hidden_layers, config.start) == (3, GATED_START)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_values_that_were_chosen_stay(tmp_path):
     [
         ({"cell_type": "bogus"}, "cell_type must be one of"),
         ({"unitary_loss_coef": -1.0}, "unitary_loss_coef must be non-negative"),
-        ({"block_type": "plain"}, "block_type 'plain' has hidden_size"),
+        ({"block_type": "plain"}, "hidden_size of block_type 'plain'.* must be 24, got 16"),
         ({"state_sise": 3}, "no option 'state_sise'; did you mean 'state_size'"),
     ],
 )

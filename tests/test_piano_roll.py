@@ -10,7 +10,7 @@ from kru_hf import KRUCache, KRUConfig, KRUForPianoRoll
 from kru_hf.frame_heads import draw_frame
 
 FLOAT32_TOLERANCE = 1e-5  # nats a frame and states, fp32 sums over 88 keys in another order
-BLOCKS = ({"block_type": "plain"}, {"block_type": "plain", "io_rank": 5}, {"block_type": "residual", "hidden_size": 12})
+BLOCKS = ({"block_type": "plain"}, {"block_type": "residual", "hidden_size": 12})
 
 
 def small_model(**options) -> KRUForPianoRoll:

@@ -208,12 +208,12 @@ class _KroneckerLayer(nn.Module):
 class KRU(_KroneckerLayer):
     """The paper's complex recurrence: features [Re h; Im h], 2N wide per direction; state (L·directions, B, 2N).
 
-    Further options: ``activation``, ``init``, ``init_scale``, ``init_max_phase``, ``bias_init`` of ``KRURecurrence``.
+    Further options: ``activation``, ``init``, ``init_scale``, ``terms``, ``bias_init`` of ``KRURecurrence``.
     Add :meth:`penalty`, times a coefficient, to the training loss.
     """
 
     _cell = "kru"
-    _cell_options = ("terms", "activation", "init", "init_scale", "init_max_phase", "bias_init")
+    _cell_options = ("terms", "activation", "init", "init_scale", "bias_init")
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty Σ ‖W_f^H W_f − I‖² over all factors: a scalar."""

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import BLOCKS, GATED, LOGITS, assert_near, tiny_config, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, assert_near, loud, tiny_config, tiny_model
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrize, prune
@@ -131,13 +131,13 @@ def test_weights_on_disk_give_the_same_logits(options, place, tmp_path):
 def every_head(**options):
     """Each head with an input for it: its linear maps are all that a call has to reach."""
     ids, frames = {"input_ids": IDS}, {"input_values": (torch.rand(2, 5, 7) < 0.5).float()}
-    options = {"input_scale": 1.0, "num_labels": 3} | options
+    options = {"num_labels": 3} | options
     yield tiny_model(**options), ids | {"labels": IDS}
     for head, labels in ((KRUForSequenceClassification, IDS[:, 0] % 3), (KRUForTokenClassification, IDS % 3)):
         for more in ({}, {"bidirectional": True}, {"input_size": 7}):
             inputs = frames if "input_size" in more else ids
-            yield head(tiny_config(**options, **more)), inputs | {"labels": labels}
-    yield KRUForPianoRoll(tiny_config(**options, input_size=7)), frames
+            yield loud(head(tiny_config(**options, **more))), inputs | {"labels": labels}
+    yield loud(KRUForPianoRoll(tiny_config(**options, input_size=7))), frames
 
 
 KINDS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BLOCKS, GATED, LOGITS, assert_near, tiny_config, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, assert_near, loud, tiny_config, tiny_model
 from transformers import DataCollatorWithFlattening
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification, KRUModel
@@ -38,7 +38,7 @@ MARKS = {
 
 def build(head, seed=0, **options):
     torch.manual_seed(seed)
-    model = head(tiny_config(**({"input_scale": 1.0, "num_labels": 3} | options))).double().eval()
+    model = loud(head(tiny_config(**({"num_labels": 3} | options)))).double().eval()
     for name in ("lm_head", "score", "key_head"):
         if hasattr(model, name):
             torch.nn.init.normal_(getattr(model, name).weight)

@@ -140,9 +140,9 @@ def test_the_norm_of_a_sum_is_bounded():
 def test_options_of_other_cells_are_refused():
     for options, message in (
         ({"cell": "lstm", "activation": "identity"}, "activation of a gated cell must be 'modrelu'"),
-        ({"cell": "gru", "init_max_phase": 0.1}, "init_max_phase of a gated cell must be None"),
+        ({"cell": "gru", "init": "slow"}, "init of the cell 'gru' must be one of random, got 'slow'"),
         ({"cell": "kru", "chrono_max_length": 9}, "chrono_max_length must be None with the cell 'kru', got 9"),
-        ({"terms": 2, "init": "identity"}, "terms must be 1 with init 'identity'"),
+        ({"terms": 2, "init": "identity"}, "init 'identity' makes all terms alike: there must be 1, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             KRURecurrence([[2, 2]], **options)
@@ -150,7 +150,7 @@ def test_options_of_other_cells_are_refused():
 
 def test_a_model_of_terms_trains_saves_and_loads(tmp_path):
     torch.manual_seed(0)
-    model = KRUForCausalLM(tiny_config(recurrent_terms=3, input_scale=1.0)).train()
+    model = KRUForCausalLM(tiny_config(recurrent_terms=3)).train()
     ids = torch.randint(1, 11, (2, 6))
     out = model(ids, labels=ids)
     out.loss.backward()

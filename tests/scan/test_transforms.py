@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BLOCKS, GATED, LOGITS, RELATIVE, assert_near, tiny_config, tiny_model
+from helpers import BLOCKS, GATED, LOGITS, RELATIVE, assert_near, loud, tiny_config, tiny_model
 from problems import problem
 from torch.autograd import forward_ad
 
@@ -121,8 +121,8 @@ def test_second_derivatives_of_a_model(power, choose_backend):
     """A penalty on gradients, with everything between the recurrence and the loss, against finite differences."""
     choose_backend("reference")
     torch.manual_seed(0)
-    config = tiny_config(block_type="plain", num_labels=2, input_scale=1.0)
-    model = KRUForSequenceClassification(config).eval().double()
+    config = tiny_config(block_type="plain", num_labels=2)
+    model = loud(KRUForSequenceClassification(config)).eval().double()
     x = torch.randn(2, 3, config.hidden_size, dtype=torch.float64, requires_grad=True)
 
     def penalty():

@@ -56,8 +56,6 @@ def test_factors_of_seven_to_eleven_unless_asked():
 
 
 def test_the_free_dimension_is_the_first_that_is_not_given():
-    rank = sized(60_000, factor_shapes="7x7,8x8,9x9").config.io_rank
-    assert rank == sized(60_000, state_size=504).config.io_rank
     assert sized(60_000, architecture="lstm", state_size=100).config.hidden_size not in (None, 100)
     assert sized(60_000, architecture="low_rank", state_size=300).config.recurrent_rank > 1
     residual = sized(200_000, block_type="residual", state_size=512).config
@@ -69,7 +67,7 @@ def test_the_free_dimension_is_the_first_that_is_not_given():
     [
         ({"budget": 300}, r"parameter_budget=300 is too small for kru: state_size=\d+ has [\d,]+"),
         ({"budget": 100, "architecture": "gru"}, "too small for gru: state_size=1 has 1"),
-        ({"budget": 9000, "state_size": 504, "io_rank": 9}, "nothing is left to choose, state_size, io_rank are given"),
+        ({"budget": 9000, "state_size": 504}, "nothing is left to choose, state_size are given"),
         ({"budget": 9000, "head": "piano_roll", "fixed": ROLL, "architecture": "lstm", "state_size": 3}, "nothing is"),
         ({"budget": 10**6, "architecture": "low_rank", "state_size": 20}, "no recurrent_rank of low_rank comes near"),
     ],

@@ -2,7 +2,7 @@
 
 | architecture | free dimension, the first that is not given |
 | --- | --- |
-| kru, unitary | `state_size` N (`factor_shapes` fix it too), then `io_rank` with plain blocks, else `hidden_size` |
+| kru, unitary | `state_size` N (`factor_shapes` fix it too), then `hidden_size` of residual blocks |
 | rnn, lstm, gru, orthogonal | `state_size` H, then `hidden_size` (the embedding's width) |
 | low_rank | `state_size` H, then `recurrent_rank`, then `hidden_size` |
 
@@ -113,7 +113,7 @@ def embeds(values: dict[str, Any]) -> bool:
 def free_field(architecture: str, values: dict[str, Any]) -> str:
     """The first dimension of the architecture that was not given."""
     if architecture in ("kru", "unitary"):
-        order = ["state_size", "io_rank" if values.get("block_type") == "plain" else "hidden_size"]
+        order = ["state_size", *(["hidden_size"] if values.get("block_type") != "plain" else [])]
     else:
         rank = ["recurrent_rank"] if architecture == "low_rank" else []
         order = ["state_size", *rank, *(["hidden_size"] if embeds(values) else [])]

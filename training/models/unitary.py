@@ -23,12 +23,11 @@ from .heads import register_heads
 
 @strict
 class UnitaryKRUConfig(KRUConfig):
-    """Options of KRUConfig with square factors, λ = 0 and a spectral norm of exactly 1: other values are errors."""
+    """Options of KRUConfig with square factors and λ = 0; W has a spectral norm of 1 whatever ``recurrent_init``."""
 
     model_type = "kru_unitary"
 
     unitary_loss_coef: float | int = 0.0
-    recurrent_init_scale: float | int | None = 1.0
 
     def validate_unitary_options(self) -> None:
         """What a strictly unitary recurrence cannot have."""
@@ -36,7 +35,6 @@ class UnitaryKRUConfig(KRUConfig):
             raise ValueError(f"factor_shapes of a unitary model must be square, got {self.factor_shapes}")
         for name, allowed in (
             ("unitary_loss_coef", 0),
-            ("recurrent_init_scale", 1),
             ("cell_type", "kru"),
             ("recurrent_terms", 1),
         ):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kru_hf import KRUConfig
+from kru_hf.cells import STARTS
 from kru_hf.configuration_kru import GATED_TYPES
 
 from ..common.errors import UserError
@@ -71,9 +72,7 @@ class ModelOptions(Options):
         KRU,
         replaces=("parameter_budget", "state_size", "factor_size"),
     )
-    cell_type: str | None = of_new(
-        "Recurrent cell of a kru model.", SOFT, replaces=("input_scale", "recurrent_init_scale")
-    )
+    cell_type: str | None = of_new("Recurrent cell of a kru model.", SOFT)
     num_hidden_layers: int | None = of_new("Number of recurrent layers.")
     hidden_size: int | None = of_new("Width of the real features between layers, and of the embedding.")
     block_type: str | None = of_new(
@@ -85,8 +84,8 @@ class ModelOptions(Options):
         "Whether a kru model also reads from the end of the sequence: for tasks that classify.", KRU, off=False
     )
     io_rank: int | None = of_new(
-        "Rank of the input and readout maps of a kru model; 0: full.",
-        {**KRU, "kronecker_terms": Is.OFF},
+        "Rank of the input and readout maps of a residual kru model; 0: full.",
+        {**RESIDUAL, "kronecker_terms": Is.OFF},
         replaces=("kronecker_terms",),
         off=0,
         allowed=OFF_AT_0,
@@ -111,12 +110,7 @@ class ModelOptions(Options):
     recurrent_terms: int | None = of_new(
         "Kronecker products whose sum the recurrent matrix of a kru model is.", SOFT, allowed=AT_LEAST_1
     )
-    recurrent_init: str | None = of_new("Start of the recurrent matrix: random (unitary) or identity.", COMPLEX)
-    recurrent_init_scale: float | None = of_new("Spectral norm of the recurrent matrix at the start.", SOFT)
-    recurrent_init_max_phase: float | None = of_new(
-        "Largest phase (radians) of the recurrent matrix's eigenvalues at the start; not given: all of them.",
-        {**COMPLEX, "recurrent_init": ("random",)},
-    )
+    recurrent_init: str | None = of_new(f"Start of the recurrence: {', '.join(STARTS)}.", COMPLEX)
     bias_init: float | None = of_new("Start value of the modReLU bias.", {**COMPLEX, "activation": ("modrelu",)})
     chrono_max_length: int | None = of_new(
         "Longest memory, in steps, that gates start with (chrono initialisation); 0: forget bias 1.",
@@ -125,7 +119,6 @@ class ModelOptions(Options):
         off=0,
         allowed=OFF_AT_0,
     )
-    input_scale: float | None = of_new("Standard deviation of the input map at the start.", KRU)
     activation: str | None = of_new("State activation of a kru model: modrelu or identity.", COMPLEX)
     state_dropout: float | None = of_new("Dropout on the states before they are read.", off=0)
     hidden_dropout: float | None = of_new(

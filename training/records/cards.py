@@ -29,8 +29,7 @@ RECIPE_OPTIONS = (
 )
 CONFIG_FIELDS = (
     *("activation", "cell_type", "block_type", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
-    *("kronecker_terms", "intermediate_size", "recurrent_terms", "recurrent_init", "recurrent_init_scale"),
-    *("recurrent_init_max_phase", "chrono_max_length"),
+    *("kronecker_terms", "intermediate_size", "recurrent_terms", "recurrent_init", "chrono_max_length"),
     *("state_dropout", "hidden_dropout", "cell"),
 )
 COMPOSITION = {"command": str, "prime_frames": int, "num_frames": int, "report": dict[str, Any]}
