@@ -307,6 +307,11 @@ class KRUConfig(PreTrainedConfig):
         return int(self.hidden_size or 0)
 
     @property
+    def feature_size(self) -> int:
+        """Width of what the body returns and a head reads."""
+        return int(self.hidden_size or 0)
+
+    @property
     def start(self) -> Start:
         """The numbers of ``recurrent_init``."""
         return self.recurrent_cell.starts[self.recurrent_init]

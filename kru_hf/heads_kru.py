@@ -101,7 +101,7 @@ class _Classifier(KRUPreTrainedModel):
     @staticmethod
     def score_size(config: KRUConfig) -> int:
         """Width of what the linear map reads."""
-        return config.hidden_size
+        return config.feature_size
 
     def __init__(self, config: KRUConfig) -> None:
         super().__init__(config)
@@ -147,7 +147,7 @@ class KRUForSequenceClassification(_Classifier):
 
     @staticmethod
     def score_size(config: KRUConfig) -> int:
-        return config.hidden_size * (2 if config.bidirectional and config.block_type != "plain" else 1)
+        return config.feature_size * (2 if config.bidirectional and config.block_type != "plain" else 1)
 
     def pool(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Features (B, T, D) to what ``score`` reads of a sequence: (B, D), or (B, 2·D) of both ends."""

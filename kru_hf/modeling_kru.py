@@ -388,7 +388,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
                 f"{', '.join(config.architectures or ['none'])})"
             )
         self.model = self.make_body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.feature_size, config.vocab_size)
         self.post_init()
 
     def _prepare_static_cache(self, cache_implementation: str, *args: Any, **kwargs: Any) -> KRUCache:

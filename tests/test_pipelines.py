@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LOGITS, tiny_config
+from helpers import LOGITS, loud, tiny_config
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, pipeline
 
@@ -37,7 +37,7 @@ def numbers(found):
 def test_a_batch_gives_what_single_texts_give(task):
     torch.manual_seed(0)
     tokenizer = build_char_tokenizer("abcdei")
-    model = PIPELINES[task](tiny_config(vocab_size=len(tokenizer), input_scale=1.0, num_labels=3)).eval()
+    model = loud(PIPELINES[task](tiny_config(vocab_size=len(tokenizer), num_labels=3))).eval()
     options = {"max_new_tokens": 4, "do_sample": False} if task == "text-generation" else {}
     call = pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
     single = [call(text, **options) for text in TEXTS]

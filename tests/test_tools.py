@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LOGITS, tiny_config, tiny_model
+from helpers import LOGITS, loud, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, pipeline
 
@@ -61,7 +61,7 @@ def stopping_model(alphabet):
     tokenizer = build_char_tokenizer(alphabet)
     torch.manual_seed(0)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = KRUForCausalLM(tiny_config(vocab_size=len(tokenizer), input_scale=1.0, **ends)).eval()
+    model = loud(KRUForCausalLM(tiny_config(vocab_size=len(tokenizer), **ends))).eval()
     with torch.no_grad():
         model.lm_head.weight.normal_()
         model.lm_head.bias[:2] = -40

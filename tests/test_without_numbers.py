@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import BLOCKS, GATED, LOGITS, assert_near, tiny_config
+from helpers import BLOCKS, GATED, LOGITS, assert_near, loud, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -25,7 +25,7 @@ TRACED = [(head, BLOCKS[4]) for head in HEADS] + [("language model", options) fo
 def build(head, options):
     """A model and its input (2, 5), and what else it takes."""
     kind, more = HEADS[head]
-    model = kind(tiny_config(input_scale=1.0, num_labels=3, **more, **options))
+    model = loud(kind(tiny_config(num_labels=3, **more, **options)))
     x = torch.ones(2, 5, 7) if "input_size" in more else torch.randint(1, 11, (2, 5))
     labels = torch.zeros((2,) if kind is KRUForSequenceClassification else (2, 5), dtype=torch.long)
     return model, x, {} if kind is KRUForPianoRoll else {"labels": labels}
