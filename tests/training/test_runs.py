@@ -208,6 +208,26 @@ def test_stopped_and_resumed_equals_uninterrupted(text_file, tmp_path, whole, mo
 
 
 @both
+def test_the_moving_average_is_what_is_saved_and_it_resumes(text_file, tmp_path, program):
+    steps = {"max_steps": 6, "eval_steps": 6, "save_steps": 1, "save_total_limit": 0, "ema_decay": 0.2}
+    assert PROGRAMS[program](options(text_file, tmp_path, logging_steps=1, **steps)) == 0
+    weights = [load_file(path / "model.safetensors") for path in checkpoints(tmp_path)]
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, value in saved.items():
+        expected = weights[0][name].double()
+        for count, after in enumerate(weights[1:], 1):
+            decay = min(0.2, (1 + count) / (10 + count))
+            expected = decay * expected + (1 - decay) * after[name]
+        torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=0)
+        assert not torch.equal(value, weights[-1][name])
+    for path in checkpoints(tmp_path)[3:]:
+        remove_checkpoint(path)
+    assert PROGRAMS[program](resumed(text_file, tmp_path, **steps)) == 0
+    again = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in saved.items())
+
+
+@both
 def test_each_program_resumes_from_the_others_checkpoint(pair, text_file, tmp_path, program):
     other = next(folder for name, folder in pair.items() if name != program)
     folder = shutil.copytree(other, tmp_path / "run")

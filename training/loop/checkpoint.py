@@ -85,6 +85,7 @@ def save(run: Any) -> None:
     tensors = {
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler and run.scaler.state_dict(),
+        "average": run.average.state_dict(),
         "carried": run.slots.gather(accelerator.gather),
         "random": {name: accelerator.gather(v.to(accelerator.device)[None]).cpu() for name, v in random.items()},
     }
@@ -131,6 +132,7 @@ def resume(run: Any, path: Path) -> None:
     run.optimizer.load_state_dict(tensors["optimizer"])
     if tensors["scaler"] and run.scaler:
         run.scaler.load_state_dict(tensors["scaler"])
+    run.average.load_state_dict(tensors["average"])
     run.state = state
     run.slots.scatter(tensors["carried"], run.accelerator.device)
     rank, random = run.accelerator.process_index, tensors["random"]

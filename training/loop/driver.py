@@ -10,11 +10,14 @@ import gc
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kru_hf import KRURecurrence
 
@@ -59,6 +62,7 @@ class Driver(ABC):
         self.pending: list[torch.Tensor] = []  # figures of steps that have not been collected yet
         self.signal_number, self.started, self.processed = 0, 0.0, 0.0
         self.prepare(build_optimizer(model, self.options))
+        self.average = Average(model, self.options.ema_decay)
         torch.manual_seed(self.options.seed + 1 + rank)  # dropout differs between ranks
 
     @abstractmethod
@@ -96,6 +100,7 @@ class Driver(ABC):
     def finish_step(self, figures: torch.Tensor, norm: torch.Tensor, num_elements: int) -> None:
         """A step is done: the sum of its parts' `figures` (3,), the gradient's norm (), and the elements of a slot."""
         self.bound.hold()
+        self.average.update()
         self.pending.append(torch.cat([figures, norm.detach().double().reshape(1)]))  # (4,)
         self.state.step += 1
         self.state.train_elements += num_elements * self.slots.layout.num_slots
@@ -175,6 +180,11 @@ class Driver(ABC):
 
     def validate(self) -> None:
         """Score the validation data; the best weights are saved, others lower the rate where it follows plateaus."""
+        with self.average.applied():
+            self.score_and_save()
+
+    def score_and_save(self) -> None:
+        """`validate`, with the weights that the model has now."""
         metrics = evaluate(self.task, self.model, "validation", self.accelerator)
         self.progress.log(self.state, {f"validation_{name}": value for name, value in metrics.items()})
         self.progress.update(self.state)  # the bar closes with the last figure, not with the one before
@@ -230,3 +240,48 @@ class Bound:
         """After an update: scale the factors of what has grown beyond it."""
         for cell in self.cells:
             cell.bound_norm(self.limit)
+
+
+class Average:
+    """The exponential moving average of the weights over the steps (Polyak averaging), or nothing for a decay of 0.
+
+    It is scored and saved in place of the weights that are trained. Early on its decay is (1 + n) / (10 + n) after n
+    steps, so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, model: Any, decay: float) -> None:
+        def average(averaged: Any, current: Any, count: Any) -> None:
+            steps = int(count)
+            get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, count)
+
+        self.model = model
+        self.averaged = AveragedModel(model, multi_avg_fn=average) if decay else None
+
+    def update(self) -> None:
+        """After a step."""
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model has the averaged weights."""
+        if self.averaged is None:
+            yield
+            return
+        weights = [parameter.data for parameter in self.model.parameters()]
+        averaged = [parameter.data for parameter in self.averaged.parameters()]
+        own = [weight.clone() for weight in weights]
+        torch._foreach_copy_(weights, averaged)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(weights, own)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a checkpoint holds of it."""
+        return None if self.averaged is None else self.averaged.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Any] | None) -> None:
+        """Resume from it."""
+        if self.averaged is not None and saved is not None:
+            self.averaged.load_state_dict(saved)

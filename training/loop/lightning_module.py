@@ -94,6 +94,11 @@ class TaskModule(pl.LightningModule):
         return out.loss * batch.loss_weight  # ()
 
     def configure_optimizers(self) -> Any:
+        if self.options.ema_decay:
+            raise UserError(
+                f"ema_decay={self.options.ema_decay} is for training.train and training.train_lightning: a Trainer of "
+                "your own takes the callback EMAWeightAveraging of Lightning"
+            )
         optimizer, total = build_optimizer(self.model, self.options), int(self.trainer.estimated_stepping_batches)
 
         def rate() -> float:

@@ -106,6 +106,12 @@ class TrainingOptions(Options):
     max_grad_norm: float = training(
         1.0, "Gradients are clipped to this norm; 0 turns clipping off.", off=0, allowed=FINITE
     )
+    ema_decay: float = training(
+        0.0,
+        "Decay a step of the moving average of the weights, which is scored and saved in their place; 0: none.",
+        off=0,
+        allowed=MOMENTUM,
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = training(None, "Precision of matrix products.", off=NEVER)
     num_threads: int = training(
         0,

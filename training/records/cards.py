@@ -23,7 +23,16 @@ from .text import METRICS, TEMPLATES, table
 
 RECIPE_OPTIONS = (
     *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("sequence_length", "carry_state", "frames_per_quarter", "transpose", "optimizer", "adam_beta1", "adam_beta2"),
+    *(
+        "sequence_length",
+        "carry_state",
+        "frames_per_quarter",
+        "transpose",
+        "ema_decay",
+        "optimizer",
+        "adam_beta1",
+        "adam_beta2",
+    ),
     *("learning_rate", "factor_learning_rate_scale", "lr_scheduler_type", "warmup_steps", "min_learning_rate_ratio"),
     *("plateau_factor", "weight_decay", "max_grad_norm", "mixed_precision"),
 )
