@@ -1,16 +1,16 @@
 """CELLS: what tells one recurrent cell from another, in one place. A new cell is one more entry and its functions.
 
 Letters: B samples, C steps of a chunk of time, N units; K planes of the inputs and the factors (the gates of a gated
-cell, real and imaginary part of the complex one); M matrices that multiply h_{t-1} (a gate each, or one complex one);
+cell, real and imaginary part of the complex one); M matrices that multiply h_{t-1} (one per gate, or one complex one);
 S tensors of the state. Inside the functions a complex cell's tensors are complex, so that one code serves all cells.
 
 Each cell brings four functions:
 
     step(products, u, b, state) -> state              the cell as its paper writes it. products W h_{t-1} and u = U x_t
                                                       are (M, B, N), b is (rows, 1, N), a state is a tuple of (B, N)
-    derivatives(products, u, b, before, after)        of C steps at once: tensors (C, …, B, N), what the next one needs
-    step_backward(derivatives of a step, d_state) -> d_u (M, B, N), d_products (M, B, N), what reaches the state before
-                                                      by other ways than W (None: nothing)
+    derivatives(products, u, b, before, after)        of C steps at once: tensors (…, C, B, N), what the next one needs
+    step_backward(derivatives of a step, d_state) -> d_u (M, B, N), d_products (M, B, N), and what reaches the state
+                                                      before it other than through W (None: nothing)
     bias_gradient(derivatives, d_h, d_u, d_products) -> (rows, N), summed over a chunk: d_h (C, B, N), the others
                                                       (M, C, B, N)
 
@@ -27,6 +27,13 @@ from torch import Tensor
 
 ACTIVATIONS = ("modrelu", "identity")  # of the complex cell
 State = tuple[Tensor, ...]
+Local = tuple[Tensor, ...]
+Gradients = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
+
+
+def gate_sums(local: Local, d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
+    """The gradient of a bias that is added to u, one row per gate."""
+    return d_u.sum((1, 2))
 
 
 class Start(NamedTuple):
@@ -61,9 +68,9 @@ class Cell:
     bias_rows: int  # 0: the bias is (N,)
     native: int | None  # its template in native/cells.inc, if it has one; the one of "identity" follows modReLU's
     step: Callable[..., State]
-    derivatives: Callable[..., tuple[Tensor, ...]]
-    step_backward: Callable[..., tuple[Tensor, Tensor, tuple[Tensor | None, ...]]]
-    bias_gradient: Callable[..., Tensor]
+    derivatives: Callable[..., Local]
+    step_backward: Callable[..., Gradients]
+    bias_gradient: Callable[..., Tensor] = gate_sums
     complex: bool = False
     keeps: str | None = None  # the gate that keeps the state, whose bias says for how long
     fills: str | None = None  # the gate that starts opposite to it
@@ -151,7 +158,7 @@ def kru_step(products: Tensor, u: Tensor, b: Tensor | None, state: State) -> Sta
     return (z + 0 * z if b is None else modrelu(z, b[0]),)  # without b: the linear network, σ = identity
 
 
-def kru_derivatives(products: Tensor, u: Tensor, b: Tensor | None, before: State, after: State) -> tuple[Tensor, ...]:
+def kru_derivatives(products: Tensor, u: Tensor, b: Tensor | None, before: State, after: State) -> Local:
     if b is None:
         return ()
     z = products[0] + u[0]  # (C, B, N): recomputed, never recovered from |h|; right for b > 0 too
@@ -167,7 +174,7 @@ def _radial(unit: Tensor, d: Tensor) -> Tensor:
     return unit.real * d.real + unit.imag * d.imag
 
 
-def kru_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+def kru_step_backward(local: Local, d_state: State) -> Gradients:
     d = d_state[0]  # (B, N)
     if local:
         # h = z + b·z/|z|: the radial part of the gradient passes as it is, the tangential one times 1 + b/|z|.
@@ -177,12 +184,11 @@ def kru_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor
     return d, d, (None,)
 
 
-def kru_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
-    return (
-        torch.where(local[2], 0, _radial(local[0], d_h)).sum((0, 1)).unsqueeze(0)
-        if local
-        else d_u.new_zeros(1, d_u.shape[-1]).real
-    )
+def kru_bias_gradient(local: Local, d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
+    if not local:
+        return d_u.real.new_zeros(1, d_u.shape[-1])
+    unit, _, idle = local
+    return torch.where(idle, 0, _radial(unit, d_h)).sum((0, 1)).unsqueeze(0)
 
 
 def _counted(products: Tensor) -> Tensor:
@@ -203,26 +209,19 @@ def lstm_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
     return o * c.tanh(), c
 
 
-def lstm_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> tuple[Tensor, ...]:
+def lstm_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
     i, f, g, o = _lstm_gates(products, u, b)
     shown = after[1].tanh()
-    of_c = torch.stack(
-        (g * i * (1 - i), before[1] * f * (1 - f), i * (1 - g.square())), 1
-    )  # (C, 3, B, N): by a_i a_f a_g
+    of_c = torch.stack((g * i * (1 - i), before[1] * f * (1 - f), i * (1 - g.square())))  # (3, C, B, N): by a_i a_f a_g
     return of_c, shown * o * (1 - o), o * (1 - shown.square()), f
 
 
-def lstm_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    of_c, by_o, by_c, f = local
+def lstm_step_backward(local: Local, d_state: State) -> Gradients:
+    of_c, by_o, by_c, kept, *_ = local
     dh, dc = d_state
     dc = dc + dh * by_c
     d = torch.cat((dc * of_c, (dh * by_o).unsqueeze(0)))
-    return d, d, (None, dc * f)
-
-
-def gate_sums(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
-    """The gradient of a bias that is added to u, a row a gate."""
-    return d_u.sum((1, 2))
+    return d, d, (None, dc * kept)
 
 
 # GRU, gates r z n (Cho et al. 2014, with the reset inside as in torch); b_3 = b'_n is the candidate's recurrent bias:
@@ -240,24 +239,24 @@ def gru_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
     return ((1 - z) * n + z * state[0],)
 
 
-def gru_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> tuple[Tensor, ...]:
+def gru_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
     r, z, n, inner = _gru_gates(products, u, b)
     by_n = (1 - z) * (1 - n.square())
-    by_u = torch.stack((by_n * inner * r * (1 - r), (before[0] - n) * z * (1 - z), by_n), 1)  # (C, 3, B, N)
+    by_u = torch.stack((by_n * inner * r * (1 - r), (before[0] - n) * z * (1 - z), by_n))  # (3, C, B, N)
     return by_u, r, z
 
 
-def gru_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+def gru_step_backward(local: Local, d_state: State) -> Gradients:
     by_u, r, z = local
     d_u = d_state[0] * by_u
     return d_u, torch.cat((d_u[:2], (d_u[2] * r).unsqueeze(0))), (d_state[0] * z,)
 
 
-def gru_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
+def gru_bias_gradient(local: Local, d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
     return torch.cat((d_u, d_products[2:])).sum((1, 2))
 
 
-# JANET, gates f g: the LSTM with a forget gate alone (van der Westhuizen & Lasenby 2018) with their β = 1:
+# JANET, gates f g: the LSTM with only a forget gate (van der Westhuizen & Lasenby 2018) with their β = 1:
 # a = W h_{t-1} + u_t + b,  h_t = σ(a_f) h_{t-1} + (1 − σ(a_f − 1)) tanh(a_g)
 def _janet_gates(products: Tensor, u: Tensor, b: Tensor) -> State:
     a = _counted(products) + u + b
@@ -270,13 +269,13 @@ def janet_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
     return (f * state[0] + opened * g,)
 
 
-def janet_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> tuple[Tensor, ...]:
+def janet_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
     f, opened, g = _janet_gates(products, u, b)
     by_f = before[0] * f * (1 - f) - g * opened * (1 - opened)
-    return torch.stack((by_f, opened * (1 - g.square())), 1), f  # (C, 2, B, N), (C, B, N)
+    return torch.stack((by_f, opened * (1 - g.square()))), f  # (2, C, B, N), (C, B, N)
 
 
-def janet_step_backward(local: tuple[Tensor, ...], d_state: State) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+def janet_step_backward(local: Local, d_state: State) -> Gradients:
     by_a, f = local
     d = d_state[0] * by_a
     return d, d, (d_state[0] * f,)
@@ -296,21 +295,15 @@ def peephole_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State
     return o * c.tanh(), c
 
 
-def peephole_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> tuple[Tensor, ...]:
+def peephole_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
     i, f, g, o, c = _peephole_gates(products, u, b, before[1])
     by_i, by_f, shown = g * i * (1 - i), before[1] * f * (1 - f), c.tanh()
     by_o = shown * o * (1 - o)
-    of_c = torch.stack((by_i, by_f, i * (1 - g.square())), 1)  # (C, 3, B, N)
+    of_c = torch.stack((by_i, by_f, i * (1 - g.square())))  # (3, C, B, N)
     return of_c, by_o, o * (1 - shown.square()) + by_o * b[6], f + by_i * b[4] + by_f * b[5], before[1], c
 
 
-def peephole_step_backward(
-    local: tuple[Tensor, ...], d_state: State
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    return lstm_step_backward(local[:4], d_state)
-
-
-def peephole_bias_gradient(local: tuple[Tensor, ...], d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
+def peephole_bias_gradient(local: Local, d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
     before, after = local[4:]
     return torch.cat((d_u, torch.stack((d_u[0] * before, d_u[1] * before, d_u[3] * after)))).sum((1, 2))
 
@@ -323,7 +316,7 @@ _ENTRIES = (
     ),
     Cell(
         "lstm", ("i", "f", "g", "o"), ("h", "c"), 4, 2,
-        lstm_step, lstm_derivatives, lstm_step_backward, gate_sums,
+        lstm_step, lstm_derivatives, lstm_step_backward,
         keeps="f", fills="i", keep_bias=1.0,
     ),
     Cell(
@@ -333,12 +326,12 @@ _ENTRIES = (
     ),
     Cell(
         "janet", ("f", "g"), ("h",), 2, 4,
-        janet_step, janet_derivatives, janet_step_backward, gate_sums,
+        janet_step, janet_derivatives, janet_step_backward,
         keeps="f", keep_bias=1.0,
     ),
     Cell(
         "peephole", ("i", "f", "g", "o"), ("h", "c"), 7, 5,
-        peephole_step, peephole_derivatives, peephole_step_backward, peephole_bias_gradient,
+        peephole_step, peephole_derivatives, lstm_step_backward, peephole_bias_gradient,
         keeps="f", fills="i", keep_bias=1.0,
     ),
 )  # fmt: skip
@@ -355,7 +348,7 @@ def check_chrono(name: str, max_length: int) -> None:
 def gate_bias(
     cell: Cell, size: int, max_length: int | None, keep_bias: float | None = None, rows: int | None = None
 ) -> Tensor:
-    """Where the biases (rows, N) of a gated cell start; ``rows`` for torch's own layers, which have a row a gate.
+    """Where the biases (rows, N) of a gated cell start; ``rows`` for torch's own layers, which have one per gate.
 
     The bias of the gate that keeps the state is log u with u ~ U[1, T_max − 1], so that σ(log u) = u / (1 + u) keeps
     what a unit holds for about 1 + u steps, and an LSTM's input gate starts at −log u: the chrono initialisation of
@@ -363,15 +356,14 @@ def gate_bias(
     T_max in steps, that bias is ``keep_bias``, by default the cell's own. All others are zero.
     """
     bias = torch.zeros(rows or cell.bias_rows, size)
-    if cell.keeps is None:
-        return bias
-    keeps = cell.gates.index(cell.keeps)
-    if max_length is None:
-        bias[keeps] = cell.keep_bias if keep_bias is None else keep_bias
-        return bias
-    bias[keeps] = torch.empty(size).uniform_(1, max_length - 1).log()  # (N,)
-    if cell.fills is not None:
-        bias[cell.gates.index(cell.fills)] = -bias[keeps]  # (N,)
+    if cell.keeps is not None:
+        keeps = bias[cell.gates.index(cell.keeps)]  # (N,), a view
+        if max_length is None:
+            keeps.fill_(cell.keep_bias if keep_bias is None else keep_bias)
+        else:
+            keeps.uniform_(1, max_length - 1).log_()
+            if cell.fills is not None:
+                bias[cell.gates.index(cell.fills)] = -keeps
     return bias
 
 

@@ -2,7 +2,7 @@
 
 A complex factor is a real tensor (2, P, Q): plane 0 is the real part, plane 1 the imaginary part. The matrix is
 ``W = W_0 ⊗ … ⊗ W_{F-1}`` in the order of :func:`torch.kron`: factor 0 is the slowest index of the state; or a sum of
-R such terms, whose factors are (R, 2, P, Q). Gated cells have real factors (K, P, Q) or (R, K, P, Q), a matrix a gate.
+R such terms, whose factors are (R, 2, P, Q). Gated cells have real factors (K, P, Q) or (R, K, P, Q), one per gate.
 Letters: F factors, factor f is P_f × Q_f, N = ∏ P_f = ∏ Q_f.
 """
 

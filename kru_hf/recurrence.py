@@ -84,6 +84,9 @@ class KRURecurrence(nn.Module):
         self.cell = CELLS[cell]
         self.factor_shapes = [(p, q) for p, q in factor_shapes]
         self.state_size = math.prod(p for p, _ in self.factor_shapes)
+        # Widths of the inputs, the features and the state (B, T, ·, N), in multiples of N.
+        self.input_planes, self.output_planes = self.cell.planes, self.cell.feature_planes
+        self.state_planes = len(self.cell.states)
         self.terms, self.activation = terms, activation
         check_start("init", init, self.cell, self.factor_shapes, terms)
         self.start = self.cell.starts[init]
@@ -121,21 +124,6 @@ class KRURecurrence(nn.Module):
             if self.cell.keeps is None or not self.has_bias:
                 place = "without a bias" if self.cell.keeps else f"with the cell {self.cell.name!r}"
                 raise ValueError(f"chrono_max_length must be None {place}, got {self.chrono_max_length}")
-
-    @property
-    def input_planes(self) -> int:
-        """Width of the inputs (B, T, ·, N), in multiples of N."""
-        return self.cell.planes
-
-    @property
-    def output_planes(self) -> int:
-        """Width of the features (B, T, ·, N)."""
-        return self.cell.feature_planes
-
-    @property
-    def state_planes(self) -> int:
-        """Width of the state (B, ·, N)."""
-        return len(self.cell.states)
 
     def _initial_factor(self, rows: int, columns: int) -> Tensor:
         """One term's random unitary, identity or orthogonal factor (K, P, Q)."""

@@ -88,27 +88,18 @@ def _over_terms(x: Tensor, count: int) -> Tensor:
     return x if count == len(x) else x.repeat(count // len(x), 1, 1)
 
 
-def _select(condition: Tensor | None, taken: State, other: State | None = None) -> State:
-    """``taken`` where (B or C × B) ``condition`` holds, else ``other``, or 0. Selected: no NaN leaks."""
-    if condition is None:
+def _read_times(times: Tensor | None) -> Tensor | None:
+    """mask or starts (B, T) to (T, B, 1), which stands beside (B, N) at a step and beside (…, C, B, N) in a chunk."""
+    return None if times is None else times.mT.unsqueeze(-1)
+
+
+def _select(times: Tensor | None, at: int | slice, taken: State, other: State | None = None) -> State:
+    """``taken`` where ``times`` holds at the step, or the chunk of steps, else ``other`` or 0, so that no NaN leaks."""
+    if times is None:
         return taken
-    where = condition.unsqueeze(-1)
     if other is None:
-        return tuple(torch.where(where, a, 0) for a in taken)
-    return tuple(torch.where(where, a, b) for a, b in zip(taken, other, strict=True))
-
-
-def _taken(here: Tensor | None, local: State) -> State:
-    """Derivatives (C, B, N) or (C, k, B, N) of steps that are taken (C × B); of held ones 0, so that no NaN leaks."""
-    if here is None:
-        return local
-    where = here.unsqueeze(-1)  # (C, B, 1)
-    return tuple(torch.where(where if x.dim() == 3 else where.unsqueeze(1), x, x.new_zeros(())) for x in local)
-
-
-def _step_of(times: Tensor | None, t: int | slice) -> Tensor | None:
-    """Column(s) of a mask (B, T): (B,) or, for a chunk, (C, B)."""
-    return None if times is None else times[:, t].mT if isinstance(t, slice) else times[:, t]
+        return tuple(torch.where(times[at], a, False) for a in taken)  # the 0 of every dtype
+    return tuple(torch.where(times[at], a, b) for a, b in zip(taken, other, strict=True))
 
 
 def _read_bias(call: ScanCall, steps: int) -> Tensor | None:
@@ -118,17 +109,18 @@ def _read_bias(call: ScanCall, steps: int) -> Tensor | None:
 
 def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """states, final_state and what backward needs (T, S − 1, B, N) if ``save``. See ``kron_scan`` for the contract."""
-    inputs, mask, cell = call.inputs, call.mask, call.cell
+    inputs, cell = call.inputs, call.cell
     groups, b = merge_groups(_matrices(call.factors, cell)), _read_bias(call, 1)
-    begins = None if call.starts is None else ~call.starts
+    mask, starts = _read_times(call.mask), _read_times(call.starts)
+    goes_on = None if starts is None else ~starts
     states = inputs.new_empty(cell.states_shape(inputs.shape))
     saved = inputs.new_empty(saved_shape(inputs.shape, cell) if save else (0,))
     state = cell.to_state(call.first_state())
     for t in range(inputs.shape[1]):
-        state = _select(_step_of(begins, t), state)
+        state = _select(goes_on, t, state)
         products = _products(groups, state[0], cell.matrices)  # (M, B, N)
         new = cell.step(products, cell.to_matrices(inputs[:, t].transpose(0, 1)), b, state)
-        state = _select(_step_of(mask, t), new, state)
+        state = _select(mask, t, new, state)
         if cell.complex:
             states[:, t, 0], states[:, t, 1] = state[0].real, state[0].imag
         else:
@@ -154,27 +146,27 @@ def backward(
     call: ScanCall, states: Tensor, saved: Tensor, d_states: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of inputs (B, T, K, N), factors (R, K, P, Q), bias and initial state (B, S, N)."""
-    inputs, bias, mask, cell = call.inputs, call.bias, call.mask, call.cell
+    inputs, bias, cell = call.inputs, call.bias, call.cell
     batch, length, _, units = inputs.shape
     matrices = _matrices(call.factors, cell)
     groups, b = merge_groups(matrices), _read_bias(call, 2)
     terms, count = len(call.factors[0]), len(groups[0])
     adjoints = [group.mT.conj_physical() for group in groups]  # (G, Q, P)
-    begins, first = None if call.starts is None else ~call.starts, cell.to_state(call.first_state())
+    mask, starts, first = _read_times(call.mask), _read_times(call.starts), cell.to_state(call.first_state())
+    goes_on = None if starts is None else ~starts
     d_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     d_bias, d_groups = torch.zeros_like(bias), [torch.zeros_like(group) for group in groups]
     d = tuple(torch.zeros_like(s) for s in first) if d_final is None else cell.to_state(d_final)
     for end in range(length, 0, -CHUNK):
         start = max(end - CHUNK, 0)
         chunk = slice(start, end)
-        here = _step_of(mask, chunk)  # (C, B)
-        before = _select(_step_of(begins, chunk), _before(states, saved, first, start, end, cell))  # (C, B, N) each
-        before = _select(here, before)  # 0 times a NaN would spoil the weights' gradient
+        before = _select(goes_on, chunk, _before(states, saved, first, start, end, cell))  # (C, B, N) each
+        before = _select(mask, chunk, before)  # 0 times a NaN would spoil the weights' gradient
         after = (before[0].new_empty(0), *(saved[chunk, index] for index in range(cell.kept)))  # h_t is not asked for
         flat = before[0].flatten(0, 1)  # (C·B, N)
         products = _products(groups, flat, cell.matrices).unflatten(1, (-1, batch))  # (M, C, B, N)
         u = cell.to_matrices(inputs[:, chunk].permute(2, 1, 0, 3))  # (M, C, B, N)
-        local = _taken(here, cell.derivatives(products, u, b, before, after))
+        local = _select(mask, chunk, cell.derivatives(products, u, b, before, after))  # (…, C, B, N) each
         del products, u, before, after  # as large as a chunk of the inputs each
         by_u: list[Tensor] = []  # of the steps, last first
         by_products: list[Tensor] = []
@@ -183,19 +175,18 @@ def backward(
             if d_states is not None:
                 d_h = cell.to_state(d_states[:, t])[0] if cell.complex else d_states[:, t]
                 d = (d[0] + d_h, *d[1:])
-            keep = _step_of(mask, t)
-            taken = _select(keep, d)
-            d_u, d_products, direct = cell.step_backward(tuple(x[t - start] for x in local), taken)
+            taken = _select(mask, t, d)
+            d_u, d_products, direct = cell.step_backward(tuple(x[..., t - start, :, :] for x in local), taken)
             passed = stages(adjoints, _over_terms(d_products, count))[0].sum(0)  # (B, N)
             passed = passed if direct[0] is None else passed + direct[0]
             rest = tuple(x for x in direct[1:] if x is not None)
-            d = _select(_step_of(begins, t), _select(keep, (passed, *rest), d))
+            d = _select(goes_on, t, _select(mask, t, (passed, *rest), d))
             for steps, value in zip((by_u, by_products, by_h), (d_u, d_products, taken[0]), strict=True):
                 steps.append(value)
         one = by_u[0] is by_products[0]
         d_u = torch.stack(by_u[::-1], 1)  # (M, C, B, N)
         d_products = d_u if one else torch.stack(by_products[::-1], 1)  # (M, C, B, N)
-        d_u, d_products = _select(here, (d_u, d_products))  # whatever held steps would compute
+        d_u, d_products = _select(mask, chunk, (d_u, d_products))  # whatever held steps would compute
         d_inputs[:, chunk] = cell.to_planes(d_u).permute(2, 1, 0, 3)
         d_bias += cell.bias_gradient(local, torch.stack(by_h[::-1]), d_u, d_products).view(bias.shape)
         read, grad = flat.expand(count, *flat.shape), _over_terms(d_products.flatten(1, 2), count)

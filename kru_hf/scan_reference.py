@@ -12,8 +12,8 @@
 | B, T, N | batch, time, units of the state | |
 
 The paper's cell (Jose, Cissé & Fleuret, ICML 2018) is complex: W acts on a complex h, and σ is modReLU. A gated cell
-has real factors, a set a gate. What each cell makes of W h_{t-1} and U x_t, as its paper writes it, is the function
-``…_step`` of ``cells.py``: kru_step, lstm_step, gru_step, janet_step.
+has one set of real factors per gate. What each cell makes of W h_{t-1} and U x_t, as its paper writes it, is its
+function in ``cells.py``: kru_step, lstm_step, gru_step, janet_step, peephole_step.
 
 What is not a number is carried on, and an infinity turns into it: a z_t with a NaN or an infinity, or whose |z_t| is
 beyond the numbers of its dtype, gives an h_t of NaN in both planes, and so does a NaN in b; a W h of a gated cell that
