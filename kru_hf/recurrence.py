@@ -19,14 +19,10 @@ from .kronecker import (
 from .scan import kron_scan
 from .transforms import BACKENDS
 
-_warned_rectangular = False
-
 
 def warn_rectangular(shapes: Sequence[Sequence[int]]) -> None:
-    """Say once that a non-square factor cannot be unitary."""
-    global _warned_rectangular
-    if not _warned_rectangular and any(p != q for p, q in shapes):
-        _warned_rectangular = True
+    """Say that a non-square factor cannot be unitary; Python shows the same warning once."""
+    if any(p != q for p, q in shapes):
         rank = math.prod(min(p, q) for p, q in shapes)
         warnings.warn(
             f"factor_shapes {list(map(list, shapes))} has non-square factors: the recurrent matrix has rank {rank} of "

@@ -46,12 +46,13 @@ _SLICES = 256  # matrix products that torch runs side by side for dA and dC, at 
 _GRADIENT_ELEMENTS = 1 << 26  # of the states whose share torch computes at once: bounds its temporaries
 
 
-# Asked once, outside of compiled code: torch.compile cannot tell the type of a kernel.
+# Whether TRITON_INTERPRET=1 was set when this module was imported: the kernels then run on the CPU, slowly. Asked once,
+# outside of compiled code: torch.compile cannot tell the type of a kernel.
 _INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
 
 
 def is_interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1 was set when this module was imported: the kernels then run on the CPU, slowly."""
+    """Whether the kernels run on the CPU, in Triton's interpreter."""
     return _INTERPRETED
 
 
@@ -68,11 +69,6 @@ def unavailable_reason(cell: Cell | None = None) -> str | None:
     if not is_interpreted() and not torch.cuda.is_available():
         return "no GPU (TRITON_INTERPRET=1, set before the import, runs it on the CPU, for tests)"
     return None
-
-
-def is_available() -> bool:
-    """Whether the engine can run in this process."""
-    return unavailable_reason() is None
 
 
 def _tile(size: int) -> int:

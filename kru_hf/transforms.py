@@ -45,7 +45,7 @@ def transformed_backend(backend: str) -> str:
     """The engine for transformed tensors: "reference".
 
     Raises:
-        NotImplementedError: another engine is named. Its kernels would drop a tangent without a word.
+        NotImplementedError: another engine is named. Its kernels would drop a tangent silently.
     """
     if backend not in ("auto", "reference"):
         raise NotImplementedError(
@@ -78,7 +78,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a Function's backward: its gradients cannot be differentiated, and say so to who tries.
 
     torch's ``once_differentiable`` says so only if the gradient that comes in is differentiated as well: that of a
-    sum is a constant, and a penalty on its gradients would be trained with wrong derivatives and no word.
+    sum is a constant, and a penalty on its gradients would silently be trained with wrong derivatives.
     """
 
     @functools.wraps(backward)

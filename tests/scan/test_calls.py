@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from problems import problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -20,19 +21,9 @@ LAYERS = [kru_hf.KRU, kru_hf.KRULSTM, kru_hf.KRUGRU, kru_hf.KRUJANET]
 
 
 def arguments(cell, batch=2, length=3, shapes=((2, 2), (4, 4)), mask=True):
-    """Inputs, factors, bias, initial state and mask of a scan."""
-    generator = torch.Generator().manual_seed(0)
-    facts = cells.CELLS[cell]
-    units = torch.Size([p for p, _ in shapes]).numel()
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator)
-
-    factors = [(2 * q) ** -0.5 * normal(facts.planes, p, q) for p, q in shapes]
-    bias = 0.1 * normal(*facts.bias_shape(units))
-    read = torch.rand(batch, length, generator=generator) < 0.7 if mask else None
-    state = normal(batch, len(facts.states), units)
-    return normal(batch, length, facts.planes, units), factors, bias, state, read
+    """Inputs, factors, bias, initial state and mask of a scan, in float32."""
+    p = problem(cell, shapes, batch, length, masked=mask)
+    return p.inputs.float(), [factor.float() for factor in p.factors], p.bias.float(), p.initial_state.float(), p.mask
 
 
 def scan(cell, *given, backend="auto"):
@@ -152,29 +143,46 @@ def test_views_with_the_negative_bit(cell, backend):
     torch.testing.assert_close(found, expected)
 
 
-BAD = {
-    "short bias": lambda x, f, b, h, m: (x, f, b[..., :1], h, m),
-    "bias of another dtype": lambda x, f, b, h, m: (x, f, b.double(), h, m),
-    "half of the factors": lambda x, f, b, h, m: (x, f[:1], b, h, m),
-    "no factors": lambda x, f, b, h, m: (x, [], b, h, m),
-    "factor on another device": lambda x, f, b, h, m: (x, [f[0], f[1].to("meta")], b, h, m),
-    "factor without planes": lambda x, f, b, h, m: (x, [f[0][0], f[1]], b, h, m),
-    "factors of integers": lambda x, f, b, h, m: (x, [f[0].long(), f[1]], b, h, m),
-    "short state": lambda x, f, b, h, m: (x, f, b, h[:1], m),
-    "state of one plane less": lambda x, f, b, h, m: (x, f, b, h[:, 1:], m),
-    "state on another device": lambda x, f, b, h, m: (x, f, b, h.to("meta"), m),
-    "short mask": lambda x, f, b, h, m: (x, f, b, h, m[:, :2]),
-    "mask of integers": lambda x, f, b, h, m: (x, f, b, h, m.long()),
-    "mask on another device": lambda x, f, b, h, m: (x, f, b, h, m.to("meta")),
-    "sparse inputs": lambda x, f, b, h, m: (x.to_sparse(), f, b, h, m),
-    "half-precision inputs": lambda x, f, b, h, m: (x.half(), f, b, h, m),
-    "three axes": lambda x, f, b, h, m: (x[0], f, b, h, m),
-    "a batch of none": lambda x, f, b, h, m: (x[:0], f, b, h[:0], m[:0]),
+BAD = {  # a change of the arguments, and what the message says of it
+    "short bias": (lambda x, f, b, h, m: (x, f, b[..., :1], h, m), r"bias must have the shape .*8.*, got .*1"),
+    "bias in fp64": (
+        lambda x, f, b, h, m: (x, f, b.double(), h, m),
+        "bias must be torch.float32 on cpu like the",
+    ),
+    "fewer factors": (lambda x, f, b, h, m: (x, f[:1], b, h, m), "multiply to 2x2, but the inputs have N = 8 units"),
+    "no factors": (lambda x, f, b, h, m: (x, [], b, h, m), "at least one"),
+    "factor elsewhere": (
+        lambda x, f, b, h, m: (x, [f[0], f[1].to("meta")], b, h, m),
+        r"factors\[1\] must be .* meta",
+    ),
+    "no planes": (lambda x, f, b, h, m: (x, [f[0][0], f[1]], b, h, m), r"factors\[0\] must have the shape .* or \(R, "),
+    "terms": (lambda x, f, b, h, m: (x, [f[0], torch.stack((f[1], f[1]))], b, h, m), "must have the same terms R"),
+    "integers": (lambda x, f, b, h, m: (x, [f[0].long(), f[1]], b, h, m), r"factors\[0\] must be torch.float32"),
+    "sparse factor": (
+        lambda x, f, b, h, m: (x, [f[0], f[1].to_sparse()], b, h, m),
+        r"factors\[1\] must be a dense",
+    ),
+    "short state": (lambda x, f, b, h, m: (x, f, b, h[:1], m), "initial_state must have the shape"),
+    "a plane less": (lambda x, f, b, h, m: (x, f, b, h[:, 1:], m), "initial_state must have the shape"),
+    "state elsewhere": (lambda x, f, b, h, m: (x, f, b, h.to("meta"), m), "initial_state must be torch.float32 on cpu"),
+    "short mask": (lambda x, f, b, h, m: (x, f, b, h, m[:, :2]), r"mask must have the shape \(2, 3\), got \(2, 2\)"),
+    "mask of integers": (
+        lambda x, f, b, h, m: (x, f, b, h, m.long()),
+        "mask must be torch.bool.*got torch.int64",
+    ),
+    "mask elsewhere": (
+        lambda x, f, b, h, m: (x, f, b, h, m.to("meta")),
+        "mask must be .*got torch.bool on meta",
+    ),
+    "sparse inputs": (lambda x, f, b, h, m: (x.to_sparse(), f, b, h, m), "inputs must be a dense tensor"),
+    "half precision": (lambda x, f, b, h, m: (x.bfloat16(), f, b, h, m), "inputs must be float32 or float64.*bfloat16"),
+    "three axes": (lambda x, f, b, h, m: (x[0], f, b, h, m), r"inputs of the cell .* must have the shape \(B, T, "),
+    "no batch": (lambda x, f, b, h, m: (x[:0], f, b, h[:0], m[:0]), "no empty axis"),
 }
 
 
 def operator(engine, cell, x, factors, bias, state, mask):
-    factors = [factor[None] for factor in factors]
+    factors = [factor if factor.dim() == 4 else factor[None] for factor in factors]
     return COMPILED[engine](x, factors, bias, state, mask, None, cell, "modrelu", True)
 
 
@@ -187,11 +195,10 @@ def test_every_way_in_checks_its_arguments(cell, way):
 
     given = arguments(cell)
     function(*given)
-    for what, change in BAD.items():
+    for change, message in BAD.values():
         # torch itself refuses sparse tensors before an operator is called.
-        with pytest.raises((ValueError, TypeError, NotImplementedError), match="must|multiply|SparseCPU"):
+        with pytest.raises((ValueError, TypeError, NotImplementedError), match=f"{message}|SparseCPU"):
             function(*change(*given))
-            pytest.fail(what)
 
 
 @CELLS

@@ -21,46 +21,21 @@ GATED = {"inputs": (2, 3, 4, 6), "factors": [(4, 2, 2), (4, 3, 3)], "bias": (4, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inputs": (2, 3, 6)}, r"inputs of the cell 'kru' must have the shape \(B, T, 2, N\)"),
-        ({"inputs": (2, 0, 2, 6)}, r"no empty axis"),
-        ({"factors": [(2, 2, 2)]}, r"multiply to 2x2, but the inputs have N = 6"),
-        ({"factors": [(2, 2)]}, r"factors\[0\] must have the shape \(2, P, Q\) or \(R, 2, P, Q\), got \(2, 2\)"),
-        ({"factors": [(3, 2, 2, 2), (2, 2, 3, 3)]}, r"factors must have the same terms R"),
-        ({"factors": []}, r"at least one"),
-        ({"bias": (5,)}, r"bias must have the shape \(6,\), got \(5,\)"),
-        ({"initial_state": (1, 2, 6)}, r"initial_state must have the shape"),
+        ({"factors": [(3, 2, 2), (2, 3, 3)]}, r"factors\[0\] .* \(2, P, Q\) or \(R, 2, P, Q\), got \(3, 2, 2\)"),
         ({"starts": (2, 4)}, r"starts must have the shape \(2, 3\), got \(2, 4\)"),
         ({"activation": "relu"}, r"activation must be one of modrelu, identity, got 'relu'"),
         ({"backend": "torch"}, r"backend must be one of auto, reference, portable, cpu, triton, got 'torch'"),
         ({"cell": "rnn"}, r"cell must be one of kru, lstm, gru, janet.*, got 'rnn'"),
         (GATED | {"cell": "gru"}, r"inputs of the cell 'gru' must have the shape \(B, T, 3, N\)"),
-        (GATED | {"bias": (2, 6)}, r"bias must have the shape \(4, 6\), got \(2, 6\)"),
         (GATED | {"activation": "identity"}, r"activation of the cell 'lstm' must stay 'modrelu', got 'identity'"),
     ],
 )
-def test_bad_arguments_are_named(change, message):
-    arguments = {}
-    for name, value in (GOOD | change).items():
-        if isinstance(value, list):
-            arguments[name] = [torch.zeros(shape) for shape in value]
-        else:
-            arguments[name] = torch.zeros(value) if isinstance(value, tuple) else value
+def test_bad_options_are_named(change, message):
+    given = GOOD | change
+    arguments = {name: torch.zeros(value) for name, value in given.items() if isinstance(value, tuple)}
+    factors = [torch.zeros(shape) for shape in given["factors"]]
     with pytest.raises(ValueError, match=message):
-        kron_scan(**arguments)
-
-
-def test_bad_dtypes_and_devices_are_named():
-    inputs, factors = torch.zeros(1, 1, 2, 2), [torch.zeros(2, 2, 2)]
-    with pytest.raises(TypeError, match="bfloat16"):
-        kron_scan(inputs.bfloat16(), factors)
-    with pytest.raises(TypeError, match="bias must be torch.float32"):
-        kron_scan(inputs, factors, torch.zeros(2).double())
-    with pytest.raises(TypeError, match=r"factors\[0\] must be a dense tensor, got the layout torch.sparse_coo"):
-        kron_scan(inputs, [factors[0].to_sparse()])
-    with pytest.raises(TypeError, match="mask must be torch.bool on cpu like the inputs, got torch.bool on meta"):
-        kron_scan(inputs, factors, mask=torch.ones(1, 1, dtype=torch.bool, device="meta"))
-    with pytest.raises(TypeError, match="mask must be torch.bool on cpu like the inputs, got torch.int64 on cpu"):
-        kron_scan(inputs, factors, mask=torch.ones(1, 1, dtype=torch.long))
+        kron_scan(**given | arguments | {"factors": factors})
 
 
 @needs_cpu

@@ -6,6 +6,7 @@ import fuzz_native
 import pytest
 import torch
 from helpers import assert_near
+from problems import CASES, problem, run
 
 from kru_hf import kron_scan, scan_cpu
 from kru_hf.cells import CELLS
@@ -86,39 +87,20 @@ def test_what_is_beyond_float32_is_nan_in_both_planes(value, backend):
     assert torch.equal(states.isnan()[0, 0], expected.expand(2, -1)) and states[..., ~expected].isfinite().all()
 
 
-@pytest.mark.parametrize("argument", ["inputs", "bias", "initial", "factors[0]", "factors[1]"])
+@pytest.mark.parametrize("argument", ["inputs", "bias", "initial_state", "factors[0]", "factors[1]"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("cell", ["kru", "identity", *(name for name in CELLS if name != "kru")])
-def test_one_number_that_is_none(cell, value, argument, backend):
+@pytest.mark.parametrize(("cell", "activation"), CASES)
+def test_one_number_that_is_none(cell, activation, value, argument, backend):
     """In each argument: states NaN, infinite and finite in the places of the definition, gradients finite in them."""
-    if cell == "identity" and argument == "bias":
+    if activation == "identity" and argument == "bias":
         return
-    if unavailable_reason(backend, CELLS.get(cell)) is not None:
+    if unavailable_reason(backend, CELLS[cell]) is not None:
         pytest.skip("the engine has not this cell")
-    found = []
-    for engine in (backend, "reference"):
-        generator = torch.Generator().manual_seed(1)
-        facts = CELLS["kru" if cell == "identity" else cell]
-
-        def normal(*size, generator=generator):
-            return torch.randn(*size, generator=generator)
-
-        given = {"inputs": normal(3, 4, facts.planes, 12), "bias": 0.1 * normal(*facts.bias_shape(12))}
-        given |= {
-            "initial": normal(3, len(facts.states), 12),
-            "factors[0]": normal(facts.planes, 3, 2),
-            "factors[1]": normal(facts.planes, 4, 6),
-        }
-        given[argument].view(-1)[5] = value
-        given = {name: tensor.requires_grad_() for name, tensor in given.items()}
-        inputs, bias, initial, *factors = given.values()
-        mask = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]]).bool()
-        options = {"cell": facts.name, "activation": "identity" if cell == "identity" else "modrelu"}
-        outputs = kron_scan(inputs, factors, bias, initial, mask, **options, backend=engine)
-        loss = sum(output.sum() for output in outputs)
-        gradients = torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)
-        found.append(dict(zip(("states", "final", *given), (*outputs, *gradients), strict=True)))
-    assert not fuzz_native.faults(*found)
+    p = problem(cell, [(3, 2), (4, 6)], 3, 4, activation=activation, seed=1)
+    p = p.but(mask=torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]]).bool())
+    given = vars(p) | {f"factors[{index}]": factor for index, factor in enumerate(p.factors)}
+    given[argument].view(-1)[5] = value
+    assert not fuzz_native.faults(run(p, backend, torch.float32), run(p, "reference", torch.float32))
 
 
 @pytest.mark.parametrize("seed", range(0, 200, 40))

@@ -1,4 +1,4 @@
-"""torch.func, forward-mode and second derivatives: the definition has them, and no engine drops one without a word."""
+"""torch.func, forward-mode and second derivatives: the definition has them, and no engine drops one silently."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from problems import problem
 from torch.autograd import forward_ad
 
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, kron_scan
+from kru_hf.cells import CELLS
 from kru_hf.maps import normed_linear
 
 IDS = torch.randint(1, 11, (2, 5), generator=torch.Generator().manual_seed(0))
@@ -14,25 +15,23 @@ P = problem("kru", [(2, 2), (3, 3)], 2, 4)
 INPUTS, FACTORS, BIAS = P.inputs.float(), [f.float() for f in P.factors], P.bias.float()
 
 
-def scan(inputs, backend):
-    """States of the complex cell with factors that are not trained."""
-    return kron_scan(inputs, FACTORS, BIAS, backend=backend)[0]
+def scan_of(cell):
+    """inputs (B, T, 2, N), backend -> states, by factors that are not trained; further gates read the planes' sum."""
+    further = CELLS[cell].planes - 2
+    factors = [torch.cat((factor, *[factor[:1]] * further)) for factor in FACTORS]
+    bias = BIAS.expand(CELLS[cell].bias_shape(len(BIAS)))
+
+    def scan(inputs, backend):
+        planes = torch.cat((inputs, *[inputs.sum(2, keepdim=True)] * further), 2)
+        return kron_scan(planes, factors, bias, cell=cell, backend=backend)[0]
+
+    return scan
 
 
-def janet_scan(inputs, backend):
-    """The same for JANET, whose two gates read the planes of the inputs."""
-    factors = FACTORS
-    return kron_scan(inputs, factors, BIAS.expand(2, -1), cell="janet", backend=backend)[0]
+EVERY_CELL = pytest.mark.parametrize("function", [pytest.param(scan_of(cell), id=cell) for cell in CELLS])
 
 
-def gated_scan(inputs, backend):
-    """The same for the GRU, whose three gates read the planes of the inputs and their sum."""
-    planes = torch.cat((inputs, inputs.sum(2, keepdim=True)), 2)
-    factors = [torch.cat((f, f[:1])) for f in FACTORS]
-    return kron_scan(planes, factors, BIAS.expand(4, -1), cell="gru", backend=backend)[0]
-
-
-@pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
+@EVERY_CELL
 def test_forward_mode_equals_reverse_mode(function):
     inputs, tangent = INPUTS, torch.randn(INPUTS.shape)
     weights = torch.randn(function(inputs, "reference").shape)
@@ -48,7 +47,7 @@ def test_forward_mode_equals_reverse_mode(function):
 
 
 @pytest.mark.parametrize("backend", ["portable", "cpu"])
-@pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
+@EVERY_CELL
 def test_other_engines_refuse(function, backend):
     inputs = INPUTS
     message = f"backend '{backend}' has no forward-mode derivatives and no torch.func"
@@ -107,7 +106,7 @@ def test_vmap_over_masks():
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("backend", ["portable", "cpu"])
-@pytest.mark.parametrize("function", [scan, gated_scan, janet_scan])
+@EVERY_CELL
 def test_second_derivatives_are_refused(function, backend, power):
     """Also those of a sum, whose gradient is a constant that nothing differentiates on the way in."""
     inputs = INPUTS.requires_grad_()

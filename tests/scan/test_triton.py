@@ -20,7 +20,8 @@ from kru_hf.scan_triton import obstacle, plan_groups
 pytest.importorskip("triton")
 
 KRU = CELLS["kru"]
-runs_elsewhere = pytest.mark.skipif(scan_triton.is_available(), reason="the kernels run in this process")
+RUNS_HERE = scan_triton.unavailable_reason() is None
+runs_elsewhere = pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 
 
 @pytest.mark.slow
@@ -28,23 +29,10 @@ runs_elsewhere = pytest.mark.skipif(scan_triton.is_available(), reason="the kern
 def test_the_contract_in_the_interpreter():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     files = [str(Path(__file__).with_name(name)) for name in ("test_engines.py", "test_compiled.py", "test_triton.py")]
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "triton and (not identity or alone)",
-            *files,
-        ],
-        env=environment | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    chosen = ["-k", "triton and (not identity or alone)"]
+    result = subprocess.run([*command, *chosen], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
@@ -83,7 +71,7 @@ def test_gradients_of_the_groups_by_torch(batch, length):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(not scan_triton.is_available(), reason="needs the kernels")
+@pytest.mark.skipif(not RUNS_HERE, reason="needs the kernels")
 def test_gradients_of_large_groups_are_those_of_small_ones(monkeypatch):
     from problems import assert_close, device_of, problem, run
 
