@@ -7,6 +7,7 @@
  *     layers: [norm (D), map D -> K N]  factors (R, K, P_f, Q_f), f = 0 .. F-1, and bias (rows, N)
  *             [map O N -> D]  [norm (D), map D -> 2 I, map I -> D]
  *     [norm (D)], head: map -> outputs, and its bias          [ ]: residual blocks; with I > 0
+ *     of a chain over the keys: map input_size -> outputs of the frame before, rows w (keys, H), rows v (keys, H)
  *     64 zero bytes: vectors may read past the end of a row
  * numbers   fp32: floats; else fp16
  * rows      fp32: floats (rows, columns); else fp16 scales (rows), then int8 (rows, columns)
@@ -83,9 +84,11 @@ struct kru {
     int padded; /* N up to a multiple of 16 */
     map input, head;
     const float *table, *norm; /* (V, E) or NULL, (D) */
+    map before;                /* of a chain: of the frame before */
+    const float *lower, *keys; /* (keys, H) each: w and v */
     layer *layers;
     float *x, *u, *wide, *features, *z, *term, *ping, *pong, *logits; /* of a step: see work */
-    float *mixed, *row_scales;                                        /* (n, in + SLACK), (n) */
+    float *mixed, *row_scales, *hidden, *scores; /* (n, in + SLACK), (n), (H), (keys + 1) */
     int16_t *coded;                                                   /* (n, n, pairs, 2) */
     const float *(*run)(struct kru *k);
 };
@@ -223,9 +226,13 @@ static const char *check_header(const header *h, size_t bytes) {
     if (h->bytes != bytes) return "the file is not as long as its header says";
     for (int i = 0; i < (int)(sizeof sizes / sizeof *sizes); i++)
         if (sizes[i] > LIMIT || (i < positive && !sizes[i])) return "a size in the header is out of range";
-    if (h->dtype > INT4 || h->head > KRU_ROLL || h->cell >= CELLS || h->flags > 15) return "the header names an unknown kind";
+    if (h->dtype > INT4 || h->head > KRU_CHAIN || h->cell >= CELLS || h->flags > 15) return "the header names an unknown kind";
     if (h->factors > MAX_FACTORS) return "more than 64 factors";
     if (!h->vocabulary == !h->input_size) return "the model reads neither tokens nor frames, or both";
+    if (h->head == KRU_TEXT ? h->outputs != h->vocabulary
+        : h->head == KRU_ROLL ? h->outputs != h->input_size
+                              : h->head == KRU_CHAIN && (!h->input_size || h->outputs <= h->input_size))
+        return "the outputs are not as many as the head has";
     if (!(h->epsilon >= 0.0f && h->epsilon < 1.0f)) return "the header's epsilon is out of range";
     return NULL;
 }
@@ -308,6 +315,11 @@ static void read_model(reader *r, kru *k) {
     }
     k->norm = plain ? NULL : numbers(r, (int)h->dtype, 1, D, D);
     k->head = read_map(r, k, plain ? O * N : D, h->outputs, 1, (h->flags & HEAD_BIAS) != 0);
+    if (h->head == KRU_CHAIN) {
+        k->before = read_map(r, k, h->input_size, h->outputs, 1, 0);
+        k->lower = rows(r, (int)h->dtype, h->input_size, h->outputs - h->input_size);
+        k->keys = rows(r, (int)h->dtype, h->input_size, h->outputs - h->input_size);
+    }
     const uint8_t *zeros = take(r, 64);
     for (int i = 0; zeros && i < 64; i++)
         if (zeros[i]) r->error = "the file does not end in 64 zeros";
@@ -328,6 +340,8 @@ static void read_model(reader *r, kru *k) {
     k->logits = room(r, 4 * (uint64_t)h->outputs);
     k->mixed = room(r, 4 * n * (inputs + SLACK));
     k->row_scales = room(r, 4 * n);
+    k->hidden = room(r, 4 * (uint64_t)h->outputs);
+    k->scores = room(r, 4 * ((uint64_t)h->input_size + 1));
     k->coded = room(r, 2 * n * (inputs + 2 * n));
 }
 
@@ -412,6 +426,89 @@ int kru_sample(const float *logits, int count, float temperature, float top_p, u
         }
 #undef SHARE
     return best;
+}
+
+/* log of x > 0, by Cephes' polynomial. */
+static float log_of(float x) {
+    union {
+        float f;
+        uint32_t u;
+    } m = {x};
+    int e = (int)(m.u >> 23) - 126;
+    m.u = (m.u & 0x7fffffu) | 0x3f000000u; /* 1/2 to 1 */
+    if (m.f < 0.707106781186547524f) m.f *= 2, e--;
+    const float r = m.f - 1, z = r * r;
+    float p = 7.0376836292e-2f;
+    p = p * r - 1.1514610310e-1f, p = p * r + 1.1676998740e-1f, p = p * r - 1.2420140846e-1f;
+    p = p * r + 1.4249322787e-1f, p = p * r - 1.6668057665e-1f, p = p * r + 2.0000714765e-1f;
+    p = p * r - 2.4999993993e-1f, p = p * r + 3.3333331174e-1f;
+    return r + (p * r * z - 0.5f * z) + (float)e * 0.693147180559945f;
+}
+static float log_sigmoid(float x) { return x < 0 ? x - log_of(1 + exp_of(x)) : -log_of(1 + exp_of(-x)); }
+
+/* A key's logit given the lower keys, whose share of the chain is in k->hidden. */
+static float key_logit(const kru *k, int key) {
+    const int H = (int)(k->h.outputs - k->h.input_size);
+    float sum = k->logits[key];
+    for (int i = 0; i < H; i++) sum += k->keys[(size_t)key * H + i] * (k->hidden[i] > 0 ? k->hidden[i] : 0);
+    return sum;
+}
+static void start_chain(kru *k) {
+    for (uint32_t i = k->h.input_size; i < k->h.outputs; i++) k->hidden[i - k->h.input_size] = k->logits[i];
+}
+static void sound_key(kru *k, int key) {
+    const size_t H = k->h.outputs - k->h.input_size;
+    for (size_t i = 0; i < H; i++) k->hidden[i] += k->lower[key * H + i];
+}
+
+/* Keys from low to high, `least` to `most` of them; returns how many. */
+static int draw_keys(kru *k, float temperature, float heat, float top_p, int least, int most, uint64_t *seed, float *frame) {
+    const int width = (int)k->h.input_size;
+    int count = 0, lowest = 0;
+    memset(frame, 0, 4 * (size_t)width);
+    start_chain(k);
+    while (lowest < width && count < most) {
+        const int missing = least > count ? least - count : 0;
+        float silent = 0; /* log p that all keys from `lowest` on are silent so far */
+        for (int i = 0; i < width; i++) {
+            k->scores[i] = -3e38f;
+            if (i < lowest) continue;
+            const float logit = key_logit(k, i) / heat;
+            if (i <= width - missing) k->scores[i] = silent + log_sigmoid(logit);
+            silent += log_sigmoid(-logit);
+        }
+        k->scores[width] = missing ? -3e38f : silent;
+        const int key = kru_sample(k->scores, width + 1, temperature, top_p, seed);
+        if (key == width) break;
+        frame[key] = 1, count++, lowest = key + 1;
+        sound_key(k, key);
+    }
+    return count;
+}
+
+int kru_draw(kru *k, float temperature, float top_p, int least, int most, uint64_t *seed, float *frame) {
+    const int width = (int)k->h.input_size, chain = k->h.head == KRU_CHAIN;
+    if (!chain && k->h.head != KRU_ROLL) return -1;
+    if (most > width) most = width;
+    const float heat = chain ? 1 : temperature > 1e-4f ? temperature : 1e-4f; /* independent keys: each key's own */
+    if (!chain && temperature > 0) temperature = 1;
+    for (int i = 0; i < 64 && temperature > 0; i++) {
+        const int count = draw_keys(k, temperature, heat, top_p, 0, width, seed, frame);
+        if (count >= least && count <= most) return 0;
+    }
+    draw_keys(k, temperature, heat, top_p, least, most, seed, frame);
+    return 1;
+}
+
+float kru_nats(kru *k, const float *frame) {
+    float nats = 0;
+    start_chain(k);
+    for (int i = 0; i < (int)k->h.input_size; i++) {
+        const float logit = key_logit(k, i);
+        nats -= log_sigmoid(frame[i] > 0.5f ? logit : -logit);
+        if (frame[i] > 0.5f) sound_key(k, i);
+    }
+    return nats;
 }
 
 /* ---- what computes, for each width ------------------------------------------------------------------------------ */

@@ -27,7 +27,8 @@ enum kru_head {
     KRU_TEXT,     /* logits of the next token (V) */
     KRU_SEQUENCE, /* logits of the classes, given all steps so far */
     KRU_STEPS,    /* logits of the classes of this step */
-    KRU_ROLL      /* logits of each key in the next frame */
+    KRU_ROLL,     /* logits of each key in the next frame, independent of the others */
+    KRU_CHAIN     /* what the keys of the next frame are drawn from, each given the lower ones: see kru_draw */
 };
 
 /* NULL if the file is whole and sound, and the bytes of memory that kru_open needs; else what is wrong with it. */
@@ -57,6 +58,12 @@ KRU_API void kru_set_state(kru *k, const float *state);
 KRU_API int kru_sample(const float *logits, int count, float temperature, float top_p, uint64_t *seed);
 /* `count` tokens drawn after the last step, each of which is read in its turn. 0, or -1: not a language model. */
 KRU_API int kru_generate(kru *k, int count, float temperature, float top_p, uint64_t *seed, int32_t *tokens);
+/* A frame (kru_inputs zeros and ones) drawn after the last one, with `least` to `most` keys: drawn anew until it has so
+ * many, 64 times at most, then within the limits. Read it with kru_frame. 1: drawn within the limits, 0: freely, -1: not
+ * a model of piano rolls. Temperature and top_p are of which key sounds next (independent keys: of each key's logit). */
+KRU_API int kru_draw(kru *k, float temperature, float top_p, int least, int most, uint64_t *seed, float *frame);
+/* -log p of a frame of zeros and ones after the last one, in nats. */
+KRU_API float kru_nats(kru *k, const float *frame);
 /* The text of a token (UTF-8, not ended by a zero) and its length; and the token of the text's first character, with how
  * many bytes that takes, or -1 if the model has none. */
 KRU_API const char *kru_text(const kru *k, int token, int *bytes);

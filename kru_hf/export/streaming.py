@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .weight_file import HEADS, weight_file
 
-_KINDS = ("text", "sequence", "steps", "roll")  # enum kru_head
+_KINDS = ("text", "sequence", "steps", "roll", "chain")  # enum kru_head
 
 
 @lru_cache(maxsize=1)
@@ -40,6 +40,8 @@ def library() -> ctypes.CDLL:
         ("kru_get_state", None, [pointer, pointer]),
         ("kru_set_state", None, [pointer, pointer]),
         ("kru_generate", count, [pointer, count, real, real, pointer, pointer]),
+        ("kru_draw", count, [pointer, real, real, count, count, pointer, pointer]),
+        ("kru_nats", real, [pointer, pointer]),
         ("kru_text", pointer, [pointer, count, pointer]),
         ("kru_token", count, [pointer, ctypes.c_char_p, count, pointer]),
         ("kru_instructions", ctypes.c_char_p, []),
@@ -73,6 +75,11 @@ def load_model(source: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _seed(seed: int | None) -> np.ndarray:
+    """The state of the runtime's generator, (1,) uint64; None: another each time."""
+    return np.random.SeedSequence(seed).generate_state(1, np.uint64)
+
+
 class StreamingModel:
     """One stream of a KRU model, run step by step by the C runtime: no PyTorch, one thread, a fixed piece of memory.
 
@@ -81,7 +88,8 @@ class StreamingModel:
 
     Attributes:
         kind: what the outputs are: "text" (logits of the next token), "sequence" (of the classes, given all steps so
-            far), "steps" (of the classes of a step) or "roll" (of each key in the next frame).
+            far), "steps" (of the classes of a step), "roll" (of each key in the next frame) or "chain" (what the keys
+            of the next frame are drawn from, each given the lower ones).
         vocab_size, input_size: V, 0 for a model of frames; width of a frame, 0 for a model of tokens.
         num_outputs: numbers that a step gives.
         data: the weight file's bytes.
@@ -226,7 +234,7 @@ class StreamingModel:
     ) -> Iterator[str]:
         if tokens:
             self.run(tokens)
-        drawn = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        drawn = _seed(seed)
         texts = [self.text(token) for token in range(self.vocab_size)]
         for start in range(0, length, burst):
             found = (ctypes.c_int32 * min(burst, length - start))()
@@ -248,6 +256,34 @@ class StreamingModel:
             ValueError: an argument outside what is allowed, or a character that the model does not know.
         """
         return "".join(self.stream(prompt, length, temperature, top_p, seed, burst=max(length, 1)))
+
+    def draw(
+        self, temperature: float = 1.0, top_p: float = 1.0, voices: tuple[int, int] = (0, 128), seed: int | None = None
+    ) -> tuple[np.ndarray, bool]:
+        """The next frame of a piano roll, drawn after what was read; it is not read: give it to :meth:`step`.
+
+        Args: as ``KRUForPianoRoll.stream_piano_roll``; voices: least and most keys.
+
+        Returns:
+            the frame (input_size,) of zeros and ones, and whether the limits on the voices had to be built into the
+            draw, as 64 free ones did not meet them.
+        """
+        self._need_roll()
+        seed_at, frame = _seed(seed), np.empty(self.input_size, np.float32)
+        args = (temperature, top_p, *voices, seed_at.ctypes.data, frame.ctypes.data)
+        return frame, bool(self._library.kru_draw(self._k, *args))
+
+    def nats(self, frame: np.ndarray) -> float:
+        """-log p of the frame (input_size,) of zeros and ones that comes after what was read."""
+        self._need_roll()
+        frame = np.ascontiguousarray(frame, np.float32)
+        if frame.shape != (self.input_size,):
+            raise ValueError(f"a frame must have the shape ({self.input_size},), got {frame.shape}")
+        return self._library.kru_nats(self._k, frame.ctypes.data)
+
+    def _need_roll(self) -> None:
+        if self.kind not in ("roll", "chain"):
+            raise ValueError(f"this model draws no frames: its outputs are of the kind {self.kind!r}")
 
     def _need_text(self) -> None:
         if self.kind != "text":

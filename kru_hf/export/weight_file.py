@@ -13,6 +13,7 @@ from ..modeling_kru import KRUPreTrainedModel
 DTYPES = ("fp32", "int8", "int4")
 CELL_ORDER = ("kru", "lstm", "gru", "janet", "peephole")  # the enum in kru_run.c
 HEADS = ("KRUForCausalLM", "KRUForSequenceClassification", "KRUForTokenClassification", "KRUForPianoRoll")
+CHAIN = len(HEADS)  # the number of a KRUForPianoRoll with a chain
 PLAIN, READOUT_NORM, IDENTITY, HEAD_BIAS = 1, 2, 4, 8
 MAGIC, SLACK = b"KRU1", 64
 
@@ -140,11 +141,16 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
     writer.map(output)
     if output.bias is not None:
         writer.numbers(output.bias)
+    chain = getattr(model, "chain", None)
+    if chain is not None:
+        writer.map(chain.before)
+        writer.rows(_numpy(chain.lower.weight).T)  # (keys, H)
+        writer.rows(_numpy(chain.keys.weight))  # (keys, H)
     writer.raw(bytes(SLACK))
     flags = PLAIN * plain | READOUT_NORM * config.readout_norm
     flags |= IDENTITY * (cell.complex and config.activation == "identity") | HEAD_BIAS * (output.bias is not None)
     fields = (
-        *(DTYPES.index(dtype), HEADS.index(kind)),
+        *(DTYPES.index(dtype), HEADS.index(kind) if chain is None else CHAIN),
         *(config.vocab_size if config.input_size is None else 0, config.input_size or 0, output.out_features),
         *(config.embedding_size, config.hidden_size, config.state_size, CELL_ORDER.index(cell.name), flags),
         *(config.num_hidden_layers, config.recurrent_terms, len(config.factor_shapes)),

@@ -78,7 +78,10 @@ def rounded(model, dtype):
             elif parameter.shape[-1] == 1:
                 parameter.copy_(rows(parameter.reshape(1, -1)).reshape(parameter.shape))
             else:
-                small = "embed_tokens" in name or "factors" in name or kind == "mixing"
+                if "chain.lower" in name:  # stored key by key
+                    parameter.copy_(rows(parameter.mT.contiguous()).mT)
+                    continue
+                small = "chain.keys" in name or "embed_tokens" in name or "factors" in name or kind == "mixing"
                 parameter.copy_(rows(parameter, 127 if small or dtype == "int8" else 7))
     return model
 
@@ -111,13 +114,43 @@ def test_language_model(cell, options, dtype):
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("head", [KRUForSequenceClassification, KRUForTokenClassification, KRUForPianoRoll])
 def test_frames(head, width, dtype):
-    options = {"frame_head": "independent"} if head is KRUForPianoRoll and hasattr(KRUConfig, "frame_head") else {}
+    options = {"frame_head": "independent"} if head is KRUForPianoRoll else {}
     for block_type in ("plain", "residual"):
         config = KRUConfig(
             input_size=width, state_size=12, factor_size=4, block_type=block_type, num_labels=5, **options
         )
         frames = np.random.default_rng(0).random((30, width), np.float32)
         agree(noisy(head(config)), dtype, frames)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_chain_of_keys(dtype):
+    """The nats of frames, and of all frames of 5 keys how often each is drawn."""
+    model = noisy(
+        KRUForPianoRoll(
+            KRUConfig(input_size=5, state_size=12, block_type="plain", frame_head="chain", frame_head_size=6)
+        )
+    )
+    stream = StreamingModel(weight_file(model, None, dtype))
+    frames = (np.random.default_rng(0).random((9, 5)) < 0.4).astype(np.float32)
+    stream.run(frames)
+    everything = (np.arange(32)[:, None] >> np.arange(5) & 1).astype(np.float32)  # (32, 5)
+    nats = np.array([stream.nats(frame) for frame in everything])
+    with torch.no_grad():
+        piece = torch.from_numpy(np.concatenate((frames, everything[11:12])))[None]  # (1, 10, 5)
+        logits = rounded(model, dtype)(input_values=piece).logits[0, 8]  # of the last frame
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, piece[0, 9], reduction="sum")
+    assert abs(nats[11] - expected.item()) < 10 * TOLERANCE[dtype]
+    assert abs(np.exp(-nats).sum() - 1) < 1e-5
+    draws = 4000
+    drawn = [stream.draw(seed=seed)[0] @ 2 ** np.arange(5) for seed in range(draws)]
+    counts = np.bincount(np.array(drawn, int), minlength=32)
+    p = np.exp(-nats)
+    assert np.all(np.abs(counts - draws * p) < 5 * np.sqrt(draws * p * (1 - p)) + 1)
+    for seed in range(20):
+        assert 2 <= stream.draw(voices=(2, 3), seed=seed)[0].sum() <= 3
+    frame, forced = stream.draw(temperature=0, voices=(5, 5))
+    assert frame.sum() == 5 and forced
 
 
 def test_linear_network():
