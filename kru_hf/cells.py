@@ -66,7 +66,6 @@ class Cell:
     gates: tuple[str, ...]
     states: tuple[str, ...]
     bias_rows: int  # 0: the bias is (N,)
-    native: int | None  # its template in native/cells.inc, if it has one; the one of "identity" follows modReLU's
     step: Callable[..., State]
     derivatives: Callable[..., Local]
     step_backward: Callable[..., Gradients]
@@ -310,27 +309,27 @@ def peephole_bias_gradient(local: Local, d_h: Tensor, d_u: Tensor, d_products: T
 
 _ENTRIES = (
     Cell(
-        "kru", ("re", "im"), ("re", "im"), 0, 0,
+        "kru", ("re", "im"), ("re", "im"), 0,
         kru_step, kru_derivatives, kru_step_backward, kru_bias_gradient,
         complex=True,
     ),
     Cell(
-        "lstm", ("i", "f", "g", "o"), ("h", "c"), 4, 2,
+        "lstm", ("i", "f", "g", "o"), ("h", "c"), 4,
         lstm_step, lstm_derivatives, lstm_step_backward,
         keeps="f", fills="i", keep_bias=1.0,
     ),
     Cell(
-        "gru", ("r", "z", "n"), ("h",), 4, 3,
+        "gru", ("r", "z", "n"), ("h",), 4,
         gru_step, gru_derivatives, gru_step_backward, gru_bias_gradient,
         keeps="z",
     ),
     Cell(
-        "janet", ("f", "g"), ("h",), 2, 4,
+        "janet", ("f", "g"), ("h",), 2,
         janet_step, janet_derivatives, janet_step_backward,
         keeps="f", keep_bias=1.0,
     ),
     Cell(
-        "peephole", ("i", "f", "g", "o"), ("h", "c"), 7, 5,
+        "peephole", ("i", "f", "g", "o"), ("h", "c"), 7,
         peephole_step, peephole_derivatives, lstm_step_backward, peephole_bias_gradient,
         keeps="f", fills="i", keep_bias=1.0,
     ),

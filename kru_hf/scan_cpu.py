@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import Cell
+from .cells import ACTIVATIONS, CELLS, Cell
 from .scan_call import Engine, ScanCall
 
 __all__ = ["backward", "forward", "is_available", "obstacle", "saved_shape", "unavailable_reason"]
 
-ABI = 4  # KRU_ABI in native/kru.c
+ABI = 5  # KRU_ABI in native/kru.c
 MAX_FACTORS = 64  # in native/plan.h
 # Chunks of the batch that threads share out and whose weight gradients are summed in order. Depends on shapes alone, so
 # results do not depend on the number of threads.
@@ -39,47 +39,29 @@ HUGE_FROM = 8 << 20  # bytes of an output from which huge pages are asked for
 _lanes: int | None = None  # vector lanes a plan uses; None: the processor's widest
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, with its numbers in memory in the order of the indices, signs included."""
-    return tensor.resolve_neg().contiguous()
-
-
 class _Args(ctypes.Structure):
     """kru_args of native/kru.c. Owns all that it points to: a thread can outlast a call that a signal ends."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("B", "T", "chunks")] + [
-        (name, ctypes.c_void_p)
-        for name in (
-            *("packed", "inputs", "bias", "initial_state", "mask", "starts", "states", "final_state", "saved"),
-            *("d_states", "d_final", "d_inputs", "d_initial", "chunk_grads", "progress"),
-        )
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "T", "chunks")),
+        *((name, ctypes.c_void_p) for name in ("packed", "inputs", "bias", "initial_state", "mask", "starts")),
+        *((name, ctypes.c_void_p) for name in ("states", "saved", "final_state", "d_states", "d_final")),
+        *((name, ctypes.c_void_p) for name in ("d_inputs", "d_initial", "chunk_grads")),
+        *((name, ctypes.c_int64) for name in ("next", "stop")),
     ]
-
-    def point(self, **tensors: Tensor | None) -> None:
-        """Set pointers to the tensors, or to copies of those that are laid out in another way."""
-        owned = vars(self).setdefault("owned", [])
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                owned.append(_dense(tensor))
-                setattr(self, name, owned[-1].data_ptr())
+    owned: Any
 
 
-def _folders() -> list[pathlib.Path]:
-    """Where the library may lie: beside this file, or in the installed package."""
+def _load() -> tuple[Any, str | None]:
+    """The library, which lies beside this file or in the installed package, or None and the reason."""
+    reason = "the compiled library kru_hf/_native is not there: the install found no working C compiler"
     folders = [pathlib.Path(__file__).parent]
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec("kru_hf")
-        folders += [pathlib.Path(place) for place in (spec.submodule_search_locations or []) if spec] if spec else []
-    return folders
-
-
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or None and the reason."""
-    reason = "the compiled library kru_hf/_native is not there: the install found no working C compiler"
-    for path in (path for folder in _folders() for path in sorted(folder.glob("_native*.so"))):
+        folders += map(pathlib.Path, spec.submodule_search_locations or ()) if spec else ()
+    for path in (path for folder in folders for path in sorted(folder.glob("_native*.so"))):
         try:
             library = ctypes.CDLL(str(path))
-            library.kru_abi.restype = ctypes.c_int64
             abi = library.kru_abi()
         except (OSError, AttributeError) as error:
             reason = f"{path.name} cannot be loaded: {error}"
@@ -87,19 +69,19 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         if abi != ABI:
             reason = f"{path.name} has ABI {abi}, this file needs {ABI}: install the kru_hf that belongs to it"
             continue
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        for name, result, arguments in (
-            ("kru_lanes", count, []),
-            ("kru_cell_facts", ctypes.c_int, [count, pointer]),
-            ("kru_plan_new", pointer, [count, count, count, pointer, pointer, count]),
-            ("kru_plan_free", None, [pointer]),
-            ("kru_plan_sizes", ctypes.c_double, [pointer, pointer]),
-            ("kru_pack", ctypes.c_int, [pointer, pointer, pointer]),
-            ("kru_forward", ctypes.c_int, [pointer, pointer]),
-            ("kru_backward", ctypes.c_int, [pointer, pointer]),
-            ("kru_advise", None, [pointer, count]),
-            ("kru_reduce", ctypes.c_int, [pointer, pointer, count, pointer, pointer, pointer]),
-        ):
+        pointer, count, status = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        signatures: dict[str, tuple[Any, ...]] = {
+            "kru_lanes": (count,),
+            "kru_cells": (ctypes.c_char_p,),
+            "kru_plan_new": (pointer, *[count] * 6, pointer, pointer, count, pointer),
+            "kru_plan_free": (None, pointer),
+            "kru_pack": (status, pointer, pointer, pointer),
+            "kru_forward": (status, pointer, pointer),
+            "kru_backward": (status, pointer, pointer),
+            "kru_advise": (None, pointer, count),
+            "kru_reduce": (status, pointer, pointer, count, pointer, pointer, pointer),
+        }
+        for name, (result, *arguments) in signatures.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         return library, None
@@ -107,6 +89,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _library, _reason = _load()
+_cells = _library.kru_cells().decode().split() if _library else []
 
 
 def is_available() -> bool:
@@ -114,9 +97,14 @@ def is_available() -> bool:
     return _reason is None
 
 
+def _template(cell: Cell, activation: str) -> str:
+    """The name of a cell's functions in native/cells.inc: the complex cell has a pair for each activation."""
+    return activation if cell.complex else cell.name
+
+
 def unavailable_reason(cell: Cell | None = None) -> str | None:
     """Why the engine cannot run (the cell, if one is given) in this process, or None."""
-    if _reason is None and cell is not None and cell.native is None:
+    if _reason is None and cell is not None and _template(cell, ACTIVATIONS[0]) not in _cells:
         return f"the native engine has no template for the cell {cell.name!r}"
     return _reason
 
@@ -135,30 +123,23 @@ def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | Non
 
 
 class _Plan:
-    """Merged stages, their order and kernels, for a cell, R terms and factors of given shapes; owns the C object."""
+    """Merged stages, their order and kernels, for a cell and factors (R, K, P_f, Q_f) of given shapes; owns the C object."""
 
-    def __init__(self, native: int, terms: int, shapes: tuple[tuple[int, int], ...], lanes: int) -> None:
-        sizes = ctypes.c_int64 * len(shapes)
-        rows, columns = zip(*shapes, strict=True)
-        self.handle = _library.kru_plan_new(native, terms, len(shapes), sizes(*rows), sizes(*columns), lanes)
+    def __init__(self, name: str, activation: str, shapes: tuple[torch.Size, ...], lanes: int | None) -> None:
+        cell, array = CELLS[name], ctypes.c_int64 * len(shapes)
+        facts = (_cells.index(_template(cell, activation)), cell.planes, cell.bias_rows or 1, len(cell.states))
+        rows, columns = array(*[shape[2] for shape in shapes]), array(*[shape[3] for shape in shapes])
+        sizes = (ctypes.c_int64 * 4)()
+        self.handle = _library.kru_plan_new(*facts, shapes[0][0], len(shapes), rows, columns, lanes or 0, sizes)
         if not self.handle:
             raise MemoryError(f"no plan for {len(shapes)} factors (at most {MAX_FACTORS}) with {lanes} lanes")
         weakref.finalize(self, _library.kru_plan_free, self.handle).atexit = False
-        values = (ctypes.c_int64 * 3)()
-        self.work = _library.kru_plan_sizes(self.handle, values)  # of one step of a group
-        self.packed, self.gradients, self.group = values  # floats, floats of a chunk, samples in lockstep
+        # Floats of the weights and of a chunk's gradients, samples in lockstep, work of a step of so many.
+        self.packed, self.gradients, self.group, self.work = sizes
         self.pointers = ctypes.c_void_p * len(shapes)
 
 
-@functools.lru_cache(maxsize=256)
-def _plan_for(native: int, terms: int, shapes: tuple[tuple[int, int], ...], lanes: int | None) -> _Plan:
-    return _Plan(native, terms, shapes, _library.kru_lanes() if lanes is None else lanes)
-
-
-def facts(cell: Cell) -> tuple[int, ...]:
-    """What the library has for the cell: planes of the inputs, rows of the bias, planes of the state and of h."""
-    values = (ctypes.c_int64 * 4)()
-    return tuple(values) if _library.kru_cell_facts(cell.native, values) else ()
+_plan_for = functools.lru_cache(maxsize=256)(_Plan)
 
 
 # Threads and queues of C alone: the exception of a signal inside a lock of Python code, as a future has, leaves it
@@ -199,18 +180,24 @@ def _submit(count: int, *job: Any) -> int:
     return count
 
 
-def _run(function: Callable[[int, object], int], plan: _Plan, args: _Args, work: float) -> None:
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("the native engine could not allocate its workspace")
+
+
+def _run(function: Callable[[int, object], int], plan: _Plan, work: float, sizes: Any, tensors: Any) -> None:
     """Run ``function`` on as many threads as the work deserves; they share the chunks out among themselves.
 
-    An exception, as that of a signal's handler, does not wait for the other threads: they own what they work on, and
-    end at their next time step.
+    ``sizes`` and ``tensors`` are the fields of :class:`_Args` in their order. An exception, as that of a signal's
+    handler, does not wait for the other threads: they own what they work on, and end at their next time step.
     """
+    owned = _dense(tensors)
+    args = _Args(*sizes, *_addresses(owned))
+    args.owned = plan, owned
     threads = min(torch.get_num_threads(), args.chunks) if work > THREADS_FROM else 1
-    # While the interpreter is taken down, no other thread comes to its turn.
-    others = 0 if sys.is_finalizing() else threads if work > WAIT_FROM else threads - 1
-    progress = (ctypes.c_int64 * 2)()
-    args.progress = ctypes.addressof(progress)
-    args.owned += [plan, progress]
+    others = threads if work > WAIT_FROM else threads - 1
+    if sys.is_finalizing():  # while the interpreter is taken down, no other thread comes to its turn
+        others = 0
     done: SimpleQueue[int] = SimpleQueue()
     call = (plan.handle, ctypes.byref(args))
     try:
@@ -219,10 +206,18 @@ def _run(function: Callable[[int, object], int], plan: _Plan, args: _Args, work:
         for _ in range(helpers):
             failed |= done.get()
     except BaseException:
-        progress[1] = 1
+        args.stop = 1
         raise
-    if failed:
-        raise MemoryError("the native engine could not allocate its workspace")
+    _check(failed)
+
+
+def _dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors, or copies, with their numbers in memory in the order of the indices, signs included."""
+    return [tensor if tensor is None else tensor.resolve_neg().contiguous() for tensor in tensors]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _fresh(*size: int) -> Tensor:
@@ -235,13 +230,11 @@ def _fresh(*size: int) -> Tensor:
 
 def _prepare(factors: Sequence[Tensor], cell: Cell, activation: str) -> tuple[_Plan, list[Tensor], Any, Tensor]:
     """Plan, contiguous factors, their addresses and the weights packed for the kernels."""
-    shapes = tuple([(factor.shape[2], factor.shape[3]) for factor in factors])
-    plan = _plan_for(cell.native + (activation == "identity"), factors[0].shape[0], shapes, _lanes)
-    kept = [_dense(factor) for factor in factors]  # (R, K, P, Q) each
-    pointers = plan.pointers(*[factor.data_ptr() for factor in kept])
+    plan = _plan_for(cell.name, activation, tuple([factor.shape for factor in factors]), _lanes)
+    kept: Any = _dense(factors)
+    pointers = plan.pointers(*_addresses(kept))
     packed = _fresh(plan.packed)
-    if _library.kru_pack(plan.handle, pointers, packed.data_ptr()):
-        raise MemoryError("the native engine could not allocate its workspace")
+    _check(_library.kru_pack(plan.handle, pointers, packed.data_ptr()))
     return plan, kept, pointers, packed
 
 
@@ -263,11 +256,9 @@ def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     final_state = _fresh(batch, len(cell.states), units)  # (B, S, N)
     saved = _fresh(*saved_shape(call.inputs.shape, cell)) if save else _fresh(0)
     groups = -(-batch // plan.group)
-    args = _Args(batch, length, min(groups, 4 * MAX_CHUNKS))
-    args.point(packed=packed, inputs=call.inputs, bias=call.bias, initial_state=call.initial_state)
-    args.point(mask=call.mask, starts=call.starts)
-    args.point(states=states, final_state=final_state, saved=saved if saved.numel() else None)
-    _run(_library.kru_forward, plan, args, plan.work * groups * length)
+    read = (packed, call.inputs, call.bias, call.initial_state, call.mask, call.starts)
+    sizes = (batch, length, min(groups, 4 * MAX_CHUNKS))
+    _run(_library.kru_forward, plan, plan.work * groups * length, sizes, (*read, states, saved, final_state))
     return states, final_state, saved
 
 
@@ -284,19 +275,15 @@ def backward(
     # Gradient buffers of at most a quarter of the states' bytes.
     chunks = min(groups, MAX_CHUNKS, max(states.numel() // (4 * plan.gradients), 4))
     chunk_grads = _fresh(chunks, plan.gradients)
-    d_inputs = _fresh(*call.inputs.shape)  # (B, T, K, N)
+    d_inputs, d_bias = _fresh(*call.inputs.shape), _fresh(*call.bias.shape)
     d_initial = _fresh(batch, len(cell.states), units)  # (B, S, N)
-    d_factors = [_fresh(*factor.shape) for factor in kept]  # (R, K, P, Q) each
-    d_bias = _fresh(*call.bias.shape)
-    args = _Args(batch, length, chunks)
-    args.point(packed=packed, inputs=call.inputs, bias=call.bias, initial_state=call.initial_state)
-    args.point(mask=call.mask, starts=call.starts)
-    args.point(states=states, saved=saved if saved.numel() else None, d_states=d_states, d_final=d_final)
-    args.point(d_inputs=d_inputs, d_initial=d_initial, chunk_grads=chunk_grads)
-    _run(_library.kru_backward, plan, args, 4 * plan.work * groups * length)
-    places = plan.pointers(*[piece.data_ptr() for piece in d_factors])
-    if _library.kru_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()):
-        raise MemoryError("the native engine could not allocate its workspace")
+    d_factors = [_fresh(*factor.shape) for factor in kept]
+    read = (packed, call.inputs, call.bias, call.initial_state, call.mask, call.starts, states, saved, None)
+    written = (d_inputs, d_initial, chunk_grads)
+    work = 4 * plan.work * groups * length
+    _run(_library.kru_backward, plan, work, (batch, length, chunks), (*read, d_states, d_final, *written))
+    places = plan.pointers(*_addresses(d_factors))
+    _check(_library.kru_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()))
     return d_inputs, d_factors, d_bias, d_initial
 
 

@@ -8,8 +8,10 @@ and not be finite where the definition's are not, neither more nor fewer. TRITON
 """
 
 import argparse
+import functools
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,8 +21,10 @@ from kru_hf.cells import CELLS
 from kru_hf.scan import unavailable_reason
 from kru_hf.scan_triton import obstacle
 
-# In norm: rounding of float32 over a few steps and factors. At b > 0 gradients hold the phase z/|z| of small |z|.
-STATES, GRADIENTS = 3e-5, 1e-3
+# In norm: rounding of float32 over a few steps and factors. At b > 0 gradients hold the phase z/|z|, and where |z| is
+# small, as many of its digits are rounding as |z| has lost: the definition in float32 is as far off as any engine, so
+# what it is off by on the same case, times LIKE_THE_DEFINITION, is allowed where it is more.
+STATES, GRADIENTS, LIKE_THE_DEFINITION = 3e-5, 1e-3, 16
 SPECIAL = [math.inf, -math.inf, math.nan]
 WIDTHS = [lanes for lanes in (4, 8, 16) if scan_cpu.is_available() and lanes <= scan_cpu._library.kru_lanes()]
 
@@ -109,8 +113,10 @@ class Case:
         return {"states": states.detach(), "final": final.detach()} | dict(zip(names, gradients, strict=True))
 
 
-def faults(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    """What of ``found`` is not as the definition has it."""
+def faults(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], rounded: Callable[[], dict[str, Tensor]] | None = None
+) -> list[str]:
+    """What of ``found`` is not as the definition has it; ``rounded`` gives what the definition is in float32."""
     said = []
     for name, want in wanted.items():
         have, want = found[name].double(), want.double()
@@ -123,6 +129,8 @@ def faults(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
         error, scale = (have - want)[finite].norm().item(), want[finite].norm().item()
         tolerance = STATES if name in ("states", "final") else GRADIENTS
         if error > tolerance * scale + 1e-36:
+            if rounded is not None and error <= LIKE_THE_DEFINITION * (rounded()[name].double() - want).norm():
+                continue
             said.append(f"{name}: off by {error:.3g} of {scale:.3g}")
     return said
 
@@ -130,18 +138,19 @@ def faults(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 def check(seed: int) -> list[str]:
     """What is wrong with the case of that seed, by engine; none: nothing."""
     case, said = Case(seed), []
+    rounded = None if case.special else functools.cache(lambda: case.run("reference", torch.float32))
     # Numbers that are not finite are compared within float32, whose range decides where they are.
     wanted = case.run("reference", torch.float32 if case.special else torch.float64)
-    for width in WIDTHS if CELLS[case.cell].native is not None else ():
+    for width in WIDTHS if unavailable_reason("cpu", CELLS[case.cell]) is None else ():
         scan_cpu._lanes = width
-        said += [f"cpu, {width} lanes: {fault}" for fault in faults(case.run("cpu", torch.float32), wanted)]
+        said += [f"cpu, {width} lanes: {fault}" for fault in faults(case.run("cpu", torch.float32), wanted, rounded)]
     scan_cpu._lanes = None
-    said += [f"portable: {fault}" for fault in faults(case.run("portable", torch.float32), wanted)]
+    said += [f"portable: {fault}" for fault in faults(case.run("portable", torch.float32), wanted, rounded)]
     factors = [factor if factor.dim() == 4 else factor[None] for factor in case.factors]
     if unavailable_reason("triton") is None and obstacle(case.inputs, factors, CELLS[case.cell]) is None:
         if not case.bias.isfinite().all():
             wanted.pop("bias", None)  # the kernels know z/|z| from h alone, which is NaN then
-        said += [f"triton: {fault}" for fault in faults(case.run("triton", torch.float32), wanted)]
+        said += [f"triton: {fault}" for fault in faults(case.run("triton", torch.float32), wanted, rounded)]
     return said
 
 

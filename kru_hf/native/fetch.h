@@ -7,49 +7,36 @@
 typedef struct {
     const float *from; /* `rows` rows of `floats` numbers, `stride` apart; NULL: nothing */
     int64_t stride, rows, floats;
-    int write;
 } kru_range;
 
 typedef struct {
-    kru_range range[4];
-    int count, current;
-    int64_t row, at, lines; /* where the next line is, and lines to fetch at a time */
+    kru_range range[3];
+    int current;
+    int64_t row, at, lines; /* where the next line of 16 floats is, and lines to fetch at a time */
 } kru_fetches;
 
 /* Spreads the ranges over `tiles` calls of fetch_some(); 0: fetches nothing. */
 static void fetch_plan(kru_fetches *f, int64_t tiles) {
-    int64_t lines = 0;
-    f->count = f->current = 0;
-    f->row = f->at = 0;
-    for (int i = 0; i < 4; i++)
-        if (f->range[i].from) {
-            f->range[f->count] = f->range[i];
-            lines += f->range[i].rows * ((f->range[i].floats + 15) / 16);
-            f->count++;
-        }
-    f->lines = tiles ? (lines + tiles - 1) / tiles : 0;
+    for (kru_range *r = f->range; r < f->range + 3; r++) f->lines += r->from ? r->rows * ((r->floats + 15) / 16) : 0;
+    f->lines = tiles ? (f->lines + tiles - 1) / tiles : 0;
 }
 
 static inline __attribute__((always_inline)) void fetch_some(kru_fetches *f) {
-    int64_t left = f->lines;
-    while (left > 0 && f->current < f->count) {
+    for (int64_t left = f->lines; left > 0 && f->current < 3;) {
         const kru_range *r = &f->range[f->current];
-        const float *p = r->from + f->row * r->stride + f->at;
-        int64_t n = (r->floats - f->at + 15) >> 4;
-        if (n > left) n = left;
-        left -= n;
-        f->at += 16 * n;
-        if (r->write)
-            for (const float *end = p + 16 * n; p < end; p += 16) __builtin_prefetch(p, 1, 2);
-        else
-            for (const float *end = p + 16 * n; p < end; p += 16) __builtin_prefetch(p, 0, 2);
-        if (f->at >= r->floats) {
-            f->at = 0;
-            if (++f->row == r->rows) {
-                f->row = 0;
-                f->current++;
-            }
+        if (!r->from || f->row == r->rows) {
+            f->current++;
+            f->row = 0;
+            continue;
         }
+        const float *p = r->from + f->row * r->stride + f->at;
+        int64_t n = (r->floats - f->at + 15) / 16;
+        if (n > left) n = left;
+        for (int64_t i = 0; i < n; i++) __builtin_prefetch(p + 16 * i, 0, 2);
+        left -= n;
+        if ((f->at += 16 * n) < r->floats) continue;
+        f->at = 0;
+        f->row++;
     }
 }
 #endif

@@ -22,39 +22,55 @@
 #include <sys/mman.h>
 #endif
 
+/* 32 vector registers with AVX-512 and NEON, 16 otherwise. */
+#if defined(__aarch64__)
+#define KRU_WIDE(lanes) 1
+#else
+#define KRU_WIDE(lanes) ((lanes) == 16)
+#endif
+
 #include "fetch.h"
 #include "plan.h"
 #include "workspace.h"
 
-#define KRU_ABI 4
+#define KRU_ABI 5
 #define KRU_EXPORT __attribute__((visibility("default")))
 
-/* K planes of the inputs, S of the state, O of the returned states: see kru_cell in cells.inc. */
+/* K planes of the inputs, S of the state, O of the returned states: see kru_facts in cells.inc. */
 typedef struct {
     int64_t B, T, chunks;
     const float *packed, *inputs, *bias, *initial_state; /* from kru_pack, (B,T,K,N), (rows,N), (B,S,N) or NULL: zeros */
     const uint8_t *mask;   /* (B,T), 0 holds the state; NULL: none */
     const uint8_t *starts; /* (B,T), 1: the state before the step is zero; NULL: none */
     float *states;         /* (B,T,O,N): written by the forward, read by the backward */
+    float *saved;          /* (B,T,S-O,N): the state beside h; NULL in a forward that no backward follows */
     float *final_state;    /* (B,S,N) */
-    float *saved; /* B T (S-O) N: states beside h, in the engine's order; NULL in a forward that no backward follows */
     const float *d_states, *d_final; /* NULL: zero */
     float *d_inputs, *d_initial;
-    float *chunk_grads;     /* (chunks, dense + rows N): stage gradients, then the bias's */
-    int64_t *progress;      /* shared by the calling threads: see next_chunk */
+    float *chunk_grads; /* (chunks, dense + rows N): stage gradients, then the bias's */
+    int64_t next;       /* the next chunk, shared by the calling threads; starts at 0 */
+    int64_t stop;       /* not 0 asks all threads to end at their next time step */
 } kru_args;
 
-/* progress[0]: the next chunk, starts at 0. progress[1]: not 0 asks all threads to end at their next time step. */
-static int stopped(const int64_t *progress) { return __atomic_load_n(progress + 1, __ATOMIC_RELAXED) != 0; }
-static int64_t next_chunk(int64_t *progress, int64_t chunks) {
-    return stopped(progress) ? chunks : __atomic_fetch_add(progress, 1, __ATOMIC_RELAXED);
-}
+static int stopped(const kru_args *a) { return __atomic_load_n(&a->stop, __ATOMIC_RELAXED) != 0; }
+static int64_t next_chunk(kru_args *a) { return stopped(a) ? a->chunks : __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED); }
 
 /* Whether a flag of n samples at one step is 0, or (`set`) is not. */
 static int any_flag(const uint8_t *flags, int64_t T, int n, int set) {
     for (int s = 0; s < n; s++)
         if ((flags[s * T] != 0) == set) return 1;
     return 0;
+}
+
+/* Where plane k of the state after step `at` of all B T lies, in states or in saved (NULL: nowhere): a row a sample. */
+typedef struct {
+    float *at;
+    int64_t stride;
+} kru_rows;
+static inline kru_rows state_rows(const kru_args *a, kru_facts facts, int64_t N, int k, int64_t at) {
+    int O = facts.outputs, planes = k < O ? O : facts.states - O;
+    float *all = k < O ? a->states : a->saved;
+    return (kru_rows){all ? all + (at * planes + k % O) * N : NULL, a->T * planes * N};
 }
 
 #define CAT_(a, b) a##b
@@ -91,10 +107,10 @@ static group_function *group_of(const kru_plan *plan) {
     return units ? units_group_generic : samples_group_generic;
 }
 
-static int64_t bias_floats(const kru_plan *plan) { return CELLS[plan->cell].bias * plan->N; }
+static int64_t bias_floats(const kru_plan *plan) { return plan->facts.rows * plan->N; }
 
 /* Takes chunks of the batch until none is left. A chunk's result does not depend on who computed it. */
-static int run(const kru_plan *plan, const kru_args *a, int backward) {
+static int run(const kru_plan *plan, kru_args *a, int backward) {
     kru_workspace ws = workspace(plan, backward, NULL);
     group_function *group = group_of(plan);
     int64_t groups = ceil_div(a->B, plan->group), stride = plan->dense_floats + bias_floats(plan);
@@ -105,7 +121,7 @@ static int run(const kru_plan *plan, const kru_args *a, int backward) {
     unsigned int mode = _mm_getcsr();
     _mm_setcsr(mode | 0x8040);
 #endif
-    for (int64_t c; (c = next_chunk(a->progress, a->chunks)) < a->chunks;) {
+    for (int64_t c; (c = next_chunk(a)) < a->chunks;) {
         float *dense = backward ? a->chunk_grads + c * stride : NULL, *db = backward ? dense + plan->dense_floats : NULL;
         if (backward) {
             memset(ws.acc, 0, sizeof(float) * plan->acc_floats);
@@ -124,36 +140,30 @@ static int run(const kru_plan *plan, const kru_args *a, int backward) {
     return 0;
 }
 
-KRU_EXPORT int64_t kru_abi(void) { return KRU_ABI; }
+KRU_EXPORT int kru_abi(void) { return KRU_ABI; }
 
 /* Vector lanes of this processor; a plan may ask for fewer, which the tests do. */
 KRU_EXPORT int64_t kru_lanes(void) { return best_lanes(); }
 
-/* A cell's planes of inputs, rows of the bias, planes of the state and of the returned states, for a check; 0: none such. */
-KRU_EXPORT int kru_cell_facts(int64_t cell, int64_t *out) {
-    if (cell < 0 || cell >= CELL_COUNT) return 0;
-    const kru_cell *facts = &CELLS[cell];
-    int64_t values[4] = {facts->gates, facts->bias, facts->states, facts->outputs};
-    memcpy(out, values, sizeof values);
-    return 1;
-}
+/* Names of the cells, each followed by a space; a plan is asked for by the number of the name. */
+KRU_EXPORT const char *kru_cells(void) { return COMPLEX_CELLS(AS_NAME) REAL_CELLS(AS_NAME); }
 
-/* Opaque, for as many threads as wanted, freed by kru_plan_free. NULL: out of memory, no such cell or width, or too many
- * factors. */
-KRU_EXPORT void *kru_plan_new(int64_t cell, int64_t R, int64_t F, const int64_t *P, const int64_t *Q, int64_t lanes) {
+/* Opaque, for as many threads as wanted, freed by kru_plan_free; lanes 0: the processor's. NULL: out of memory, no such cell
+ * or width, or too many factors. sizes: floats of the packed weights and of one chunk's gradients, samples of a group, and
+ * the estimated vector operations of a group's step. */
+KRU_EXPORT void *kru_plan_new(int64_t cell, int64_t gates, int64_t rows, int64_t states, int64_t R, int64_t F,
+                              const int64_t *P, const int64_t *Q, int64_t lanes, int64_t *sizes) {
+    if (!lanes) lanes = best_lanes();
     int fits = lanes <= best_lanes() && (lanes == 4 || lanes == 8 || lanes == 16);
-    return fits ? plan_new(cell, R, F, P, Q, lanes) : NULL;
+    kru_plan *plan = fits ? plan_new(cell, gates, rows, states, R, F, P, Q, lanes) : NULL;
+    if (!plan) return NULL;
+    sizes[0] = plan->packed_floats;
+    sizes[1] = plan->dense_floats + bias_floats(plan);
+    sizes[2] = plan->group;
+    sizes[3] = (int64_t)plan->work;
+    return plan;
 }
 KRU_EXPORT void kru_plan_free(void *plan) { free(plan); }
-
-/* Floats of the packed weights and of one chunk's gradients, samples of a group; returns the estimated vector operations
- * of a group's step. */
-KRU_EXPORT double kru_plan_sizes(const kru_plan *plan, int64_t *out) {
-    out[0] = plan->packed_floats;
-    out[1] = plan->dense_floats + bias_floats(plan);
-    out[2] = plan->group;
-    return plan->work;
-}
 
 /* Merges the factors (R,K,P_f,Q_f) of each stage and lays the stages out for the kernels. */
 KRU_EXPORT int kru_pack(const kru_plan *plan, const float *const *factors, float *packed) {
@@ -170,8 +180,8 @@ KRU_EXPORT int kru_pack(const kru_plan *plan, const float *const *factors, float
 }
 
 /* 0, or -1: no memory for the workspace. */
-KRU_EXPORT int kru_forward(const kru_plan *plan, const kru_args *args) { return run(plan, args, 0); }
-KRU_EXPORT int kru_backward(const kru_plan *plan, const kru_args *args) { return run(plan, args, 1); }
+KRU_EXPORT int kru_forward(const kru_plan *plan, kru_args *args) { return run(plan, args, 0); }
+KRU_EXPORT int kru_backward(const kru_plan *plan, kru_args *args) { return run(plan, args, 1); }
 
 /* Sums the chunks in order and takes merged gradients back: d_factors[f] is (R,K,P_f,Q_f), d_bias (rows,N). */
 KRU_EXPORT int kru_reduce(const kru_plan *plan, const float *const *factors, int64_t chunks, const float *chunk_grads,

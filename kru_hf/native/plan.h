@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cells.inc" /* the facts of the cells */
+#include "cells.inc" /* the names of the cells */
 
 #define MAX_FACTORS 64
 #define MAX_STAGES MAX_FACTORS
@@ -31,7 +31,8 @@ typedef struct {
 } kru_stage;
 
 typedef struct {
-    int cell, F, S;       /* factors, stages */
+    int cell, F, S; /* factors, stages */
+    kru_facts facts;
     int64_t N, R, M, c;   /* as above */
     int64_t lanes, group; /* group: samples that advance in lockstep */
     int64_t P[MAX_FACTORS], Q[MAX_FACTORS];
@@ -47,11 +48,7 @@ static int64_t more(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Rows of one register block of the kernels with lanes over samples; P rows are cut into blocks of nearly equal size,
  * and weights are packed in this order. */
-#if defined(__aarch64__)
-static int64_t block_rows(int64_t lanes) { return lanes > 0 ? 12 : 0; }
-#else
-static int64_t block_rows(int64_t lanes) { return lanes == 16 ? 12 : 6; }
-#endif
+static int64_t block_rows(int64_t lanes) { return KRU_WIDE(lanes) ? 12 : 6; }
 
 /* Vector operations of one stage. Over units: multiply-adds at full or padded lanes, loads and stores, and the scalar
  * transposition that lanes over p need when the stage is not the innermost one. Over samples, where the place of a stage
@@ -143,16 +140,20 @@ static void place_stage(kru_plan *plan, int i) {
     plan->tiles += matrices * (st->right == 1 ? 1 : st->left) * ceil_div(columns, st->tile);
 }
 
-/* NULL: out of memory, or no such cell or number of factors. */
-static kru_plan *plan_new(int64_t cell, int64_t R, int64_t F, const int64_t *P, const int64_t *Q, int64_t lanes) {
+/* NULL: out of memory, or no such cell, facts or number of factors. */
+static kru_plan *plan_new(int64_t cell, int64_t gates, int64_t rows, int64_t states, int64_t R, int64_t F,
+                          const int64_t *P, const int64_t *Q, int64_t lanes) {
+    int c = cell < FIRST_REAL ? 2 : 1, own = (int)(c == 2 ? rows : rows - gates);
+    int fits = c == 2 ? gates == 2 && states == 2 && rows == 1 : own >= 0 && rows <= MAX_ROWS && states <= MAX_STATES;
     kru_plan *plan = calloc(1, sizeof *plan);
-    if (!plan || cell < 0 || cell >= CELL_COUNT || R < 1 || F < 1 || F > MAX_FACTORS) {
+    if (!plan || cell < 0 || cell >= CELL_COUNT || !fits || R < 1 || F < 1 || F > MAX_FACTORS) {
         free(plan);
         return NULL;
     }
     plan->cell = (int)cell;
-    plan->c = CELLS[cell].complex ? 2 : 1;
-    plan->M = CELLS[cell].gates / plan->c;
+    plan->facts = (kru_facts){(int)gates, (int)rows, own, (int)states, c};
+    plan->c = c;
+    plan->M = gates / c;
     plan->R = R;
     plan->F = (int)F;
     plan->lanes = lanes;
@@ -253,6 +254,15 @@ static void pack_blocks(int64_t P, int64_t Q, int64_t sp, int64_t sq, int64_t ro
             for (int64_t p = k * P / blocks; p < (k + 1) * P / blocks; p++) *to++ = from[p * sp + q * sq];
 }
 
+/* (P,Q,2), or with `sign` -1 its conjugate, to steps (sp, sq, sc). */
+static void pack_complex(int64_t P, int64_t Q, const float *from, float *to, int64_t sp, int64_t sq, int64_t sc, float sign) {
+    for (int64_t p = 0; p < P; p++)
+        for (int64_t q = 0; q < Q; q++, from += 2) {
+            to[p * sp + q * sq] = from[0];
+            to[p * sp + q * sq + sc] = sign * from[1];
+        }
+}
+
 /* A dense stage (P,Q,c) laid out for its kernel: w, and its adjoint (the transpose of a real one). */
 static void pack(const kru_plan *plan, const kru_stage *st, const float *dense, float *w, float *adjoint) {
     int64_t P = st->P, Q = st->Q, VL = plan->lanes, Pp = round_up(P, VL), Qp = round_up(Q, VL);
@@ -261,25 +271,15 @@ static void pack(const kru_plan *plan, const kru_stage *st, const float *dense, 
         pack_blocks(Q, P, 1, Q, block_rows(VL), dense, adjoint);
         return;
     }
-    if (st->kind == ROWS) {
+    if (st->kind == ROWS) { /* (Q,2,P padded) and its adjoint (P,2,Q padded) */
         memset(w, 0, sizeof(float) * 2 * Q * Pp);
         memset(adjoint, 0, sizeof(float) * 2 * P * Qp);
+        pack_complex(P, Q, dense, w, 1, 2 * Pp, Pp, 1);
+        pack_complex(P, Q, dense, adjoint, 2 * Qp, 1, Qp, -1);
+    } else { /* (P,Q,2) and its adjoint (Q,P,2) */
+        pack_complex(P, Q, dense, w, 2 * Q, 2, 1, 1);
+        pack_complex(P, Q, dense, adjoint, 2, 2 * P, 1, -1);
     }
-    for (int64_t p = 0; p < P; p++)
-        for (int64_t q = 0; q < Q; q++) {
-            float re = dense[2 * (p * Q + q)], im = dense[2 * (p * Q + q) + 1];
-            if (st->kind == DIRECT) { /* (P,Q,2) and its adjoint (Q,P,2) */
-                w[2 * (p * Q + q)] = re;
-                w[2 * (p * Q + q) + 1] = im;
-                adjoint[2 * (q * P + p)] = re;
-                adjoint[2 * (q * P + p) + 1] = -im;
-            } else { /* (Q,2,P padded) and its adjoint (P,2,Q padded) */
-                w[2 * q * Pp + p] = re;
-                w[2 * q * Pp + Pp + p] = im;
-                adjoint[2 * p * Qp + q] = re;
-                adjoint[2 * p * Qp + Qp + q] = -im;
-            }
-        }
 }
 
 /* A thread's accumulators to the dense (R,M,P,Q,c) gradient of each stage. */

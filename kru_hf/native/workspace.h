@@ -34,18 +34,18 @@ static float *take(float **memory, int64_t *total, int64_t floats) {
 
 /* Names for parts of `memory`, 64-byte aligned; NULL: only the size is asked for. */
 static kru_workspace workspace(const kru_plan *plan, int backward, float *memory) {
-    const kru_cell *cell = &CELLS[plan->cell];
+    kru_facts facts = plan->facts;
     kru_workspace ws = {.plane = plane_floats(plan)};
     int64_t plane = ws.plane, c = plan->c, *n = &ws.floats;
-    ws.state = take(&memory, n, cell->states * plane);
+    ws.state = take(&memory, n, facts.states * plane);
     ws.swap[0] = take(&memory, n, c * plane);
     ws.swap[1] = take(&memory, n, c * plane);
     /* A single matrix leaves its product where its last stage would: the less memory, the more of it in the first cache. */
-    ws.product = plan->R * plan->M == 1 ? ws.swap[backward || plan->S % 2 == 0] : take(&memory, n, cell->gates * plane);
+    ws.product = plan->R * plan->M == 1 ? ws.swap[backward || plan->S % 2 == 0] : take(&memory, n, facts.gates * plane);
     ws.sum = take(&memory, n, c == 2 ? c * plane : 0);
     ws.tmp = take(&memory, n, plan->tmp_floats);
     if (backward) {
-        ws.d_state = take(&memory, n, cell->states * plane);
+        ws.d_state = take(&memory, n, facts.states * plane);
         ws.passed = take(&memory, n, c * plane);
         ws.inner = take(&memory, n, plan->R * plan->M * (plan->S - 1) * c * plane);
         ws.acc = take(&memory, n, plan->acc_floats);

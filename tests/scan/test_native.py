@@ -4,6 +4,9 @@ import _thread
 import ctypes
 import math
 import os
+import pathlib
+import shutil
+import subprocess
 from queue import SimpleQueue
 
 import pytest
@@ -185,3 +188,29 @@ def test_another_library_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(ctypes, "CDLL", lambda path, own=ctypes.CDLL: own(None))
     library, reason = scan_cpu._load()
     assert library is None and "cannot be loaded" in reason
+
+
+def test_the_library_alone_under_sanitizers(tmp_path):
+    """``native_test.c`` calls it with arrays of the exact shapes; all that it is told of a cell is what CELLS has."""
+    tests, compiler = pathlib.Path(__file__).parents[1], shutil.which(os.environ.get("CC", "cc"))
+    build = [
+        compiler,
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-o",
+        str(tmp_path / "program"),
+    ]
+    empty = tmp_path / "empty.c"
+    empty.write_text("int main(void) { return 0; }")
+    if compiler is None or subprocess.run([*build, str(empty)], capture_output=True).returncode:
+        pytest.skip("no C compiler with AddressSanitizer and UndefinedBehaviorSanitizer")
+    source = ["-I", str(tests.parent / "kru_hf/native"), str(tests / "native_test.c"), "-lm", "-lpthread"]
+    subprocess.run([*build, *source], check=True)
+    facts = []
+    for name, activation in NATIVE:
+        cell = CELLS[name]
+        numbers = (cell.planes, cell.bias_rows or 1, len(cell.states))
+        facts += [scan_cpu._template(cell, activation), *map(str, numbers)]
+    done = subprocess.run([tmp_path / "program", *facts], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "no faults\n"), done.stderr
