@@ -123,7 +123,7 @@ def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | Non
 
 
 class _Plan:
-    """Merged stages, their order and kernels, for a cell and factors (R, K, P_f, Q_f) of given shapes; owns the C object."""
+    """Merged stages, their order and kernels, for a cell and shapes (R, K, P_f, Q_f); owns the C object."""
 
     def __init__(self, name: str, activation: str, shapes: tuple[torch.Size, ...], lanes: int | None) -> None:
         cell, array = CELLS[name], ctypes.c_int64 * len(shapes)
