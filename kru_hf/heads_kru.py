@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_kru import KRUCache, per_document
 from .configuration_kru import KRUConfig
-from .modeling_kru import KRUModelOutput, KRUPreTrainedModel, step_targets, target_share
+from .modeling_kru import KRUPreTrainedModel, step_targets, target_share
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -111,15 +111,37 @@ class _Classifier(KRUPreTrainedModel):
         self.score = nn.Linear(self.score_size(config), config.num_labels)
         self.post_init()
 
-    def _finish(
+    def classify(self, features: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features (B, T, D) to logits, and which of them are scored (None: all); mask and starts are (B, T)."""
+        raise NotImplementedError
+
+    @can_return_tuple
+    def forward(
         self,
-        outputs: KRUModelOutput,
-        logits: Tensor,
-        labels: Tensor | None,
-        scored: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: KRUCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        input_values: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> KRUClassifierOutput:
-        """The output, with the loss and in training mode the penalty, which counts once an optimizer step."""
+        """As :class:`KRUModel`, with labels for the logits: of the classes (K = 1: values), or K wide.
+
+        In training mode the loss has the penalty, which counts once an optimizer step.
+        """
+        outputs, mask, starts = self.run_body(
+            attention_mask,
+            kwargs,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        logits, scored = self.classify(outputs.last_hidden_state, mask, starts)
         loss: Tensor | None = None
         share: Tensor | float = 1.0
         if labels is not None:
@@ -136,12 +158,13 @@ class _Classifier(KRUPreTrainedModel):
 
 
 class KRUForSequenceClassification(_Classifier):
-    """One set of K logits a sequence, read at its last attended step.
+    """One set of K logits a sequence, for packed rows one for each document, read at its last attended step.
 
-    A bidirectional model is read where each direction has seen the whole sequence: the forward one at the last
-    attended step, the reverse one at the first. In a plain block that is one half of the states at
-    either step, together D wide. Residual blocks mix the directions: the features
-    of the two steps are joined, last step first: ``score`` then reads twice as many.
+    Labels are (B,) or (B, K). Padding is told by ``attention_mask`` alone, on either side: without one the last step is
+    read. A bidirectional model is read where each direction has seen the whole sequence: the forward one at the last
+    attended step, the reverse one at the first. In a plain block that is one half of the states at either step,
+    together D wide. Residual blocks mix the directions: the features of the two steps are joined, last step first, and
+    ``score`` reads twice as many.
     The loss follows ``config.problem_type``: regression, single_label_classification or multi_label_classification.
     """
 
@@ -161,71 +184,17 @@ class KRUForSequenceClassification(_Classifier):
             last, first = last[:, : width // 2], first[:, width // 2 :]  # (B, D/2) each
         return torch.cat((last, first), 1)  # (B, D) or (B, 2·D)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: KRUCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        input_values: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> KRUClassifierOutput:
-        """As :class:`KRUModel`, with labels (B,) or (B, K); logits (B, K), for packed rows one for each document.
-
-        Padding is told by ``attention_mask`` alone, on either side: without one the last step is read.
-        """
-        mask, starts = self.read_batch(attention_mask, kwargs, input_ids, inputs_embeds, input_values)  # (B, T) each
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            input_values=input_values,
-            document_starts=starts,
-            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
-        )
-        features = outputs.last_hidden_state  # (B, T, D)
-        features, mask = per_document(features, mask, starts)
-        pooled = self.pool(features, mask)  # (B, D)
-        return self._finish(outputs, self.read(pooled, self.score), labels, None, num_items_in_batch)
+    def classify(self, features: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        pooled = self.pool(*per_document(features, mask, starts))  # (B, D)
+        return self.read(pooled, self.score), None  # (B, K)
 
 
 class KRUForTokenClassification(_Classifier):
     """K logits a step, each from the steps up to it, or from all steps if bidirectional.
 
-    The loss follows ``config.problem_type``.
+    Labels are (B, T) or (B, T, K); padded steps and -100 are not scored. The loss follows ``config.problem_type``.
     """
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: KRUCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        input_values: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> KRUClassifierOutput:
-        """As :class:`KRUModel`, with labels (B, T) or (B, T, K); padded steps and -100 are not scored."""
-        mask, starts = self.read_batch(attention_mask, kwargs, input_ids, inputs_embeds, input_values)  # (B, T) each
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            input_values=input_values,
-            document_starts=starts,
-            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
-        )
-        logits = self.read(outputs.last_hidden_state, self.score)  # (B, T, K)
-        scored = None if mask is None else mask.to(logits.device)  # (B, T)
-        return self._finish(outputs, logits, labels, scored, num_items_in_batch)
+    def classify(self, features: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        logits = self.read(features, self.score)  # (B, T, K)
+        return logits, None if mask is None else mask.to(logits.device)  # (B, T)

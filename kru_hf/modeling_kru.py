@@ -20,6 +20,8 @@ from .maps import KroneckerLinear, KRUFeedForward, linear, map_dtype, normed_lin
 from .recurrence import KRUBidirectional, KRURecurrence
 from .transforms import can_look_at
 
+INPUTS = ("input_ids", "inputs_embeds", "input_values")  # of which a call gets one: (B, T), (B, T, ·)
+
 
 def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUBidirectional:
     """The recurrence of a layer: the cell that ``config.cell_type`` names, or two of them."""
@@ -211,15 +213,22 @@ class KRUPreTrainedModel(PreTrainedModel):
             loss = loss + self.config.unitary_loss_coef * share * penalty.to(loss.device)
         return loss, penalty
 
-    def read_batch(
-        self, attention_mask: Tensor | None, marks: dict[str, Any], *inputs: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """As :func:`kru_hf.cache_kru.read_batch`, for a batch of whichever of the ``inputs`` (B, T, …) is given."""
-        given = [x for x in inputs if x is not None]
-        if len(given) != 1 or given[0].ndim < 2 or given[0].shape[1] == 0:
-            return attention_mask, None  # the body says what is wrong
-        batch, length = given[0].shape[:2]
-        return read_batch(attention_mask, marks, batch, length, given[0].device)
+    def run_body(
+        self, attention_mask: Tensor | None, kwargs: dict[str, Any], **inputs: Any
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
+        """The body on what a head was given: its output, and mask and starts of documents (B, T), see ``read_batch``.
+
+        Args:
+            kwargs: of the head's forward, with the marks of documents. inputs: named arguments of the body, which says
+                what is wrong with them.
+        """
+        given = [inputs[name] for name in INPUTS if inputs.get(name) is not None]
+        mask, starts = attention_mask, None
+        if len(given) == 1 and given[0].ndim > 1 and given[0].shape[1] > 0:
+            batch, length = given[0].shape[:2]
+            mask, starts = read_batch(attention_mask, kwargs, batch, length, given[0].device)
+        asked = {name: value for name, value in kwargs.items() if name.startswith("output_")}
+        return self.model(attention_mask=mask, document_starts=starts, **inputs, **asked), mask, starts
 
     def read(self, features: Tensor, head: nn.Linear) -> Tensor:
         """``head`` on what :class:`KRUModel` returns, normalising states that come as they are: (B, T, out)."""
@@ -457,15 +466,13 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         (B, T) in kwargs gives targets that are already aligned with the logits, for contiguous windows; all of them but
         -100 are scored. In training mode λ · unitary_loss is added to the loss.
         """
-        mask, starts = self.read_batch(attention_mask, kwargs, input_ids, inputs_embeds)  # (B, T) each
-        outputs = self.model(
+        outputs, _, starts = self.run_body(
+            attention_mask,
+            kwargs,
             input_ids=input_ids,
-            attention_mask=mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
             use_cache=use_cache,
-            document_starts=starts,
-            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.read(outputs.last_hidden_state[:, keep], self.lm_head)  # (B, T, V)

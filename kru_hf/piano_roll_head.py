@@ -151,14 +151,8 @@ class KRUForPianoRoll(KRUPreTrainedModel):
             ValueError: frames of another shape, outside [0, 1], or where a chain scores them neither 0 nor 1.
         """
         check_frames(input_values, self.width)
-        mask, starts = self.read_batch(attention_mask, kwargs, input_values)  # (B, T) each
-        outputs = self.model(
-            input_values=input_values,
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            document_starts=starts,
-            **{name: value for name, value in kwargs.items() if name.startswith("output_")},
+        outputs, mask, starts = self.run_body(
+            attention_mask, kwargs, input_values=input_values, past_key_values=past_key_values, use_cache=use_cache
         )
         context = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width + H)
         shift_labels = kwargs.get("shift_labels")
