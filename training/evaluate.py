@@ -19,6 +19,7 @@ from .common.errors import UserError
 from .common.files import check_fields
 from .loop.scoring import evaluate
 from .models.build import check_fit, load_model
+from .models.runtime import through_runtime
 from .options.data import DataOptions
 from .options.fields import option
 from .options.parser import parse_words
@@ -36,11 +37,16 @@ class EvaluateOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "Precision of matrix products; not given: that of the training, in which its figures were scored too."
     )
+    dtype: Literal["fp32", "int8", "int4"] | None = option(
+        None, "Score what the C runtime computes with weights of this precision; not given: the model in PyTorch."
+    )
     allow_other_dataset: bool = option(False, "Accept data that differ from what the model was trained on.")
 
     def __post_init__(self) -> None:
         if self.model is None:
             raise UserError("model is missing: pass --model FOLDER or a Hub id")
+        if self.dtype is not None and self.mixed_precision is not None:
+            raise UserError(f"mixed_precision={self.mixed_precision!r} does nothing beside dtype={self.dtype!r}")
 
 
 def recorded(options: type[Any], source: str, values: dict[str, Any], **changes: Any) -> Any:
@@ -99,8 +105,11 @@ def run(argv: list[str]) -> dict[str, float]:
     check_fit(str(options.model), model, task.name, task.model_kwargs())
     processes.check_launcher()
     precision = options.mixed_precision or record.options.get("mixed_precision")
+    if options.dtype is not None:
+        model, precision = through_runtime(model, options.dtype), "no"
     try:
-        accelerator = Accelerator(cpu=processes.on_cpu(options.use_cpu), mixed_precision=precision)
+        cpu = processes.on_cpu(options.use_cpu or options.dtype is not None)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     except ValueError as error:
         raise UserError(f"mixed_precision={precision!r} of {options.model!r}: {error}; pass another") from error
     processes.check_world(accelerator)
@@ -118,6 +127,7 @@ def print_table(options: EvaluateOptions, task: Task, model: Any, figures: dict[
     rows = [
         ("model", str(options.model)),
         ("parameters", f"{model.num_parameters():,} ({model.num_recurrent_parameters():,} recurrent)"),
+        *([("computed by", f"the C runtime, {options.dtype}")] if options.dtype else []),
         ("data", f"{task.dataset_record()['name']}, {options.split}"),
         *((name, f"{value:.4f}") for name, value in figures.items()),
     ]

@@ -5,6 +5,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..cells import BY_TYPE
@@ -25,6 +26,14 @@ def round_rows(matrix: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     # A scale below fp16's smallest number stands for a row of zeros.
     safe = np.where(scales == 0, 1, scales).astype(np.float32)[..., None]
     return np.clip(np.rint(matrix / safe), -most, most).astype(np.int8), scales
+
+
+def rounded(matrix: Tensor, dtype: str, most: int = 127) -> Tensor:
+    """The matrix (…, columns) as a file of that dtype holds it: itself for "fp32"."""
+    if dtype == "fp32":
+        return matrix
+    codes, scales = round_rows(_numpy(matrix), most)
+    return torch.from_numpy(codes * scales[..., None].astype(np.float32))
 
 
 class _Writer:

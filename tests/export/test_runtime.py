@@ -21,7 +21,7 @@ from kru_hf.cells import BY_TYPE
 from kru_hf.export import StreamingModel, weight_file
 from kru_hf.export.__main__ import main
 from kru_hf.export.streaming import library
-from kru_hf.export.weight_file import CELL_ORDER, round_rows
+from kru_hf.export.weight_file import CELL_ORDER, rounded
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPORT = ROOT / "kru_hf" / "export"
@@ -61,28 +61,21 @@ def noisy(model):
     return model.eval()
 
 
-def rounded(model, dtype):
+def with_rounded_weights(model, dtype):
     """The model with the weights that its file has."""
     if dtype == "fp32":
         return model
-
-    def rows(values, most=127):
-        codes, scales = round_rows(values.numpy(), most)
-        return torch.from_numpy(codes * scales[..., None].astype(np.float32))
-
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            kind = name.rpartition(".")[2]
-            if kind == "bias" or "norm" in name:
+            if name.endswith("bias") or "norm" in name:
                 parameter.copy_(parameter.half().float())
             elif parameter.shape[-1] == 1:
-                parameter.copy_(rows(parameter.reshape(1, -1)).reshape(parameter.shape))
+                parameter.copy_(rounded(parameter.reshape(1, -1), dtype).reshape(parameter.shape))
+            elif "chain.lower" in name:  # stored key by key
+                parameter.copy_(rounded(parameter.mT, dtype).mT)
             else:
-                if "chain.lower" in name:  # stored key by key
-                    parameter.copy_(rows(parameter.mT.contiguous()).mT)
-                    continue
-                small = "chain.keys" in name or "embed_tokens" in name or "factors" in name or kind == "mixing"
-                parameter.copy_(rows(parameter, 127 if small or dtype == "int8" else 7))
+                small = any(part in name for part in ("chain.keys", "embed_tokens", "factors", "mixing"))
+                parameter.copy_(rounded(parameter, dtype, 127 if small or dtype == "int8" else 7))
     return model
 
 
@@ -94,7 +87,7 @@ def agree(model, dtype, inputs, outputs=None):
         given = (
             {"input_values": torch.tensor(inputs)[None]} if stream.input_size else {"input_ids": torch.tensor([inputs])}
         )
-        expected = rounded(model, dtype)(**given).logits.squeeze(0).numpy()
+        expected = with_rounded_weights(model, dtype)(**given).logits.squeeze(0).numpy()
     found = found[-1] if expected.ndim == 1 else found
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[dtype] * max(np.abs(expected).max(), 1))
 
@@ -138,7 +131,7 @@ def test_chain_of_keys(dtype):
     nats = np.array([stream.nats(frame) for frame in everything])
     with torch.no_grad():
         piece = torch.from_numpy(np.concatenate((frames, everything[11:12])))[None]  # (1, 10, 5)
-        logits = rounded(model, dtype)(input_values=piece).logits[0, 8]  # of the last frame
+        logits = with_rounded_weights(model, dtype)(input_values=piece).logits[0, 8]  # of the last frame
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, piece[0, 9], reduction="sum")
     assert abs(nats[11] - expected.item()) < 10 * TOLERANCE[dtype]
     assert abs(np.exp(-nats).sum() - 1) < 1e-5
