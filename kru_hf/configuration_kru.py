@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .cells import ACTIVATIONS, BY_TYPE, CELLS, Cell, Start, check_chrono, check_start
-from .frame_heads import CHAIN_SIZE, check_frame_head
+from .frame_heads import CHAIN_CHANNELS, CHAIN_SIZE, check_frame_head
 from .kronecker import MOST_UNITS, check_choice, plan_with_warning
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ LIMITS = {
     "recurrent_terms": 2**10,
     "input_size": 2**20,
     "frame_head_size": 2**20,
+    "frame_head_channels": 2**10,
     "chrono_max_length": 2**40,
 }
 # Numbers, what they may be in words, and as a test; None is not tested.
@@ -124,6 +125,7 @@ class KRUConfig(PreTrainedConfig):
         frame_head: of a model of piano rolls: "independent" keys given the state, or a "chain" from low to high, where
             each key is drawn given the lower ones.
         frame_head_size: H, hidden units of the chain. frame_head_dropout: on them.
+        frame_head_channels: C, hidden units with which the chain reads the keys around each key, alike for all keys.
         layer_norm_epsilon: of every RMS norm.
         initializer_range: standard deviation of the output head's weights at the start.
 
@@ -161,6 +163,7 @@ class KRUConfig(PreTrainedConfig):
     input_size: int | None = None
     frame_head: str = "independent"
     frame_head_size: int = CHAIN_SIZE
+    frame_head_channels: int = CHAIN_CHANNELS
     frame_head_dropout: float | int = 0.0
     layer_norm_epsilon: float | int = 1e-6
     initializer_range: float | int = 0.02

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from .kronecker import check_choice
 
-CHAIN_SIZE = 64  # hidden units
+CHAIN_SIZE, CHAIN_CHANNELS = 64, 8  # hidden units of the chain, and of the windows at each key
+OCTAVE = 12  # keys
+WINDOW = 2 * OCTAVE + 1
 FRAME_HEADS = ("independent", "chain")
 MOST_DRAWS = 64  # free draws of a frame before limits on its voices are built into the draw
 SURE = 1e-4  # a temperature at which a key of independent ones is all but certain
@@ -18,32 +20,84 @@ SURE = 1e-4  # a temperature at which a key of independent ones is all but certa
 def check_frame_head(config: Any) -> None:
     """A ValueError for a field of the frame head that is not allowed."""
     check_choice("frame_head", config.frame_head, FRAME_HEADS)
-    if config.frame_head_size < 1:
-        raise ValueError(f"frame_head_size must be at least 1, got {config.frame_head_size}")
+    for name in ("frame_head_size", "frame_head_channels"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if not 0 <= config.frame_head_dropout < 1:
         raise ValueError(f"frame_head_dropout must be in [0, 1), got {config.frame_head_dropout}")
-    for name, unused in (("frame_head_size", CHAIN_SIZE), ("frame_head_dropout", 0)):
+    values = {"frame_head_size": CHAIN_SIZE, "frame_head_channels": CHAIN_CHANNELS, "frame_head_dropout": 0}
+    for name, unused in values.items():
         if config.frame_head != "chain" and getattr(config, name) != unused:
             raise ValueError(f"{name} of independent keys must stay {unused} (unused), got {getattr(config, name)}")
+
+
+class KeyWindows(nn.Module):
+    """What all keys read in the same way: the frame before, an octave either side, and two octaves of lower keys.
+
+    So a step, an interval and a chord are learnt once, not once a key.
+
+    Args:
+        size: H, width of the context. channels: C, hidden units of each key.
+    """
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.near = nn.Parameter(torch.empty(2, WINDOW, channels))  # of the frame before, and of the frame
+        self.context = nn.Linear(size, channels)
+        self.out = nn.Linear(channels, 1, bias=False)
+
+    def forward(self, hidden: Tensor, before: Tensor, frame: Tensor) -> Tensor:
+        """What is added to the logit of each key i, of its own frame from the keys below i alone: (M, width).
+
+        Args:
+            hidden: c, (M, H). before, frame: the frame before and the frame itself, (M, width).
+        """
+        places = torch.arange(frame.shape[-1], device=frame.device)  # (width,)
+        apart = places[:, None] - places  # (width, width): j - i for key j as key i sees it
+        around = (apart + OCTAVE).where(apart.abs() <= OCTAVE, WINDOW)  # its place in the window; WINDOW: outside it
+        below = (apart + WINDOW).where((apart < 0) & (apart >= -WINDOW), WINDOW)
+        near = F.pad(self.near, (0, 0, 0, 1))  # (2, WINDOW + 1, C)
+        index = torch.cat([around, below + WINDOW + 1])  # (2·width, width)
+        table = near.flatten(0, 1).index_select(0, index.flatten()).view(len(index), -1)  # (2·width, width·C)
+        seen = torch.cat([before, frame.to(before.dtype)], -1)  # (M, 2·width)
+        units = (seen @ table).unflatten(-1, (-1, self.near.shape[-1]))  # (M, width, C)
+        units = F.relu(units + self.context(F.relu(hidden))[:, None])  # (M, width, C)
+        return self.out(units).squeeze(-1)  # (M, width)
 
 
 class KeyChain(nn.Module):
     """Keys from low to high, each given the lower ones that sound (NADE, Larochelle & Murray 2011).
 
-    Key i of a frame x sounds with the logit a_i + v_i · ReLU(c + Σ_{j<i} x_j w_j). The context (a, c) is read from the
-    recurrent state and from the frame before: it and the lower keys are all that key i sees.
+    Key i of a frame x sounds with the logit a_i + v_i · ReLU(c + Σ_{j<i} x_j w_j), and what :class:`KeyWindows` adds.
+    The context (a, c) is read from the recurrent state and from the frame before: it, that frame and the lower keys are
+    all that key i sees.
 
     Args:
-        width: keys of a frame. size: H, width of c. dropout: on the hidden units, in training.
+        width: keys of a frame. size: H, width of c. channels: of the windows.
+        dropout: on the hidden units, in training.
     """
 
-    def __init__(self, width: int, size: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, size: int, channels: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.width, self.size = width, size
         self.before = nn.Linear(width, width + size, bias=False)  # of the frame before: its part of (a, c)
+        self.windows = KeyWindows(size, channels)
         self.lower = nn.Linear(width, size, bias=False)  # w
         self.keys = nn.Linear(size, width, bias=False)  # v
         self.dropout = nn.Dropout(dropout)
+
+    def read_context(self, features: Tensor, frames: Tensor) -> Tensor:
+        """What a frame is drawn from: a, c and the frame before it side by side, (B, T, width + H + width).
+
+        Args:
+            features: the part of (a, c) from the state, (B, T, width + H). frames: (B, T, width).
+        """
+        frames = frames.to(features.dtype)  # (B, T, width)
+        return torch.cat([features + self.before(frames), frames], -1)
+
+    def split(self, context: Tensor) -> tuple[Tensor, ...]:
+        """a (M, width), c (M, H) and the frame before (M, width) of a context (M, width + H + width)."""
+        return context.split((self.width, self.size, self.width), -1)
 
     def forward(self, hidden: Tensor, lower: Tensor) -> Tensor:
         """What is added to a: (M, width) for all keys, were the keys of ``lower`` those that sound below each of them.
@@ -62,12 +116,12 @@ def chain_logits(chain: KeyChain, context: Tensor, targets: Tensor) -> Tensor:
     not ``width``.
 
     Args:
-        context: (a, c) of each frame side by side, (B, T, width + H). targets: (B, T, width) of zeros and ones.
+        context: of each frame, from :meth:`KeyChain.read_context`. targets: (B, T, width) of zeros and ones.
 
     Returns:
         logits (B, T, width).
     """
-    own, hidden = context.flatten(0, -2).split((chain.width, chain.size), -1)  # (M, width), (M, H)
+    own, hidden, before = chain.split(context.flatten(0, -2))  # (M, width), (M, H), (M, width)
     sounding = (targets > 0.5).flatten(0, -2)  # (M, width)
     below = sounding.cumsum(-1, dtype=torch.int32) - sounding.int()  # (M, width): how many keys sound below a key
     counts = sounding.sum(-1) + 1  # (M,)
@@ -77,7 +131,8 @@ def chain_logits(chain: KeyChain, context: Tensor, targets: Tensor) -> Tensor:
     place = below.masked_fill(~sounding, chain.width)  # (M, width): of a key among those that sound
     lower = place.index_select(0, frame) < step[:, None]  # (R, width): the lowest `step` keys that sound
     added = chain(hidden.index_select(0, frame), lower)  # (R, width)
-    return (own + added.gather(0, first[:, None] + below)).unflatten(0, targets.shape[:-1])  # (B, T, width)
+    logits = own + chain.windows(hidden, before, sounding) + added.gather(0, first[:, None] + below)  # (M, width)
+    return logits.unflatten(0, targets.shape[:-1])  # (B, T, width)
 
 
 def next_key(logits: Tensor, lowest: Tensor, temperature: float, top_p: float, allowed: Tensor) -> Tensor:
@@ -141,7 +196,7 @@ def draw_frame(
     voices: tuple[int, int | None] = (0, None),
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A frame from its context: (B, width + H) of a chain, logits (B, width) of independent keys.
+    """A frame from its context: (B, width + H + width) of a chain, logits (B, width) of independent keys.
 
     Frames with too few or too many voices are drawn again, which is exact. A row that has met no frame within the
     limits in ``MOST_DRAWS`` draws gets one whose keys are drawn within them.
@@ -166,8 +221,9 @@ def draw_frame(
 
         def logits_of(lower: Tensor, own: Tensor = own) -> Tensor:
             if chain is not None:
-                mine, hidden = own.split((width, chain.size), -1)  # (M, width), (M, H)
-                own = mine + chain(hidden, lower.to(own.device))
+                lower = lower.to(own.device)  # (M, width)
+                logits, hidden, before = chain.split(own)  # (M, width), (M, H), (M, width)
+                own = logits + chain.windows(hidden, before, lower) + chain(hidden, lower)  # (M, width)
             return own.float().cpu()
 
         limits = (voices[0], most) if within or temperature == 0 else (0, width)

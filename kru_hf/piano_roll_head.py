@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_kru import KRUCache, refuse_bidirectional
 from .configuration_kru import KRUConfig
-from .frame_heads import MOST_DRAWS, KeyChain, chain_logits, draw_frame
+from .frame_heads import MOST_DRAWS, KeyChain, KeyWindows, chain_logits, draw_frame
 from .modeling_kru import KRUPreTrainedModel
 from .transforms import can_look_at
 
@@ -34,7 +34,7 @@ class KRUPianoRollOutput(ModelOutput):
     logits: (B, T, width), row t for frame t+1. past_key_values: the state after the last frame.
     hidden_states: embeddings and each layer's output. unitary_loss: the penalty without λ, in
     training mode and beside a loss; else None.
-    frame_context: what a frame is drawn from, (B, T, width + H) with a chain, else the logits.
+    frame_context: what a frame is drawn from, (B, T, width + H + width) with a chain, else the logits.
 
     With a chain a logit is of a key given the lower keys of the target frame; in the last row, whose target is not
     known without ``shift_labels``, given that they are silent.
@@ -95,7 +95,7 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         size = config.frame_head_size if config.frame_head == "chain" else 0  # H
         self.key_head = nn.Linear(config.feature_size, self.width + size)
         self.key_head.silent_keys = self.width  # type: ignore[assignment]
-        self.chain = KeyChain(self.width, size, config.frame_head_dropout) if size else None
+        self.chain = KeyChain(self.width, size, config.frame_head_channels, config.frame_head_dropout) if size else None
         self.post_init()
 
     @torch.no_grad()
@@ -108,6 +108,9 @@ class KRUForPianoRoll(KRUPreTrainedModel):
             init.normal_(module.before.weight, std=CHAIN_STD)  # (width + H, width)
             init.normal_(module.lower.weight, std=CHAIN_STD)  # (H, width)
             init.normal_(module.keys.weight, std=module.size**-0.5)  # (width, H)
+        if isinstance(module, KeyWindows):
+            init.normal_(module.near, std=2 * CHAIN_STD)  # (2, 25, C)
+            init.normal_(module.out.weight, std=CHAIN_STD)  # (1, C)
 
     def read_frames(self, context: Tensor, input_values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, T, width) of the targets and the context of each frame.
@@ -118,7 +121,7 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         if self.chain is None:
             return context, context
         check_targets(targets)
-        context = context + self.chain.before(input_values.to(context.dtype))  # (B, T, width + H)
+        context = self.chain.read_context(context, input_values)  # (B, T, width + H + width)
         return chain_logits(self.chain, context, targets), context
 
     @can_return_tuple
@@ -157,7 +160,7 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         context = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width + H)
         shift_labels = kwargs.get("shift_labels")
         targets, scored = self.scored_frames(input_values, mask, shift_labels, shift_mask, starts)
-        logits, context = self.read_frames(context, input_values, targets)  # (B, T, width), (B, T, width + H)
+        logits, context = self.read_frames(context, input_values, targets)  # (B, T, width), (B, T, …)
         loss = None
         if return_loss and (shift_labels is not None or input_values.shape[1] > 1):
             loss = roll_loss(logits, targets, scored)

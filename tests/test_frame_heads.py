@@ -26,7 +26,7 @@ def chain_model(kind: str = "kru", **options) -> KRUForPianoRoll:
     else:
         model = BaselineForPianoRoll(BaselineConfig(cell="lstm", state_size=6, **options)).eval()
     with torch.no_grad():
-        for part in (model.chain.before, model.chain.lower, model.chain.keys):
+        for part in (model.chain.before, model.chain.lower, model.chain.keys, model.chain.windows.out):
             part.weight.normal_()
         model.key_head.bias[:KEYS] = 0.0
     return model
@@ -81,7 +81,14 @@ def test_the_nats_of_a_frame_are_those_summed_by_hand():
             hidden = context[KEYS:].clone()
             for lower in range(key):
                 hidden += weights["chain.lower.weight"][:, lower] * x[0, t + 1, lower].double()
+            units = weights["chain.windows.context.weight"] @ context[KEYS:].clamp(min=0)
+            units += weights["chain.windows.context.bias"]
+            for other in range(KEYS):  # at most an octave away, as the keyboard has eight keys
+                units += weights["chain.windows.near"][0, other - key + 12] * x[0, t, other].double()
+            for lower in range(key):
+                units += weights["chain.windows.near"][1, lower - key + 25] * x[0, t + 1, lower].double()
             logit = context[key] + weights["chain.keys.weight"][key] @ hidden.clamp(min=0)
+            logit += weights["chain.windows.out.weight"][0] @ units.clamp(min=0)
             p = 1 / (1 + math.exp(-logit))
             total -= math.log(p if x[0, t + 1, key] else 1 - p)
     assert abs(out.loss.item() - total / 3) < FLOAT32_TOLERANCE
@@ -120,7 +127,9 @@ def test_limits_on_voices_leave_the_shares_of_the_frames_within_them():
 @pytest.mark.parametrize("chained", [True, False])
 def test_limits_that_no_free_draw_meets_are_held_within_the_draw(chained, temperature):
     model = chain_model() if chained else None
-    context = torch.full((20, KEYS + 5), -40.0) if chained else torch.tensor([-9.0, -8, -7, -6, -5, -4, -3, -9]) * 10
+    context = (
+        torch.full((20, 2 * KEYS + 5), -40.0) if chained else torch.tensor([-9.0, -8, -7, -6, -5, -4, -3, -9]) * 10
+    )
     chain, context = (model.chain, context) if chained else (None, context.expand(20, -1))
     drawn, limited = draw_frame(context, chain, temperature, voices=(3, 4), generator=torch.Generator().manual_seed(0))
     assert drawn.sum(-1).unique().tolist() == [3]

@@ -15,7 +15,7 @@ from kru_hf.cache_kru import check_cache, initial_state, read_batch
 from kru_hf.cells import CELLS as KRONECKER_CELLS
 from kru_hf.cells import check_chrono, gate_bias
 from kru_hf.configuration_kru import LIMITS
-from kru_hf.frame_heads import CHAIN_SIZE, check_frame_head
+from kru_hf.frame_heads import CHAIN_CHANNELS, CHAIN_SIZE, check_frame_head
 from kru_hf.modeling_kru import KRUModelOutput, KRUPreTrainedModel
 
 from .heads import register_heads
@@ -38,7 +38,7 @@ class BaselineConfig(PreTrainedConfig):
             products of real factors, see ``kru_hf.kroneckerize``; for "rnn", "lstm" and "gru".
         hidden_dropout, state_dropout: between layers, and before the readout.
         forget_bias: start of the LSTM's forget-gate bias.
-        frame_head, frame_head_size, frame_head_dropout: as in KRUConfig.
+        frame_head, frame_head_size, frame_head_channels, frame_head_dropout: as in KRUConfig.
         chrono_max_length: as in KRUConfig, for "lstm" and "gru": the bias of the gate that keeps is drawn instead.
     """
 
@@ -62,6 +62,7 @@ class BaselineConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     frame_head: str = "independent"
     frame_head_size: int = CHAIN_SIZE
+    frame_head_channels: int = CHAIN_CHANNELS
     frame_head_dropout: float | int = 0.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None

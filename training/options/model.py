@@ -127,9 +127,12 @@ class ModelOptions(Options):
     frame_head: str | None = of_new(
         "Keys of a frame of music: chain (each given the lower ones; the default), or independent.",
         MUSIC,
-        replaces=("frame_head_size", "frame_head_dropout"),
+        replaces=("frame_head_size", "frame_head_channels", "frame_head_dropout"),
     )
     frame_head_size: int | None = of_new("Hidden units of the chain.", MUSIC, allowed=AT_LEAST_1)
+    frame_head_channels: int | None = of_new(
+        "Hidden units with which the chain reads the keys around each key.", MUSIC, allowed=AT_LEAST_1
+    )
     frame_head_dropout: float | None = of_new("Dropout on the hidden units of the chain.", MUSIC, off=0)
     unitary_loss_coef: float | None = of_new(
         "Weight of the soft unitary penalty in the training loss.",
