@@ -109,7 +109,8 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         dtype: "fp32"; "int8", a scale for each row of a matrix; or "int4", the maps in 4 bits and the rest in 8.
 
     Raises:
-        ValueError: a model that cannot be run step by step (bidirectional, or without a head), or a dtype not named.
+        ValueError: a model that cannot be run step by step (bidirectional, without a head, or with a chain over keys),
+            or a dtype not named.
     """
     config: Any = model.config  # resolved: no size of it is None
     kind = type(model).__name__
@@ -119,6 +120,8 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         raise ValueError(f"model must be one of {', '.join(HEADS)}, got {kind}")
     if config.bidirectional:
         raise ValueError("a model that is run step by step must have bidirectional = False, got True")
+    if kind == "KRUForPianoRoll" and config.frame_head == "chain":
+        raise ValueError("frame_head of a model for the C runtime must be 'independent', got 'chain'")
     body, cell, plain = model.model, BY_TYPE[config.cell_type], config.block_type == "plain"
     head = {"KRUForCausalLM": "lm_head", "KRUForPianoRoll": "key_head"}.get(kind, "score")
     output = getattr(model, head)
