@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from .transforms import can_look_at, is_transformed
+from .scan import can_look_at, is_transformed
 
 # Bounds of documents in a row, 0, n_0, n_0 + n_1, …, as the collators of transformers, trl and others name them.
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")

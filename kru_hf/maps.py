@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .transforms import is_transformed
+from .scan import is_transformed
 
 
 def linear(in_features: int, out_features: int, scale: float = 1.0) -> nn.Linear:

@@ -18,7 +18,7 @@ from .cache_kru import KRUCache, check_cache, initial_state, read_batch, refuse_
 from .configuration_kru import KRUConfig
 from .maps import KroneckerLinear, KRUFeedForward, linear, map_dtype, normed_linear, structured_linear, undropped
 from .recurrence import KRUBidirectional, KRURecurrence
-from .transforms import can_look_at
+from .scan import can_look_at
 
 INPUTS = ("input_ids", "inputs_embeds", "input_values")  # of which a call gets one: (B, T), (B, T, ·)
 

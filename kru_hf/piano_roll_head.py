@@ -17,7 +17,7 @@ from .cache_kru import KRUCache, refuse_bidirectional
 from .configuration_kru import KRUConfig
 from .frame_heads import MOST_DRAWS, KeyChain, KeyWindows, chain_logits, draw_frame
 from .modeling_kru import KRUPreTrainedModel
-from .transforms import can_look_at
+from .scan import can_look_at
 
 PIANO_KEYS = 88  # width of a frame where the config names none
 SILENT_LOGIT = -3.0  # start of the output bias: about one key in twenty sounds

@@ -16,8 +16,7 @@ from .kronecker import (
     spectral_norm,
     unitary_penalty,
 )
-from .scan import kron_scan
-from .transforms import BACKENDS
+from .scan import BACKENDS, kron_scan
 
 
 def warn_rectangular(shapes: Sequence[Sequence[int]]) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .cells import ACTIVATIONS, CELLS, Cell
-from .scan_call import Engine, ScanCall
+from .scan_reference import Engine, ScanCall
 
 __all__ = ["backward", "forward", "is_available", "obstacle", "saved_shape", "unavailable_reason"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cells import Cell, State
 from .kronecker import apply_order, factor_gradients, merge_groups
-from .scan_call import Engine, ScanCall
+from .scan_reference import Engine, ScanCall
 
 # Steps whose intermediates are alive at once in the backward pass: bounds its memory, amortises its calls.
 CHUNK = 16

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .kronecker import factor_gradients, kron_product, to_complex, to_planes
-from .scan_call import Engine, ScanCall
+from .scan_reference import Engine, ScanCall
 
 try:
     import triton

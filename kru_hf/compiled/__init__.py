@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
-from ..scan import COMPILED, ENGINES
-from ..scan_call import Engine, ScanCall, check_scan
-from ..transforms import refuse_derivative
+from ..scan import COMPILED, ENGINES, refuse_derivative
+from ..scan_reference import Engine, ScanCall, check_scan
 
 # Of both operators, in the order of ScanCall, with the cell's name for the cell.
 ARGUMENTS = (

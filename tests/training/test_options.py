@@ -8,7 +8,7 @@ import pytest
 from kru_hf.cells import STARTS
 from kru_hf.configuration_kru import ACTIVATIONS, BLOCK_TYPES, CELL_TYPES, KRUConfig
 from kru_hf.frame_heads import FRAME_HEADS
-from kru_hf.transforms import BACKENDS
+from kru_hf.scan import BACKENDS
 from training.common.errors import UserError
 from training.loop.arguments import parse_arguments
 from training.models.baselines import BaselineConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from kru_hf.transforms import BACKENDS
+from kru_hf.scan import BACKENDS
 
 from .fields import (
     AT_LEAST_0,
