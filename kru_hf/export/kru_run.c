@@ -7,7 +7,8 @@
  *     layers: [norm (D), map D -> K N]  factors (R, K, P_f, Q_f), f = 0 .. F-1, and bias (rows, N)
  *             [map O N -> D]  [norm (D), map D -> 2 I, map I -> D]
  *     [norm (D)], head: map -> outputs, and its bias          [ ]: residual blocks; with I > 0
- *     of a chain over the keys: map input_size -> outputs of the frame before, rows w (keys, H), rows v (keys, H)
+ *     of a chain over the keys: map input_size -> outputs of the frame before, rows w (keys, H), rows v (keys, H); its
+ *     windows: rows (2 W, C), rows (C, H), numbers (C), rows (1, C)
  *     64 zero bytes: vectors may read past the end of a row
  * numbers   fp32: floats; else fp16
  * rows      fp32: floats (rows, columns); else fp16 scales (rows), then int8 (rows, columns)
@@ -42,6 +43,8 @@
 #define MAX_FACTORS 64
 #define SLACK 16 /* floats after each buffer: the widest vector less one, and one */
 #define LIMIT (1u << 26)
+#define OCTAVE 12
+#define WINDOW (2 * OCTAVE + 1) /* keys that each key sees, of the frame before around it, of its own below it */
 
 enum { FP32, INT8, INT4 };
 enum { KRU_CELL, LSTM, GRU, JANET, PEEPHOLE, CELLS };
@@ -55,7 +58,7 @@ static const struct {
 typedef struct {
     uint32_t magic, bytes, crc; /* "KRU1", of the whole file, of all that follows this field */
     uint32_t dtype, head, vocabulary, input_size, outputs, embedding, hidden, state, cell, flags, layers, terms, factors;
-    uint32_t map_terms, intermediate;
+    uint32_t map_terms, intermediate, channels; /* channels: C of the windows of a chain */
     float epsilon;
     uint32_t text_bytes;
 } header;
@@ -86,9 +89,11 @@ struct kru {
     const float *table, *norm; /* (V, E) or NULL, (D) */
     map before;                /* of a chain: of the frame before */
     const float *lower, *keys; /* (keys, H) each: w and v */
+    const float *near, *near_context, *near_bias, *near_out; /* windows: (2, W, C), (C, H), (C), (C) */
     layer *layers;
     float *x, *u, *wide, *features, *z, *term, *ping, *pong, *logits; /* of a step: see work */
     float *mixed, *row_scales, *hidden, *scores; /* (n, in + SLACK), (n), (H), (keys + 1) */
+    float *seen, *units; /* (keys, C) each: of the windows, after the frame before, and after the lower keys as well */
     int16_t *coded;                                                   /* (n, n, pairs, 2) */
     const float *(*run)(struct kru *k);
 };
@@ -220,7 +225,7 @@ static uint32_t crc32(const uint8_t *p, size_t n) {
 static const char *check_header(const header *h, size_t bytes) {
     const uint32_t sizes[] = {h->outputs, h->embedding, h->hidden, h->state,     h->layers,
                               h->terms,   h->factors,   h->map_terms, h->vocabulary, h->input_size,
-                              h->intermediate, h->text_bytes};
+                              h->intermediate, h->text_bytes, h->channels};
     const int positive = 8;
     if (h->magic != 0x3155524bu) return "not a weight file of this version: it does not begin with KRU1";
     if (h->bytes != bytes) return "the file is not as long as its header says";
@@ -231,7 +236,7 @@ static const char *check_header(const header *h, size_t bytes) {
     if (!h->vocabulary == !h->input_size) return "the model reads neither tokens nor frames, or both";
     if (h->head == KRU_TEXT ? h->outputs != h->vocabulary
         : h->head == KRU_ROLL ? h->outputs != h->input_size
-                              : h->head == KRU_CHAIN && (!h->input_size || h->outputs <= h->input_size))
+                              : h->head == KRU_CHAIN && (!h->input_size || !h->channels || h->outputs <= h->input_size))
         return "the outputs are not as many as the head has";
     if (!(h->epsilon >= 0.0f && h->epsilon < 1.0f)) return "the header's epsilon is out of range";
     return NULL;
@@ -319,6 +324,10 @@ static void read_model(reader *r, kru *k) {
         k->before = read_map(r, k, h->input_size, h->outputs, 1, 0);
         k->lower = rows(r, (int)h->dtype, h->input_size, h->outputs - h->input_size);
         k->keys = rows(r, (int)h->dtype, h->input_size, h->outputs - h->input_size);
+        k->near = rows(r, (int)h->dtype, 2 * WINDOW, h->channels);
+        k->near_context = rows(r, (int)h->dtype, h->channels, h->outputs - h->input_size);
+        k->near_bias = numbers(r, (int)h->dtype, 1, h->channels, h->channels);
+        k->near_out = rows(r, (int)h->dtype, 1, h->channels);
     }
     const uint8_t *zeros = take(r, 64);
     for (int i = 0; zeros && i < 64; i++)
@@ -342,6 +351,8 @@ static void read_model(reader *r, kru *k) {
     k->row_scales = room(r, 4 * n);
     k->hidden = room(r, 4 * (uint64_t)h->outputs);
     k->scores = room(r, 4 * ((uint64_t)h->input_size + 1));
+    k->seen = room(r, 4 * (uint64_t)h->input_size * h->channels);
+    k->units = room(r, 4 * (uint64_t)h->input_size * h->channels);
     k->coded = room(r, 2 * n * (inputs + 2 * n));
 }
 
@@ -446,19 +457,42 @@ static float log_of(float x) {
 }
 static float log_sigmoid(float x) { return x < 0 ? x - log_of(1 + exp_of(x)) : -log_of(1 + exp_of(-x)); }
 
-/* A key's logit given the lower keys, whose share of the chain is in k->hidden. */
+/* What the windows of all keys see of the frame before the one that is drawn; the context (a, c) is in k->logits. */
+static void see_frame(kru *k, const float *frame) {
+    const int width = (int)k->h.input_size, H = (int)k->h.outputs - width, C = (int)k->h.channels;
+    for (int i = 0; i < width; i++)
+        for (int c = 0; c < C; c++) {
+            float sum = k->near_bias[c];
+            for (int j = 0; i == 0 && j < H; j++) { /* the same for all keys */
+                const float hidden = k->logits[width + j];
+                sum += k->near_context[c * H + j] * (hidden > 0 ? hidden : 0);
+            }
+            k->seen[i * C + c] = i ? k->seen[c] : sum;
+        }
+    for (int j = 0; j < width; j++)
+        for (int i = j - OCTAVE; frame[j] != 0 && i <= j + OCTAVE; i++)
+            for (int c = 0; i >= 0 && i < width && c < C; c++)
+                k->seen[i * C + c] += frame[j] * k->near[(j - i + OCTAVE) * C + c];
+}
+
+/* A key's logit given the lower keys, whose share of the chain is in k->hidden and k->units. */
 static float key_logit(const kru *k, int key) {
-    const int H = (int)(k->h.outputs - k->h.input_size);
+    const int H = (int)(k->h.outputs - k->h.input_size), C = (int)k->h.channels;
     float sum = k->logits[key];
     for (int i = 0; i < H; i++) sum += k->keys[(size_t)key * H + i] * (k->hidden[i] > 0 ? k->hidden[i] : 0);
+    for (int i = 0; i < C; i++) sum += k->near_out[i] * (k->units[key * C + i] > 0 ? k->units[key * C + i] : 0);
     return sum;
 }
 static void start_chain(kru *k) {
-    for (uint32_t i = k->h.input_size; i < k->h.outputs; i++) k->hidden[i - k->h.input_size] = k->logits[i];
+    const size_t width = k->h.input_size, C = k->h.channels;
+    memcpy(k->hidden, k->logits + width, 4 * (k->h.outputs - width));
+    memcpy(k->units, k->seen, 4 * width * C);
 }
 static void sound_key(kru *k, int key) {
-    const size_t H = k->h.outputs - k->h.input_size;
-    for (size_t i = 0; i < H; i++) k->hidden[i] += k->lower[key * H + i];
+    const int width = (int)k->h.input_size, H = (int)k->h.outputs - width, C = (int)k->h.channels;
+    for (int i = 0; i < H; i++) k->hidden[i] += k->lower[(size_t)key * H + i];
+    for (int i = key + 1; i < width && i <= key + WINDOW; i++)
+        for (int c = 0; c < C; c++) k->units[i * C + c] += k->near[(WINDOW + key - i + WINDOW) * C + c];
 }
 
 /* Keys from low to high, `least` to `most` of them; returns how many. */

@@ -120,8 +120,6 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         raise ValueError(f"model must be one of {', '.join(HEADS)}, got {kind}")
     if config.bidirectional:
         raise ValueError("a model that is run step by step must have bidirectional = False, got True")
-    if kind == "KRUForPianoRoll" and config.frame_head == "chain":
-        raise ValueError("frame_head of a model for the C runtime must be 'independent', got 'chain'")
     body, cell, plain = model.model, BY_TYPE[config.cell_type], config.block_type == "plain"
     head = {"KRUForCausalLM": "lm_head", "KRUForPianoRoll": "key_head"}.get(kind, "score")
     output = getattr(model, head)
@@ -158,6 +156,11 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         writer.map(chain.before)
         writer.rows(_numpy(chain.lower.weight).T)  # (keys, H)
         writer.rows(_numpy(chain.keys.weight))  # (keys, H)
+        windows = chain.windows
+        writer.rows(_numpy(windows.near).reshape(-1, windows.near.shape[-1]))  # (2 W, C)
+        writer.rows(_numpy(windows.context.weight))  # (C, H)
+        writer.numbers(windows.context.bias)
+        writer.rows(_numpy(windows.out.weight))  # (1, C)
     writer.raw(bytes(SLACK))
     flags = PLAIN * plain | READOUT_NORM * config.readout_norm
     flags |= IDENTITY * (cell.complex and config.activation == "identity") | HEAD_BIAS * (output.bias is not None)
@@ -167,6 +170,7 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         *(config.embedding_size, config.hidden_size, config.state_size, CELL_ORDER.index(cell.name), flags),
         *(config.num_hidden_layers, config.recurrent_terms, len(config.factor_shapes)),
         *(config.kronecker_terms or 1, config.intermediate_size or 0),
+        0 if chain is None else config.frame_head_channels,
     )
     rest = struct.pack(f"<{len(fields)}IfI", *fields, config.layer_norm_epsilon, len(texts)) + b"".join(writer.parts)
     return MAGIC + struct.pack("<II", len(rest) + 12, zlib.crc32(rest)) + rest

@@ -68,8 +68,10 @@ def through_runtime(model: Any, dtype: str) -> Any:
     model.model.forward = runtime
     model.read = lambda features, head: features  # the runtime has applied the head
     if getattr(model, "chain", None) is not None:
+        chain, windows = model.chain, model.chain.windows
         with torch.no_grad():  # it has added what the frame before says, too
-            model.chain.before.weight.zero_()
-            model.chain.lower.weight.copy_(rounded(model.chain.lower.weight.mT, dtype).mT)
-            model.chain.keys.weight.copy_(rounded(model.chain.keys.weight, dtype))
+            chain.before.weight.zero_()
+            chain.lower.weight.copy_(rounded(chain.lower.weight.mT, dtype).mT)
+            for weight in (chain.keys.weight, windows.near, windows.context.weight, windows.out.weight):
+                weight.copy_(rounded(weight, dtype))
     return model
