@@ -28,12 +28,30 @@ def round_rows(matrix: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(matrix / safe), -most, most).astype(np.int8), scales
 
 
-def rounded(matrix: Tensor, dtype: str, most: int = 127) -> Tensor:
-    """The matrix (…, columns) as a file of that dtype holds it: itself for "fp32"."""
-    if dtype == "fp32":
-        return matrix
-    codes, scales = round_rows(_numpy(matrix), most)
-    return torch.from_numpy(codes * scales[..., None].astype(np.float32))
+def rounded_weights(model: KRUPreTrainedModel, dtype: str) -> dict[str, Tensor]:
+    """The parameters as a weight file of that dtype holds them, by name; new tensors, on the devices of the old."""
+
+    def rows(weight: Tensor, most: int = 127) -> Tensor:
+        codes, scales = round_rows(_numpy(weight), most)
+        return torch.from_numpy(codes * scales[..., None].astype(np.float32))
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        path = name.split(".")
+        if dtype == "fp32":
+            weight = parameter.detach().clone()
+        elif path[-1] == "bias" or "norm" in name:
+            weight = parameter.detach().half().float()
+        elif path[-2:] == ["lower", "weight"]:
+            weight = rows(parameter.mT).mT  # of a chain: stored key by key
+        elif {"embed_tokens", "factors", "mixing", "keys", "windows"} & set(path):
+            weight = rows(parameter)
+        elif path[-1] == "weight" and parameter.shape[-1] == 1:
+            weight = rows(parameter.mT).mT  # a single input
+        else:
+            weight = rows(parameter, 127 if dtype == "int8" else 7)
+        found[name] = weight.to(parameter.device, parameter.dtype)
+    return found
 
 
 class _Writer:

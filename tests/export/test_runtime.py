@@ -21,7 +21,7 @@ from kru_hf.cells import BY_TYPE
 from kru_hf.export import StreamingModel, weight_file
 from kru_hf.export.__main__ import main
 from kru_hf.export.streaming import library
-from kru_hf.export.weight_file import CELL_ORDER, rounded
+from kru_hf.export.weight_file import CELL_ORDER, rounded_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPORT = ROOT / "kru_hf" / "export"
@@ -63,21 +63,7 @@ def noisy(model):
 
 def with_rounded_weights(model, dtype):
     """The model with the weights that its file has."""
-    if dtype == "fp32":
-        return model
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.copy_(parameter.half().float())
-            elif parameter.shape[-1] == 1:
-                parameter.copy_(rounded(parameter.reshape(1, -1), dtype).reshape(parameter.shape))
-            elif "chain.lower" in name:  # stored key by key
-                parameter.copy_(rounded(parameter.mT, dtype).mT)
-            else:
-                small = any(
-                    part in name for part in ("chain.keys", "chain.windows", "embed_tokens", "factors", "mixing")
-                )
-                parameter.copy_(rounded(parameter, dtype, 127 if small or dtype == "int8" else 7))
+    model.load_state_dict(rounded_weights(model, dtype), strict=False)
     return model
 
 

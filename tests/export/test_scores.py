@@ -1,10 +1,14 @@
 """``training.evaluate --dtype``: the figures of a trained model as the C runtime computes it."""
 
 import json
+import shutil
 
 import pytest
-from tiny_run import options
+import torch
+from tiny_run import PROGRAMS, options
 
+from kru_hf import KRUForCausalLM
+from kru_hf.export.weight_file import rounded_weights
 from training.evaluate import main as evaluate
 from training.train import main as train
 
@@ -28,6 +32,32 @@ def test_figures_are_those_of_the_model(request, task, tmp_path, capsys):
     for dtype, tolerance in (("fp32", 1e-4), ("int8", 3e-2)):
         found = figures(capsys, tmp_path / "run", "--dtype", dtype)
         assert found == pytest.approx(expected, abs=tolerance), dtype
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_training_with_rounded_weights(program, text_file, tmp_path, capsys):
+    """What is saved is what a weight file holds, and a resumed run ends with the weights of an uninterrupted one."""
+    changes = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "weight_dtype": "int4", "learning_rate": 0.05}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert PROGRAMS[program](options(text_file, whole, **changes)) == 0
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-6")
+    again = options(text_file, resumed, resume_from_checkpoint="last", **changes)
+    assert PROGRAMS[program](again) == 0
+    model = KRUForCausalLM.from_pretrained(whole)
+    for name, weight in rounded_weights(model, "int4").items():
+        torch.testing.assert_close(weight, model.get_parameter(name), rtol=1e-6, atol=1e-7)
+    exact = [
+        torch.load(path / "checkpoint-6" / "training_state.pt", weights_only=True)["rounding"]
+        for path in (whole, resumed)
+    ]
+    for name, weight in exact[0].items():
+        assert (
+            torch.equal(weight, exact[1][name]) and not torch.equal(weight, model.get_parameter(name)) or "bias" in name
+        )
+    capsys.readouterr()
+    results = json.loads((whole / "all_results.json").read_text())
+    assert figures(capsys, whole, "--dtype", "int4")["bpc"] == pytest.approx(results["test_bpc"], abs=1e-4)
 
 
 def test_a_precision_of_products_beside_it(capsys):

@@ -86,6 +86,7 @@ def save(run: Any) -> None:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler and run.scaler.state_dict(),
         "average": run.average.state_dict(),
+        "rounding": run.rounding.state_dict(),
         "carried": run.slots.gather(accelerator.gather),
         "random": {name: accelerator.gather(v.to(accelerator.device)[None]).cpu() for name, v in random.items()},
     }
@@ -133,6 +134,7 @@ def resume(run: Any, path: Path) -> None:
     if tensors["scaler"] and run.scaler:
         run.scaler.load_state_dict(tensors["scaler"])
     run.average.load_state_dict(tensors["average"])
+    run.rounding.load_state_dict(tensors["rounding"])
     run.state = state
     run.slots.scatter(tensors["carried"], run.accelerator.device)
     rank, random = run.accelerator.process_index, tensors["random"]

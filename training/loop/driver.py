@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kru_hf import KRURecurrence
+from kru_hf.export.weight_file import rounded_weights
 
 from ..common.errors import Interrupted, UserError
 from ..common.run_folder import checkpoints
@@ -61,7 +62,9 @@ class Driver(ABC):
         self.state = TrainerState()
         self.pending: list[torch.Tensor] = []  # figures of steps that have not been collected yet
         self.signal_number, self.started, self.processed = 0, 0.0, 0.0
-        self.prepare(build_optimizer(model, self.options))
+        optimizer = build_optimizer(model, self.options)
+        self.prepare(optimizer)
+        self.rounding = Rounding(model, optimizer, self.options.weight_dtype)
         self.average = Average(model, self.options.ema_decay)
         torch.manual_seed(self.options.seed + 1 + rank)  # dropout differs between ranks
 
@@ -100,6 +103,7 @@ class Driver(ABC):
     def finish_step(self, figures: torch.Tensor, norm: torch.Tensor, num_elements: int) -> None:
         """A step is done: the sum of its parts' `figures` (3,), the gradient's norm (), and the elements of a slot."""
         self.bound.hold()
+        self.rounding.round()
         self.average.update()
         self.pending.append(torch.cat([figures, norm.detach().double().reshape(1)]))  # (4,)
         self.state.step += 1
@@ -240,6 +244,47 @@ class Bound:
         """After an update: scale the factors of what has grown beyond it."""
         for cell in self.cells:
             cell.bound_norm(self.limit)
+
+
+class Rounding:
+    """Training with rounded weights, or nothing for "fp32": the model holds them, and has its own for an update alone.
+
+    So gradients are those of the rounded weights and pass straight through the rounding (Bengio et al. 2013), and what
+    is scored and saved is what a weight file of that dtype will hold.
+    """
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, dtype: str) -> None:
+        self.model, self.dtype = model, dtype
+        self.exact: dict[str, torch.Tensor] | None = None
+        self.holds_exact = dtype != "fp32"
+        self.round()
+        optimizer.register_step_pre_hook(lambda *_: self.restore())
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """After an update: keep the exact weights, and give the model rounded ones."""
+        if not self.holds_exact:  # fp16 leaves out an update whose gradients are not finite
+            return
+        self.holds_exact = False
+        self.exact = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
+        for name, weight in rounded_weights(self.model, self.dtype).items():
+            self.model.get_parameter(name).copy_(weight)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Before an update: give the model its exact weights."""
+        for name, weight in (self.exact or {}).items():
+            self.model.get_parameter(name).copy_(weight)
+            self.holds_exact = True
+
+    def state_dict(self) -> dict[str, torch.Tensor] | None:
+        """What a checkpoint holds of it."""
+        return self.exact
+
+    def load_state_dict(self, saved: dict[str, torch.Tensor] | None) -> None:
+        """Resume from it."""
+        if self.exact is not None and saved is not None:
+            self.exact = {name: saved[name].to(weight.device) for name, weight in self.exact.items()}
 
 
 class Average:

@@ -99,6 +99,11 @@ class TaskModule(pl.LightningModule):
                 f"ema_decay={self.options.ema_decay} is for training.train and training.train_lightning: a Trainer of "
                 "your own takes the callback EMAWeightAveraging of Lightning"
             )
+        if self.options.weight_dtype != "fp32":
+            raise UserError(
+                f"weight_dtype={self.options.weight_dtype!r} is for training.train and training.train_lightning, not "
+                "for a Trainer of your own"
+            )
         optimizer, total = build_optimizer(self.model, self.options), int(self.trainer.estimated_stepping_batches)
 
         def rate() -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kru_hf import KRUCache
 from kru_hf.export import StreamingModel
-from kru_hf.export.weight_file import rounded, weight_file
+from kru_hf.export.weight_file import rounded_weights, weight_file
 from kru_hf.modeling_kru import KRUModelOutput
 
 from ..common.errors import UserError
@@ -67,11 +67,7 @@ def through_runtime(model: Any, dtype: str) -> Any:
         raise UserError(f"dtype={dtype!r}: {error}") from error
     model.model.forward = runtime
     model.read = lambda features, head: features  # the runtime has applied the head
-    if getattr(model, "chain", None) is not None:
-        chain, windows = model.chain, model.chain.windows
-        with torch.no_grad():  # it has added what the frame before says, too
-            chain.before.weight.zero_()
-            chain.lower.weight.copy_(rounded(chain.lower.weight.mT, dtype).mT)
-            for weight in (chain.keys.weight, windows.near, windows.context.weight, windows.out.weight):
-                weight.copy_(rounded(weight, dtype))
+    if getattr(model, "chain", None) is not None:  # the runtime has added what the frame before says, too
+        model.load_state_dict(rounded_weights(model, dtype), strict=False)
+        torch.nn.init.zeros_(model.chain.before.weight)
     return model

@@ -112,6 +112,12 @@ class TrainingOptions(Options):
         off=0,
         allowed=MOMENTUM,
     )
+    weight_dtype: Literal["fp32", "int8", "int4"] = training(
+        "fp32",
+        "Train with the weights rounded as the C runtime stores them; gradients pass straight through.",
+        only=tuple({**kind, "ema_decay": Is.OFF} for kind in KRONECKER),
+        off="fp32",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = training(None, "Precision of matrix products.", off=NEVER)
     num_threads: int = training(
         0,
