@@ -16,11 +16,12 @@ from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
 from .heads_kru import KRUForSequenceClassification, KRUForTokenClassification
 from .kronecker import kron_apply, kron_dense, plan_factor_shapes, random_unitary, unitary_penalty
-from .layers import KRU, KRUGRU, KRUJANET, KRULSTM, KroneckerizeReport, dekroneckerize, kroneckerize
+from .layers import KRU, KRUGRU, KRUJANET, KRULSTM, KroneckerizeReport, KRULinear, dekroneckerize, kroneckerize
 from .modeling_kru import KRUForCausalLM, KRUModel, KRUPreTrainedModel
 from .piano_roll_head import KRUForPianoRoll
-from .recurrence import KRURecurrence
+from .recurrence import KRULinearRecurrence, KRURecurrence
 from .scan import backend_report, kron_scan, use_backend
+from .scan_linear import kron_linear_scan
 from .text import build_char_tokenizer
 
 __version__ = "0.1.0"
@@ -37,6 +38,8 @@ __all__ = [
     "KRUGRU",
     "KRUJANET",
     "KRULSTM",
+    "KRULinear",
+    "KRULinearRecurrence",
     "KRUCache",
     "KRUConfig",
     "KRUForCausalLM",
@@ -52,6 +55,7 @@ __all__ = [
     "dekroneckerize",
     "kron_apply",
     "kron_dense",
+    "kron_linear_scan",
     "kron_scan",
     "kroneckerize",
     "plan_factor_shapes",

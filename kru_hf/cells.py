@@ -19,7 +19,7 @@ A step that is held (mask) gets a d_state of zero, and has to give zeros for it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ class Start(NamedTuple):
     input_scale: float  # standard deviation of U x; of the entries of U where a plain block reads frames
     max_phase: float | None = None  # radians: W has eigenvalues exp(iφ) with |φ| at most this; None: all of them
     identity: bool = False  # W is a multiple of the identity
+    fourier: bool = False  # the eigenvalues of W are all N-th roots of unity
 
 
 # Starts of the complex cell, whose factors are Haar-random unitary matrices or the identity.
@@ -54,6 +55,8 @@ STARTS = {
     "identity": Start(1.0, 0.1, identity=True),  # keeps what it reads where it is (Henaff, Szlam & LeCun 2016): sums
     "accumulate": Start(1.0, 0.03, identity=True),  # the same for sums over hundreds of steps
 }
+# Further ones of the linear cell, by the transition; the second is of what makes R_t as well.
+FOURIER, SELECTIVE_START = Start(1.0, 0.1, fourier=True), Start(1.0, 1.0)
 # Of gated cells, with orthogonal factors: with a smaller U x, gates start too near to constants.
 GATED_START = Start(0.7, 1.0)
 
@@ -78,6 +81,8 @@ class Cell:
     @property
     def starts(self) -> dict[str, Start]:
         """Where the recurrence may start."""
+        if self.name == "linear":
+            return {**STARTS, "fourier": FOURIER}
         return STARTS if self.complex else {"random": GATED_START}
 
     @property
@@ -335,7 +340,27 @@ _ENTRIES = (
     ),
 )  # fmt: skip
 CELLS = {cell.name: cell for cell in _ENTRIES}
-BY_TYPE = {cell.type: cell for cell in _ENTRIES}
+# h_t = d_t R_t h_{t-1} + U x_t, which has a scan of its own: kron_linear_scan.
+LINEAR = replace(_ENTRIES[0], name="linear")
+BY_TYPE = {cell.type: cell for cell in (*_ENTRIES, LINEAR)}
+TRANSITIONS = ("fixed", "selective")  # of the linear cell
+
+
+class SelectiveWidths(NamedTuple):
+    """Reals that the linear cell reads in a step, with H heads of F factors each."""
+
+    inputs: int  # U x_t, both planes
+    generators: int  # P_f² for each factor, from which R_f is made
+    gates: int  # one for each factor
+    decay: int  # one for each head, or none
+
+
+def selective_widths(shapes: Any, heads: int, decay: bool) -> SelectiveWidths:
+    """What the linear cell reads in a step where its transitions follow the input."""
+    sizes = [p for p, _ in shapes]
+    return SelectiveWidths(
+        2 * heads * math.prod(sizes), heads * sum(p * p for p in sizes), heads * len(sizes), heads * decay
+    )
 
 
 def check_chrono(name: str, max_length: int) -> None:
@@ -373,8 +398,19 @@ def check_start(name: str, value: str, cell: Cell, shapes: Any, terms: int) -> N
     start = cell.starts[value]
     if start.identity and terms > 1:
         raise ValueError(f"{name} {value!r} makes all terms alike: there must be 1, got {terms}")
-    if start.max_phase is not None and any(p != q for p, q in shapes):
+    if (start.max_phase is not None or start.fourier) and any(p != q for p, q in shapes):
         raise ValueError(f"{name} {value!r} needs square factors, got {list(map(list, shapes))}")
+
+
+def check_linear(shapes: Any, transition: str, init: str) -> None:
+    """Raise `ValueError` unless the linear cell can have these factors, transitions and start."""
+    if transition not in TRANSITIONS:
+        raise ValueError(f"transition must be one of {', '.join(TRANSITIONS)}, got {transition!r}")
+    if any(p != q for p, q in shapes):
+        raise ValueError(f"factor_shapes of the cell 'linear' must be square, got {list(map(list, shapes))}")
+    if transition == "selective" and init != "random":
+        raise ValueError(f"recurrent_init of selective transitions must be 'random', got {init!r}")
+    check_start("recurrent_init", init, LINEAR, shapes, 1)
 
 
 def check_scale(init_scale: float) -> None:

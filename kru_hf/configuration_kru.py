@@ -10,7 +10,19 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cells import ACTIVATIONS, BY_TYPE, CELLS, Cell, Start, check_chrono, check_start
+from .cells import (
+    ACTIVATIONS,
+    BY_TYPE,
+    CELLS,
+    LINEAR,
+    SELECTIVE_START,
+    Cell,
+    Start,
+    check_chrono,
+    check_linear,
+    check_start,
+    selective_widths,
+)
 from .frame_heads import CHAIN_CHANNELS, CHAIN_SIZE, check_frame_head
 from .kronecker import MOST_UNITS, check_choice, plan_with_warning
 
@@ -54,6 +66,7 @@ LIMITS = {
     "io_rank": 2**20,
     "kronecker_terms": 2**20,
     "recurrent_terms": 2**10,
+    "num_heads": 2**16,
     "input_size": 2**20,
     "frame_head_size": 2**20,
     "frame_head_channels": 2**10,
@@ -90,7 +103,11 @@ class KRUConfig(PreTrainedConfig):
         factor_size: wanted size of square factors, from which ``factor_shapes`` is planned (8); stored as shapes.
         cell_type: "kru", the paper's complex recurrence; "kru_lstm", "kru_gru" or "kru_janet" (an LSTM with a forget
             gate alone: half the parameters), gated cells of N real units, a set of real factors a gate and no soft
-            unitary penalty.
+            unitary penalty; "kru_linear", h_t = d_t R_t h_{t-1} + U x_t, complex and without an activation between
+            the steps, so that time is computed in parallel.
+        transition: of "kru_linear": "fixed", learned factors that are the same at all steps; "selective", unitary
+            factors that the input gives at every step, which can track states. num_heads: H, heads of "kru_linear",
+            each with factors of its own and N / H units. decay: whether each head forgets.
         num_hidden_layers: recurrent layers; 1 with plain blocks (default there), 2 by default otherwise.
         hidden_size: D, width of the real features between layers (128 by default); if plain that of the states: 2·N
             (N for gated cells), twice that if bidirectional.
@@ -112,7 +129,7 @@ class KRUConfig(PreTrainedConfig):
             unitary factors that forget slowly, for text and music; "unitary", which forgets nothing, for copies;
             "slow", whose eigenvalues turn slowly, for smooth signals such as pixels in their order; "identity", which
             keeps what it reads where it is, for sums; "accumulate", for sums over hundreds of steps. Gated cells have
-            "random" orthogonal factors.
+            "random" orthogonal factors. "kru_linear" has "fourier" too, whose eigenvalues are all N-th roots of unity.
         bias_init: modReLU's b at the start (activation "modrelu").
         chrono_max_length: T_max in steps, for gated cells: the gates start with memories spread over 1 … T_max steps
             (chrono initialisation, Tallec & Ollivier 2018). None: forget bias 1, all biases 0 (kru_gru).
@@ -144,6 +161,9 @@ class KRUConfig(PreTrainedConfig):
     factor_shapes: list | tuple | None = None
     factor_size: int | None = None
     cell_type: str = "kru"
+    transition: str = "fixed"
+    num_heads: int = 1
+    decay: bool = False
     num_hidden_layers: int | None = None
     hidden_size: int | None = None
     block_type: str = "residual"
@@ -238,6 +258,8 @@ class KRUConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         """Each size at most its limit, before anything is planned or built from it."""
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {self.num_heads}")
         for name, most in LIMITS.items():
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}")
@@ -280,10 +302,10 @@ class KRUConfig(PreTrainedConfig):
             if self.state_size is None:
                 self.state_size = 504
             size = 8 if self.factor_size is None else self.factor_size
-            self.factor_shapes = plan_with_warning(self.state_size, size)
+            self.factor_shapes = plan_with_warning(max(1, self.state_size // max(1, self.num_heads)), size)
             self.factor_size = None
         if self.state_size is None:
-            self.state_size = math.prod(p for p, _ in self.factor_shapes)
+            self.state_size = self.num_heads * math.prod(p for p, _ in self.factor_shapes)
         self._check_product()
 
     def _check_product(self) -> None:
@@ -291,10 +313,11 @@ class KRUConfig(PreTrainedConfig):
         for p, q in self.factor_shapes or []:
             if p * q > MOST_ENTRIES:
                 raise ValueError(f"a factor of factor_shapes must have at most {MOST_ENTRIES:,} entries, got {p}x{q}")
-        if not rows == columns == self.state_size:
+        if not rows * self.num_heads == columns * self.num_heads == self.state_size:
+            heads = "" if self.num_heads == 1 else f" and num_heads = {self.num_heads}: one head's share"
             raise ValueError(
                 f"factor_shapes {self.factor_shapes} multiply to {rows}x{columns}; "
-                f"both must equal state_size = {self.state_size}"
+                f"both must equal state_size = {self.state_size}{heads}"
             )
 
     @property
@@ -306,8 +329,20 @@ class KRUConfig(PreTrainedConfig):
     def embedding_size(self) -> int:
         """Width of the token embedding: with a plain block that of U x, else D."""
         if self.block_type == "plain":
-            return self.directions * self.recurrent_cell.planes * int(self.state_size or 0)
+            return self.directions * self.input_width
         return int(self.hidden_size or 0)
+
+    @property
+    def input_width(self) -> int:
+        """Width of what a recurrence reads in a step: K·N, and of selective transitions what makes their factors."""
+        if self.linear and self.transition == "selective":
+            return sum(selective_widths(self.factor_shapes, self.num_heads, self.decay))
+        return self.recurrent_cell.planes * int(self.state_size or 0)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the cell is the linear one."""
+        return self.recurrent_cell is LINEAR
 
     @property
     def feature_size(self) -> int:
@@ -317,7 +352,8 @@ class KRUConfig(PreTrainedConfig):
     @property
     def start(self) -> Start:
         """The numbers of ``recurrent_init``."""
-        return self.recurrent_cell.starts[self.recurrent_init]
+        selective = self.linear and self.transition == "selective"
+        return SELECTIVE_START if selective else self.recurrent_cell.starts[self.recurrent_init]
 
     @property
     def recurrent_cell(self) -> Cell:
@@ -359,6 +395,7 @@ class KRUConfig(PreTrainedConfig):
         check_frame_head(self)
         shapes = self.factor_shapes or []
         check_start("recurrent_init", self.recurrent_init, self.recurrent_cell, shapes, self.recurrent_terms)
+        self._check_linear()
         if self.chrono_max_length is not None and self.gated:
             check_chrono("chrono_max_length", self.chrono_max_length)
         if self.gated:
@@ -382,6 +419,19 @@ class KRUConfig(PreTrainedConfig):
         elif self.kronecker_terms is not None:
             self._check_terms(self.kronecker_terms)
 
+    def _check_linear(self) -> None:
+        """The options of the linear cell fit together, and no other cell has one."""
+        if not self.linear:
+            own = {"transition": ("fixed",), "num_heads": (1,), "decay": (False,)}
+            self._check_unused("a cell other than 'kru_linear'", own)
+            return
+        check_linear(self.factor_shapes, self.transition, self.recurrent_init)
+        self._check_unused(
+            "the cell 'kru_linear'", {"activation": ("modrelu",), "bias_init": (-0.1,), "recurrent_terms": (1,)}
+        )
+        if self.transition == "selective":
+            self._check_unused("selective transitions, which are unitary,", {"unitary_loss_coef": (0.1, 0.0)})
+
     def _check_unused(self, place: str, values: dict[str, tuple[Any, ...]]) -> None:
         """Options that do nothing in this place stay at one of these values."""
         for name, allowed in values.items():
@@ -392,11 +442,11 @@ class KRUConfig(PreTrainedConfig):
         """Each width that a sum of Kronecker products maps has to be a multiple of their number."""
         if self.io_rank is not None:
             raise ValueError(f"give io_rank or kronecker_terms, not both: got {self.io_rank} and {terms}")
-        inputs, outputs = self.recurrent_cell.planes, self.recurrent_cell.feature_planes
+        outputs = self.recurrent_cell.feature_planes
         widths = {
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
-            "the width of U x": self.directions * inputs * int(self.state_size or 0),
+            "the width of U x": self.directions * self.input_width,
             "the width of the states": self.directions * outputs * int(self.state_size or 0),
         }
         for name, width in widths.items():

@@ -150,6 +150,38 @@ def spectral_norm(factors: Sequence[Tensor]) -> Tensor:
     return norm
 
 
+def unitary_exp(x: Tensor) -> Tensor:
+    """exp(iG) (…, 2, P, P), unitary, of the Hermitian G that P² reals x (…, P²) hold; for normal x |G| is about 2.
+
+    The upper triangle of x (P, P) is the real part of G, what is below the diagonal the imaginary part.
+    """
+    size = math.isqrt(x.shape[-1])
+    square = x.unflatten(-1, (size, size)) / math.sqrt(2 * size)
+    upper, lower = square.triu(1), square.tril(-1)
+    diagonal = math.sqrt(2) * torch.diag_embed(square.diagonal(dim1=-2, dim2=-1))
+    generator = torch.complex(upper + upper.mT + diagonal, lower - lower.mT)  # (…, P, P)
+    if size == 1:
+        return to_planes(torch.exp(1j * generator), -3)
+    identity = torch.eye(size, dtype=generator.dtype, device=x.device)
+    if size == 2:
+        # G = m + V, V² = r²: exp(iG) = exp(im) (cos r + i V sin r / r)
+        mean = generator.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]  # (…, 1, 1)
+        traceless = generator - mean * identity
+        radius = (traceless.abs().square().sum((-2, -1), keepdim=True) / 2 + 1e-24).sqrt()  # (…, 1, 1)
+        matrix = torch.exp(1j * mean) * (radius.cos() * identity + 1j * (radius.sin() / radius) * traceless)
+        return to_planes(matrix, -3)
+    # Taylor's series to the 6th power of iG / 16, squared 4 times; what is missing for large G is made good at the
+    # end: a step of Newton's iteration leaves a matrix that is unitary to rounding.
+    x1 = generator * (1j / 16)
+    x2 = x1 @ x1
+    x3 = x2 @ x1
+    matrix = identity + x1 + x2 / 2 + x3 @ (identity / 6 + x1 / 24 + x2 / 120 + x3 / 720)
+    for _ in range(4):
+        matrix = matrix @ matrix
+    matrix = matrix @ (1.5 * identity - 0.5 * matrix.mH @ matrix)
+    return to_planes(matrix, -3)
+
+
 def random_unitary(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
     """A Haar-random (2, P, Q) factor with orthonormal columns (rows where P < Q), float32, by QR of a Gaussian."""
     big, small = max(rows, columns), min(rows, columns)

@@ -1,6 +1,7 @@
 """KRU models for transformers: the two types of block, the body, and the causal language model."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,21 +18,29 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_kru import KRUCache, check_cache, initial_state, read_batch, refuse_bidirectional, refuse_state
 from .configuration_kru import KRUConfig
 from .maps import KroneckerLinear, KRUFeedForward, linear, map_dtype, normed_linear, structured_linear, undropped
-from .recurrence import KRUBidirectional, KRURecurrence
+from .recurrence import KRUBidirectional, KRULinearRecurrence, KRURecurrence, Recurrence
 from .scan import can_look_at
 
 INPUTS = ("input_ids", "inputs_embeds", "input_values")  # of which a call gets one: (B, T), (B, T, ·)
 
 
-def build_recurrence(config: KRUConfig) -> KRURecurrence | KRUBidirectional:
+def build_recurrence(config: KRUConfig) -> Recurrence | KRUBidirectional:
     """The recurrence of a layer: the cell that ``config.cell_type`` names, or two of them."""
     if config.bidirectional:
         return KRUBidirectional(build_cell(config), build_cell(config))
     return build_cell(config)
 
 
-def build_cell(config: KRUConfig) -> KRURecurrence:
+def build_cell(config: KRUConfig) -> Recurrence:
     """The cell that ``config.cell_type`` names."""
+    if config.linear:
+        return KRULinearRecurrence(
+            cast(list, config.factor_shapes),
+            transition=config.transition,
+            heads=config.num_heads,
+            decay=config.decay,
+            init=config.recurrent_init,
+        )
     reads_bias = config.recurrent_cell.complex and config.activation == "modrelu"
     return KRURecurrence(
         config.factor_shapes,
@@ -60,7 +69,7 @@ class KRUPlainLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor]:
         """hidden_states (B, T, 2N), state (B, 2, N), mask, starts (B, T): (B, T, 2N), final state."""
         cell = self.recurrence
-        inputs = hidden_states.unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
+        inputs = hidden_states.unflatten(-1, cell.input_shape)  # (B, T, 2, N)
         states, final = cell(inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         return self.state_dropout(states.flatten(-2)), final
 
@@ -80,9 +89,7 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         rank = config.io_rank or config.hidden_size
         self.down = linear(config.hidden_size, rank) if config.io_rank else None
         terms = config.kronecker_terms
-        self.in_proj = structured_linear(
-            rank, self.recurrence.input_planes * config.state_size, terms, config.start.input_scale
-        )
+        self.in_proj = structured_linear(rank, math.prod(self.recurrence.input_shape), terms, config.start.input_scale)
         self.out_proj = structured_linear(self.recurrence.output_planes * config.state_size, rank, terms)
         self.up = linear(rank, config.hidden_size) if config.io_rank else None
         self.state_dropout = nn.Dropout(config.state_dropout)
@@ -98,7 +105,7 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         x = self.norm(hidden_states)  # (B, T, D)
         if self.down is not None:
             x = self.down(x)  # (B, T, r)
-        inputs = self.in_proj(x).unflatten(-1, (cell.input_planes, cell.state_size))  # (B, T, 2, N)
+        inputs = self.in_proj(x).unflatten(-1, cell.input_shape)  # (B, T, 2, N)
         states, final = cell(inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
         features = self.state_dropout(states.flatten(-2)).to(x.dtype)  # (B, T, 2N)
         epsilon = self.epsilon if self.readout_norm else None
@@ -171,6 +178,9 @@ class KRUPreTrainedModel(PreTrainedModel):
             for factor, start in zip(module.factors, module.initial_factors(), strict=True):
                 init.copy_(factor, start)
             init.copy_(module.bias, module.initial_bias())
+        elif isinstance(module, KRULinearRecurrence):
+            for parameter, start in module.initial_values():
+                init.copy_(parameter, start)
         elif isinstance(module, KroneckerLinear):
             init.normal_(module.mixing, std=module.mixing_std)  # (n, n, n)
             init.normal_(module.blocks, std=module.blocks_std)  # (n, out/n, in/n)
@@ -195,7 +205,7 @@ class KRUPreTrainedModel(PreTrainedModel):
         """Soft unitary penalty of all layers, without λ: a scalar; zero for gated cells, which have none."""
         if self.config.gated:
             return torch.zeros((), device=None if self.device.type == "meta" else self.device)
-        penalties = [module.penalty() for module in self.modules() if isinstance(module, KRURecurrence)]
+        penalties = [module.penalty() for module in self.modules() if isinstance(module, Recurrence)]
         return torch.stack(penalties).sum()
 
     def with_penalty(
@@ -338,7 +348,7 @@ class KRUModel(KRUPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = KRUCache(len(self.layers))
         for index, layer in enumerate(self.layers):
-            cell = cast(KRURecurrence, layer.recurrence)
+            cell = cast(Recurrence, layer.recurrence)
             state = initial_state(past_key_values, index, (batch, cell.state_planes, cell.state_size))
             hidden, final = layer(hidden, state, mask, starts)  # (B, T, D), (B, 2, N)
             if past_key_values is not None:

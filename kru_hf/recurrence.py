@@ -3,20 +3,36 @@
 import math
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .cells import ACTIVATIONS, CELLS, check_chrono, check_scale, check_start, gate_bias
+from .cells import (
+    ACTIVATIONS,
+    CELLS,
+    LINEAR,
+    check_chrono,
+    check_linear,
+    check_scale,
+    check_start,
+    gate_bias,
+    selective_widths,
+)
 from .kronecker import (
     check_choice,
     random_orthogonal,
     random_unitary,
     slow_unitary,
     spectral_norm,
+    to_complex,
+    to_planes,
+    unitary_exp,
     unitary_penalty,
 )
 from .scan import BACKENDS, kron_scan
+from .scan_linear import BACKENDS as LINEAR_BACKENDS
+from .scan_linear import apply_steps, kron_linear_scan
 
 
 def warn_rectangular(shapes: Sequence[Sequence[int]]) -> None:
@@ -81,6 +97,7 @@ class KRURecurrence(nn.Module):
         self.state_size = math.prod(p for p, _ in self.factor_shapes)
         # Widths of the inputs, the features and the state (B, T, ·, N), in multiples of N.
         self.input_planes, self.output_planes = self.cell.planes, self.cell.feature_planes
+        self.input_shape = self.input_planes, self.state_size  # axes 2 and 3 of the inputs
         self.state_planes = len(self.cell.states)
         self.terms, self.activation = terms, activation
         check_start("init", init, self.cell, self.factor_shapes, terms)
@@ -200,6 +217,161 @@ class KRURecurrence(nn.Module):
         return f"{self.cell.name}, state_size={self.state_size}, factors={shapes}{terms}{options}"
 
 
+class KRULinearRecurrence(nn.Module):
+    """h_t = d_t (⊗_f R_f,t) h_{t-1} + U x_t, H heads side by side, each with factors and N / H units of its own.
+
+    Without an activation between the steps it can be computed in parallel over time, see ``kron_linear_scan``; with
+    transitions that follow the input it can track the state of a group, which diagonal recurrences cannot.
+
+    Args:
+        factor_shapes: [[P_0, P_0], …] of a head, square.
+        transition: "fixed", the same learned factors at all steps, held near unitary by the penalty; or "selective":
+            R_f,t = exp(i 2σ(g_f) G_f) with a Hermitian G_f and a gate g_f for each factor that the input gives, unitary
+            whatever they are. Its first state is learned, that of "fixed" is zero.
+        heads: H. decay: whether each head forgets, by d = σ(a) at all steps, a learned, or σ(a + a_t), a_t of the
+            input, of selective transitions; else d = 1.
+        init: a name of ``CELL.starts`` for fixed factors. train_factors: False freezes them.
+        backend: see ``kron_linear_scan``.
+
+    Raises:
+        ValueError: an option outside what is allowed.
+    """
+
+    cell = LINEAR
+    state_planes = output_planes = 2
+
+    def __init__(
+        self,
+        factor_shapes: Sequence[Sequence[int]],
+        *,
+        transition: str = "fixed",
+        heads: int = 1,
+        decay: bool = False,
+        init: str = "random",
+        train_factors: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("backend", backend, LINEAR_BACKENDS)
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        check_linear(factor_shapes, transition, init)
+        self.factor_shapes = [(p, q) for p, q in factor_shapes]
+        self.selective, self.heads, self.backend = transition == "selective", heads, backend
+        self.state_size = heads * math.prod(p for p, _ in self.factor_shapes)  # H·N
+        self.start = LINEAR.starts[init]
+        self.widths = selective_widths(self.factor_shapes, heads, decay)
+        sizes = [] if self.selective else [p for p, _ in self.factor_shapes]
+        self.factors = FactorList(
+            [nn.Parameter(torch.empty(heads, 2, p, p), requires_grad=train_factors) for p in sizes]
+        )
+        self.first_state = nn.Parameter(torch.empty(2, self.state_size)) if self.selective else None
+        self.decay = nn.Parameter(torch.empty(heads)) if decay else None  # a
+        self.reset_parameters()
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """Axes 2 and 3 of the inputs."""
+        return (sum(self.widths), 1) if self.selective else (2, self.state_size)
+
+    def _initial_factor(self, size: int) -> Tensor:
+        """A head's factor (2, P, P), unitary; of "fourier" it is made in :meth:`initial_values`."""
+        if self.start.identity:
+            return torch.stack([torch.eye(size), torch.zeros(size, size)])
+        if self.start.max_phase is not None:
+            return slow_unitary(size, self.start.max_phase / len(self.factor_shapes))
+        return random_unitary(size, size)
+
+    def initial_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters, each with where it starts.
+
+        "fourier": W_f = diag(exp(2πik / (P_0 ⋯ P_f))), k < P_f, whose product has all N-th roots of unity on its
+        diagonal. Heads that forget keep what they hold for 8 to 1000 steps, evenly spread on a logarithmic scale.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+        scale, below = self.start.norm ** (1 / len(self.factor_shapes)), 1
+        for factor, (size, _) in zip(self.factors, self.factor_shapes, strict=False):
+            below *= size
+            start = torch.stack([self._initial_factor(size) for _ in range(self.heads)])
+            if self.start.fourier:
+                turns = torch.arange(size) / below  # (P,)
+                start = to_planes(torch.exp(2j * math.pi * turns).diag(), 0).expand(self.heads, -1, -1, -1)
+            found.append((factor, scale * start))
+        if self.first_state is not None:
+            found.append((self.first_state, torch.randn(2, self.state_size) / math.sqrt(2)))
+        if self.decay is not None:
+            found.append((self.decay, torch.linspace(math.log(8), math.log(1000), self.heads)))  # σ(log n) ≈ 1 − 1/n
+        return found
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the start. Parameters on the meta device are left for the loader to fill."""
+        for parameter, start in self.initial_values():
+            if not parameter.is_meta:
+                parameter.copy_(start)
+
+    def penalty(self) -> Tensor:
+        """Σ over heads and factors of ‖W^H W − I‖²: a scalar; zero for selective transitions, which are unitary."""
+        if self.first_state is not None:
+            return self.first_state.new_zeros(())
+        factors = self.factors(torch.empty(0))
+        return torch.stack([unitary_penalty(factor.unbind(0)) for factor in factors]).sum()
+
+    def _transitions(self, generators: Tensor, gates: Tensor) -> list[Tensor]:
+        """R_f (B, T, H, 2, P, P) of generators (B, T, H·ΣP_f²) and gates (B, T, H·F)."""
+        sizes = [p for p, _ in self.factor_shapes]
+        parts = generators.unflatten(-1, (self.heads, -1)).split([p * p for p in sizes], -1)  # (B, T, H, P²)
+        opened = 2 * gates.unflatten(-1, (self.heads, -1)).sigmoid()  # (B, T, H, F)
+        return [unitary_exp(opened[..., f, None] * part) for f, part in enumerate(parts)]
+
+    def forward(
+        self,
+        inputs: Tensor,
+        initial_state: Tensor | None = None,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """inputs (B, T, *input_shape), initial_state (B, 2, N), mask and starts (B, T): states (B, T, 2, N), final.
+
+        N is here that of all heads. Computed in fp32 (fp64 for fp64 inputs) whatever the dtype of the inputs; that is
+        also the dtype returned.
+        """
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        batch, length = inputs.shape[:2]
+        read = inputs.to(dtype).flatten(2)  # (B, T, W)
+        factors = [factor.to(dtype) for factor in self.factors(inputs)]
+        logits = None if self.decay is None else self.decay.to(dtype).expand(batch, length, -1)  # (B, T, H)
+        state = None if initial_state is None else initial_state.to(dtype)
+        if self.first_state is not None:
+            read, generators, gates, raw = read.split(self.widths, -1)
+            factors = self._transitions(generators, gates)
+            logits = None if logits is None else logits + raw
+            first = self.first_state.to(dtype).expand(batch, -1, -1)  # (B, 2, N)
+            state = first if state is None else state
+        u = read.unflatten(-1, (2, -1))  # (B, T, 2, N)
+        decay = None if logits is None else logits.sigmoid().clamp(min=torch.finfo(dtype).tiny)
+        if self.first_state is not None and starts is not None:
+            u = u + torch.where(starts[:, :, None, None], self._from_first(factors, decay), 0)
+        backend = self.backend
+        return kron_linear_scan(u, factors, decay, state, mask, starts, unitary=self.selective, backend=backend)
+
+    def _from_first(self, factors: list[Tensor], decay: Tensor | None) -> Tensor:
+        """What a step makes of the first state, d_t R_t h (B, T, 2, N): a document that starts in a row meets zeros."""
+        first = to_complex(cast(Tensor, self.first_state).to(factors[0].dtype), 0).unflatten(0, (self.heads, -1))
+        matrices = [to_complex(factor, -3) for factor in factors]  # (B, T, H, P, P)
+        moved = apply_steps(matrices, first.expand(*factors[0].shape[:2], -1, -1))  # (B, T, H, N/H)
+        return to_planes((moved if decay is None else decay.unsqueeze(-1) * moved).flatten(2), 2)
+
+    def extra_repr(self) -> str:
+        shapes = " ".join(f"{p}x{q}" for p, q in self.factor_shapes)
+        kind = "selective" if self.selective else "fixed"
+        decay = ", decay" if self.decay is not None else ""
+        return f"linear, {kind}, heads={self.heads}, state_size={self.state_size}, factors={shapes}{decay}"
+
+
+Recurrence = KRURecurrence | KRULinearRecurrence
+
+
 class KRUBidirectional(nn.Module):
     """Two recurrences of a kind over one sequence, from its start and from its end, with the interface of a single one.
 
@@ -207,12 +379,13 @@ class KRUBidirectional(nn.Module):
     features and state, the reverse cell the second.
     """
 
-    def __init__(self, forward_cell: KRURecurrence, reverse_cell: KRURecurrence) -> None:
+    def __init__(self, forward_cell: Recurrence, reverse_cell: Recurrence) -> None:
         super().__init__()
         self.forward_cell = forward_cell
         self.reverse_cell = reverse_cell
         self.state_size = forward_cell.state_size
-        self.input_planes = 2 * forward_cell.input_planes
+        planes, units = forward_cell.input_shape
+        self.input_shape = 2 * planes, units
         self.output_planes = 2 * forward_cell.output_planes
         self.state_planes = 2 * forward_cell.state_planes
 

@@ -1,8 +1,9 @@
-"""Layers in place of ``torch.nn.RNN``, ``LSTM`` and ``GRU``: ``KRU``, ``KRULSTM``, ``KRUGRU``, ``KRUJANET``.
+"""Layers in place of ``nn.RNN``, ``LSTM`` and ``GRU``: ``KRU``, ``KRULSTM``, ``KRUGRU``, ``KRUJANET``, ``KRULinear``.
 
 nn.LSTM(64, 900, num_layers=2, batch_first=True)  ->  KRULSTM(64, 900, num_layers=2, batch_first=True)
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..kronecker import check_shapes, plan_with_warning
-from ..recurrence import KRURecurrence
+from ..recurrence import KRULinearRecurrence, KRURecurrence, Recurrence
 
 
 class _KroneckerLayer(nn.Module):
@@ -36,6 +37,7 @@ class _KroneckerLayer(nn.Module):
 
     proj_size = 0  # read by code that knows torch's layers
     _cell: str  # a name of CELLS
+    _biased_maps = False  # whether it is the input maps that ``bias`` is about
     _pair = False  # whether the caller's state is (h, c)
     _cell_options: tuple[str, ...] = ("init_scale", "chrono_max_length", "terms")  # of KRURecurrence
 
@@ -75,10 +77,14 @@ class _KroneckerLayer(nn.Module):
                 raise TypeError(f"{type(self).__name__} has no option {name!r}; it has {', '.join(self._cell_options)}")
         if factor_shapes is not None and factor_size is not None:
             raise ValueError(f"give factor_shapes or factor_size, not both: got {factor_shapes} and {factor_size}")
+        heads = cell_options.get("heads", 1)
+        if heads < 1 or state_size % heads:
+            raise ValueError(f"heads must be at least 1 and divide state_size = {state_size}, got {heads}")
+        units = state_size // heads
         if factor_shapes is None:
-            shapes = plan_with_warning(state_size, 8 if factor_size is None else factor_size)
+            shapes = plan_with_warning(units, 8 if factor_size is None else factor_size)
         else:
-            shapes = check_shapes(factor_shapes, state_size)
+            shapes = check_shapes(factor_shapes, units)
         self.input_size, self.state_size, self.num_layers = input_size, state_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
         self.num_directions = 2 if bidirectional else 1
@@ -86,15 +92,19 @@ class _KroneckerLayer(nn.Module):
         width = input_size
         for _ in range(num_layers):
             for _ in range(self.num_directions):
-                cell = KRURecurrence(
-                    shapes, self._cell, bias=bool(bias), train_factors=train_factors, backend=backend, **cell_options
-                )
+                cell = self._make_cell(shapes, train_factors=train_factors, backend=backend, **cell_options)
                 self.recurrences.append(cell)
-                self.input_maps.append(nn.Linear(width, cell.input_planes * state_size, bias=False))
+                self.input_maps.append(
+                    nn.Linear(width, math.prod(cell.input_shape), bias=self._biased_maps and bool(bias))
+                )
             width = self.num_directions * cell.output_planes * state_size
         self.output_size = width
         if device is not None or dtype is not None:  # under FakeTensorMode nothing can be moved
             self.to(device=device, dtype=dtype)
+
+    def _make_cell(self, shapes: list[list[int]], **options: Any) -> Recurrence:
+        """The recurrence of a layer and direction."""
+        return KRURecurrence(shapes, self._cell, bias=bool(self.bias), **options)
 
     def _planes(self, hx: Any, batch: int | None) -> Tensor:
         """The caller's initial state, for ``batch`` sequences or one without a batch, to (L·directions, B, S, N)."""
@@ -103,7 +113,7 @@ class _KroneckerLayer(nn.Module):
             raise ValueError(
                 f"the initial state of {type(self).__name__} is a pair (h_0, c_0), got {type(hx).__name__}"
             )
-        rows, planes = len(self.recurrences), cast(KRURecurrence, self.recurrences[0]).state_planes // len(parts)
+        rows, planes = len(self.recurrences), cast(Recurrence, self.recurrences[0]).state_planes // len(parts)
         width = planes * self.state_size
         shape = (rows, width) if batch is None else (rows, batch, width)
         for name, value in zip(("h_0", "c_0"), parts, strict=False):
@@ -172,7 +182,7 @@ class _KroneckerLayer(nn.Module):
             for direction in range(self.num_directions):
                 index = layer * self.num_directions + direction
                 cell = self.recurrences[index]
-                inputs = self.input_maps[index](x).unflatten(-1, (cell.input_planes, self.state_size))  # (B, T, ·, N)
+                inputs = self.input_maps[index](x).unflatten(-1, cell.input_shape)  # (B, T, ·, N)
                 here = mask
                 if direction:
                     # Flipped, padding comes first: the mask holds the initial state until the sequence begins.
@@ -247,3 +257,20 @@ class KRUJANET(_KroneckerLayer):
     """
 
     _cell = "janet"
+
+
+class KRULinear(_KroneckerLayer):
+    """The linear recurrence h_t = d_t R_t h_{t-1} + U x_t: features [Re h; Im h], 2N wide per direction.
+
+    State (L·directions, B, 2N). Further options: ``transition``, ``heads``, ``decay`` and ``init`` of
+    ``KRULinearRecurrence``. ``bias`` is that of the maps that the input passes. Add :meth:`penalty`, times a
+    coefficient, to the training loss where the transition is fixed.
+    """
+
+    _cell_options = ("transition", "heads", "decay", "init")
+    _biased_maps = True
+
+    def _make_cell(self, shapes: list[list[int]], **options: Any) -> Recurrence:
+        return KRULinearRecurrence(shapes, **options)
+
+    penalty = KRU.penalty

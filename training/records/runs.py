@@ -44,6 +44,7 @@ INCIDENTAL = {
 OFF = (*OFF_AT_ZERO, "max_recurrent_norm")
 NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "orthogonal": "orthogonal RNN", "low_rank": "low-rank RNN"}
 CELLS = {name: "KRU" if cell.complex else f"Kron-{cell.name.upper()}" for name, cell in BY_TYPE.items()}
+CELLS["kru_linear"] = "Linear-KRU"
 
 
 @dataclass(frozen=True)
