@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,9 @@ from training.options.model import ARCHITECTURES, BASELINES, ModelOptions
 from training.options.parser import Parser, parse_words
 from training.options.rule import idle, is_off, missing, value_of
 from training.options.run import RunOptions
+from training.tasks import get_task
 
+RELEASED = Path(__file__).parents[2] / "model_cards"
 TEXT = {"vocab_size": 52, "pad_token_id": 0}
 CLASSES = [RunOptions, ModelOptions, DataOptions]
 FIELDS = fields_of(CLASSES)
@@ -233,3 +236,14 @@ def test_help_is_in_groups():
     assert [line for line in text.splitlines() if line.endswith(":") and " " not in line] == [
         *("options:", "training:", "saving:", "sharing:", "model:", "data:")
     ]
+
+
+@pytest.mark.parametrize("folder", sorted(RELEASED.glob("*/recipe.yaml")), ids=lambda path: path.parent.name)
+def test_a_released_recipe_builds_the_released_network(folder):
+    """Whatever has become of defaults since."""
+    arguments, stored = parse_arguments([str(folder)]), KRUConfig.from_pretrained(folder.parent)
+    data = ("vocab_size", "input_size", "num_labels", "problem_type")
+    fixed = {name: getattr(stored, name) for name in data}
+    built = build_model(get_task(arguments.run.task).head, arguments.model, **fixed).config
+    names = {field.name for field in dataclasses.fields(KRUConfig)} & fields_of([ModelOptions]).keys()
+    assert {name: getattr(built, name) for name in names} == {name: getattr(stored, name) for name in names}
