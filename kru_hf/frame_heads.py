@@ -12,6 +12,7 @@ from .kronecker import check_choice
 CHAIN_SIZE, CHAIN_CHANNELS = 64, 8  # hidden units of the chain, and of the windows at each key
 OCTAVE = 12  # keys
 WINDOW = 2 * OCTAVE + 1
+BLOCK = 8  # keys that are computed together; no effect on what is computed
 FRAME_HEADS = ("independent", "chain")
 MOST_DRAWS = 64  # free draws of a frame before limits on its voices are built into the draw
 SURE = 1e-4  # a temperature at which a key of independent ones is all but certain
@@ -52,15 +53,16 @@ class KeyWindows(nn.Module):
         Args:
             hidden: c, (M, H). before, frame: the frame before and the frame itself, (M, width).
         """
-        places = torch.arange(frame.shape[-1], device=frame.device)  # (width,)
-        apart = places[:, None] - places  # (width, width): j - i for key j as key i sees it
-        around = (apart + OCTAVE).where(apart.abs() <= OCTAVE, WINDOW)  # its place in the window; WINDOW: outside it
-        below = (apart + WINDOW).where((apart < 0) & (apart >= -WINDOW), WINDOW)
-        near = F.pad(self.near, (0, 0, 0, 1))  # (2, WINDOW + 1, C)
-        index = torch.cat([around, below + WINDOW + 1])  # (2·width, width)
-        table = near.flatten(0, 1).index_select(0, index.flatten()).view(len(index), -1)  # (2·width, width·C)
-        seen = torch.cat([before, frame.to(before.dtype)], -1)  # (M, 2·width)
-        units = (seen @ table).unflatten(-1, (-1, self.near.shape[-1]))  # (M, width, C)
+        width, span = frame.shape[-1], WINDOW + BLOCK - 1
+        blocks = -(-width // BLOCK)  # the keys of a block read one row of `span` keys, in which their windows overlap
+        right = BLOCK * blocks + WINDOW - 1 - width
+        around = F.pad(before, (OCTAVE, right - OCTAVE)).unfold(-1, span, BLOCK)  # (M, blocks, span)
+        below = F.pad(frame.to(before.dtype), (WINDOW, right - WINDOW)).unfold(-1, span, BLOCK)  # (M, blocks, span)
+        place = torch.arange(span, device=frame.device)[:, None] - torch.arange(BLOCK, device=frame.device)
+        place = place.where((place >= 0) & (place < WINDOW), WINDOW)  # (span, BLOCK): in the window of each key
+        table = F.pad(self.near, (0, 0, 0, 1))[:, place].flatten(0, 1).flatten(1)  # (2·span, BLOCK·C)
+        units = torch.cat([around, below], -1) @ table  # (M, blocks, BLOCK·C)
+        units = units.unflatten(-1, (BLOCK, -1)).flatten(1, 2)[:, :width]  # (M, width, C)
         units = F.relu(units + self.context(F.relu(hidden))[:, None])  # (M, width, C)
         return self.out(units).squeeze(-1)  # (M, width)
 
@@ -86,19 +88,6 @@ class KeyChain(nn.Module):
         self.keys = nn.Linear(size, width, bias=False)  # v
         self.dropout = nn.Dropout(dropout)
 
-    def read_context(self, features: Tensor, frames: Tensor) -> Tensor:
-        """What a frame is drawn from: a, c and the frame before it side by side, (B, T, width + H + width).
-
-        Args:
-            features: the part of (a, c) from the state, (B, T, width + H). frames: (B, T, width).
-        """
-        frames = frames.to(features.dtype)  # (B, T, width)
-        return torch.cat([features + self.before(frames), frames], -1)
-
-    def split(self, context: Tensor) -> tuple[Tensor, ...]:
-        """a (M, width), c (M, H) and the frame before (M, width) of a context (M, width + H + width)."""
-        return context.split((self.width, self.size, self.width), -1)
-
     def forward(self, hidden: Tensor, lower: Tensor) -> Tensor:
         """What is added to a: (M, width) for all keys, were the keys of ``lower`` those that sound below each of them.
 
@@ -109,19 +98,20 @@ class KeyChain(nn.Module):
         return self.keys(self.dropout(hidden))  # (M, width)
 
 
-def chain_logits(chain: KeyChain, context: Tensor, targets: Tensor) -> Tensor:
+def chain_logits(chain: KeyChain, context: Tensor, before: Tensor, targets: Tensor) -> Tensor:
     """Each key's logit given the lower keys of the same frame of targets, in one pass.
 
     What lies below a key changes only where a key sounds: a frame of k sounding keys is k + 1 rows of the chain,
     not ``width``.
 
     Args:
-        context: of each frame, from :meth:`KeyChain.read_context`. targets: (B, T, width) of zeros and ones.
+        context: (a, c) side by side, (B, T, width + H). before, targets: the frames before those of zeros and ones that
+            are scored, and these, (B, T, width).
 
     Returns:
         logits (B, T, width).
     """
-    own, hidden, before = chain.split(context.flatten(0, -2))  # (M, width), (M, H), (M, width)
+    own, hidden = context.flatten(0, -2).split((chain.width, chain.size), -1)  # (M, width), (M, H)
     sounding = (targets > 0.5).flatten(0, -2)  # (M, width)
     below = sounding.cumsum(-1, dtype=torch.int32) - sounding.int()  # (M, width): how many keys sound below a key
     counts = sounding.sum(-1) + 1  # (M,)
@@ -131,7 +121,9 @@ def chain_logits(chain: KeyChain, context: Tensor, targets: Tensor) -> Tensor:
     place = below.masked_fill(~sounding, chain.width)  # (M, width): of a key among those that sound
     lower = place.index_select(0, frame) < step[:, None]  # (R, width): the lowest `step` keys that sound
     added = chain(hidden.index_select(0, frame), lower)  # (R, width)
-    logits = own + chain.windows(hidden, before, sounding) + added.gather(0, first[:, None] + below)  # (M, width)
+    logits = (
+        own + chain.windows(hidden, before.flatten(0, -2), sounding) + added.gather(0, first[:, None] + below)
+    )  # (M, width)
     return logits.unflatten(0, targets.shape[:-1])  # (B, T, width)
 
 
@@ -196,7 +188,7 @@ def draw_frame(
     voices: tuple[int, int | None] = (0, None),
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A frame from its context: (B, width + H + width) of a chain, logits (B, width) of independent keys.
+    """A frame from its context (B, …): a, c and the frame before it side by side for a chain, else the logits.
 
     Frames with too few or too many voices are drawn again, which is exact. A row that has met no frame within the
     limits in ``MOST_DRAWS`` draws gets one whose keys are drawn within them.
@@ -222,7 +214,7 @@ def draw_frame(
         def logits_of(lower: Tensor, own: Tensor = own) -> Tensor:
             if chain is not None:
                 lower = lower.to(own.device)  # (M, width)
-                logits, hidden, before = chain.split(own)  # (M, width), (M, H), (M, width)
+                logits, hidden, before = own.split((width, chain.size, width), -1)  # (M, width), (M, H), (M, width)
                 own = logits + chain.windows(hidden, before, lower) + chain(hidden, lower)  # (M, width)
             return own.float().cpu()
 

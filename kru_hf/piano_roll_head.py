@@ -121,8 +121,9 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         if self.chain is None:
             return context, context
         check_targets(targets)
-        context = self.chain.read_context(context, input_values)  # (B, T, width + H + width)
-        return chain_logits(self.chain, context, targets), context
+        before = input_values.to(context.dtype)  # (B, T, width)
+        context = context + self.chain.before(before)  # (B, T, width + H)
+        return chain_logits(self.chain, context, before, targets), torch.cat([context, before], -1)
 
     @can_return_tuple
     def forward(
