@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
-from kru_hf.cells import STARTS
+from kru_hf.cells import STARTS, TRANSITIONS
 from kru_hf.configuration_kru import CELL_TYPES
 
 EXAMPLES = 80
@@ -74,6 +74,10 @@ def cases(draw) -> Case:
         options["activation"] = draw(st.sampled_from(["modrelu", "identity"]))
         square = all(p == q for p, q in options["factor_shapes"])
         options["recurrent_init"] = draw(st.sampled_from([name for name in STARTS if square or name != "slow"]))
+    elif options["cell_type"] == "kru_linear":
+        options["factor_shapes"] = draw(st.sampled_from([s for s in SHAPES if all(p == q for p, q in s)]))
+        options["num_heads"], options["decay"] = draw(st.integers(1, 2)), draw(st.booleans())
+        options["transition"] = draw(st.sampled_from(TRANSITIONS))
     else:
         options["chrono_max_length"] = draw(st.sampled_from([None, 20]))
     if options["block_type"] == "residual":
@@ -84,6 +88,7 @@ def cases(draw) -> Case:
         if draw(st.booleans()):
             terms = {"io_rank": None, "kronecker_terms": 2, "hidden_size": 4, "intermediate_size": 6}
             options |= {**terms, "factor_shapes": SHAPES[1]}
+            options.pop("transition", None)  # the width of what selective ones read may be odd
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     return Case(head, options, lengths, draw(st.booleans()), draw(st.integers(0, 100)))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kru_hf import KRUConfig
-from kru_hf.cells import STARTS
+from kru_hf.cells import STARTS, TRANSITIONS
 from kru_hf.configuration_kru import GATED_TYPES
 
 from ..common.errors import UserError
@@ -24,6 +24,8 @@ OFF_AT_0 = ("positive, or 0 to turn it off", lambda value: value >= 0)
 KRU: Condition = {"architecture": KRONECKER}
 SOFT: Condition = {"architecture": ("kru",)}
 COMPLEX: Condition = {**KRU, "cell_type": ("kru",)}
+LINEAR: Condition = {**SOFT, "cell_type": ("kru_linear",)}
+FIXED: Condition = {**LINEAR, "transition": ("fixed",)}
 TRAINED: Condition = {**SOFT, "cell_type": ("kru",), "freeze_factors": Is.OFF}
 RESIDUAL: Condition = {**KRU, "block_type": ("residual",)}
 MUSIC: Condition = {"task": ("piano_roll",)}
@@ -73,6 +75,11 @@ class ModelOptions(Options):
         replaces=("parameter_budget", "state_size", "factor_size"),
     )
     cell_type: str | None = of_new("Recurrent cell of a kru model.", SOFT)
+    transition: str | None = of_new(
+        f"Transitions of kru_linear: {', '.join(TRANSITIONS)} (given by the input).", LINEAR
+    )
+    num_heads: int | None = of_new("Heads of kru_linear, each with factors of its own.", LINEAR, allowed=AT_LEAST_1)
+    decay: bool | None = of_new("Whether the heads of kru_linear forget.", LINEAR, off=False)
     num_hidden_layers: int | None = of_new("Number of recurrent layers.")
     hidden_size: int | None = of_new("Width of the real features between layers, and of the embedding.")
     block_type: str | None = of_new(
@@ -110,7 +117,9 @@ class ModelOptions(Options):
     recurrent_terms: int | None = of_new(
         "Kronecker products whose sum the recurrent matrix of a kru model is.", SOFT, allowed=AT_LEAST_1
     )
-    recurrent_init: str | None = of_new(f"Start of the recurrence: {', '.join(STARTS)}.", COMPLEX)
+    recurrent_init: str | None = of_new(
+        f"Start of the recurrence: {', '.join(STARTS)}; fourier too for kru_linear.", COMPLEX, FIXED
+    )
     bias_init: float | None = of_new("Start value of the modReLU bias.", {**COMPLEX, "activation": ("modrelu",)})
     chrono_max_length: int | None = of_new(
         "Longest memory, in steps, that gates start with (chrono initialisation); 0: forget bias 1.",
@@ -137,6 +146,7 @@ class ModelOptions(Options):
     unitary_loss_coef: float | None = of_new(
         "Weight of the soft unitary penalty in the training loss.",
         TRAINED,
+        {**FIXED, "freeze_factors": Is.OFF},
         off=0,
         allowed=("0 or more", lambda value: value >= 0),
     )

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class SequenceTask(Task):
 class GeneratedTask(SequenceTask):
     """Sequences that are made from `data_seed` alone."""
 
-    Options = GeneratedOptions
+    Options: ClassVar[type] = GeneratedOptions
 
     def load(self, tokenizer: Any = None) -> None:
         if self.data.dataset not in (None, self.name):
