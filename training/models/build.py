@@ -83,7 +83,6 @@ def build_model(head: str, options: ModelOptions, **fixed: Any) -> PreTrainedMod
         names = ("state_size", "factor_shapes", "io_rank", "hidden_size", "recurrent_rank")
         sizes = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name, None) is not None]
         print(f"sized: {options.architecture} with {', '.join(sizes)}: {model.num_parameters():,} parameters")
-    register_code(model)
     return model
 
 
@@ -174,19 +173,6 @@ def _root_cause(error: BaseException) -> str:
     return str(error)
 
 
-def register_code(model: PreTrainedModel) -> None:
-    """Have `save_pretrained` put the modelling files of a KRU model beside the weights, for `trust_remote_code`."""
-    if model.config.model_type != "kru":
-        return
-    type(model.config).register_for_auto_class()
-    head = next((auto for name, auto in HEADS.items() if name in _snake(type(model).__name__)), "AutoModel")
-    type(model).register_for_auto_class(head)
-
-
-def _snake(name: str) -> str:
-    return "".join("_" + c.lower() if c.isupper() else c for c in name.replace("LM", "Lm"))
-
-
 @contextmanager
 def loading(folder: str, part: str) -> Iterator[None]:
     """An error of one line that names `part` for whatever transformers' readers raise, in place of their reports."""
@@ -240,7 +226,6 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
             f"model={folder!r}: the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
             f"{model.config.vocab_size} (tokenizer.json, config.json)"
         )
-    register_code(model)
     return model, tokenizer
 
 
