@@ -16,7 +16,7 @@ from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
 from .heads_kru import KRUForSequenceClassification, KRUForTokenClassification
 from .kronecker import kron_apply, kron_dense, plan_factor_shapes, random_unitary, unitary_penalty
-from .layers import KRU, KRUGRU, KRUJANET, KRULSTM, KroneckerizeReport, KRULinear, dekroneckerize, kroneckerize
+from .layers import KRU, KRUGRU, KRUJANET, KRULSTM, KroneckerizeReport, KRULinear, dekroneckerize, kroneckerize, to_kru
 from .modeling_kru import KRUForCausalLM, KRUModel, KRUPreTrainedModel
 from .piano_roll_head import KRUForPianoRoll
 from .recurrence import KRULinearRecurrence, KRURecurrence
@@ -60,6 +60,7 @@ __all__ = [
     "kroneckerize",
     "plan_factor_shapes",
     "random_unitary",
+    "to_kru",
     "unitary_penalty",
     "use_backend",
 ]

@@ -1,21 +1,24 @@
 """Kronecker recurrent weights for torch's own RNNs: shrink an ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``, trained or not.
 
 Each gate's N × N block of ``weight_hh`` becomes W_0 ⊗ … ⊗ W_{F-1} with real factors (P_f, Q_f), ∏ P_f = ∏ Q_f = N,
-through :mod:`torch.nn.utils.parametrize`. Only the factors are stored and trained; the dense weight is rebuilt for each
-forward and torch's RNN kernels run on it. So the gain is in parameters, not in time.
+through :mod:`torch.nn.utils.parametrize`. Only the factors are stored and trained; torch's RNN kernels run on the dense
+weight, which is rebuilt once a forward in training, and without gradients only where a factor has changed. So the gain
+is in parameters, not in time: :func:`to_kru` gives an LSTM or a GRU whose time and memory are those of the factors.
 G is the number of gates: 1 (RNN), 3 (GRU), 4 (LSTM).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..kronecker import check_shapes, factorings, kron_product, random_orthogonal
+from ..scan import can_look_at
+from .drop_in import KRUGRU, KRULSTM
 
 GATES = {
     "RNN_TANH": ("hidden",),
@@ -250,11 +253,7 @@ def dekroneckerize(module: nn.RNNBase) -> nn.RNNBase:
         TypeError: ``module`` is no ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``.
         ValueError: a recurrent weight is no Kronecker parametrization.
     """
-    names = _recurrent_names(module)
-    lists: Any = getattr(module, "parametrizations", {})
-    for name in names:
-        if name not in lists or not isinstance(lists[name][0], KroneckerWeight):
-            raise ValueError(f"{name} is not kroneckerized; dekroneckerize takes a module that kroneckerize returned")
+    names, lists = _kroneckerized_names(module), cast(Any, module.parametrizations)
     # A deep copy shares the class that parametrize made, and removal deletes properties from the class: have our own.
     shared = type(module)
     body = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
@@ -270,8 +269,68 @@ def dekroneckerize(module: nn.RNNBase) -> nn.RNNBase:
     for name in module._flat_weights_names:
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
+    module.__dict__.pop("_known", None)
     module._init_flat_weights()
     return module
+
+
+def to_kru(module: nn.RNNBase) -> KRULSTM | KRUGRU:
+    """A :class:`KRULSTM` or :class:`KRUGRU` that computes what a kroneckerized ``nn.LSTM`` or ``nn.GRU`` does.
+
+    It never builds the dense weights: faster from a few hundred units on, in training too, and exported at the size of
+    the factors. It has parameters of its own, equal in value; torch's two biases become one, but for the candidate of a
+    GRU. Arguments, shapes of inputs and states, dtype, device and what is frozen stay.
+
+    Raises:
+        TypeError: ``module`` is no ``nn.LSTM`` or ``nn.GRU``.
+        ValueError: a recurrent weight is no Kronecker parametrization.
+    """
+    if not isinstance(module, (nn.LSTM, nn.GRU)):
+        raise TypeError(f"module must be a kroneckerized nn.LSTM or nn.GRU, got {type(module).__name__}")
+    names = _kroneckerized_names(module)
+    lists: Any = module.parametrizations
+    layer = (KRULSTM if isinstance(module, nn.LSTM) else KRUGRU)(
+        module.input_size,
+        module.hidden_size,
+        module.num_layers,
+        bool(module.bias),
+        module.batch_first,
+        module.dropout,
+        module.bidirectional,
+        factor_shapes=lists[names[0]][0].factor_shapes,
+        dtype=lists[names[0]].original0.dtype,
+        device=lists[names[0]].original0.device,
+    )
+    for name, map_, cell in zip(names, layer.input_maps, layer.recurrences, strict=True):
+        place = name.removeprefix("weight_hh")  # _l0, _l0_reverse, …
+        _take(cast(Any, map_).weight, [module.get_parameter(f"weight_ih{place}")])
+        for index, factor in enumerate(cast(Any, cell).factors):
+            _take(factor, [getattr(lists[name], f"original{index}")])
+        if module.bias:
+            pair = [module.get_parameter(f"bias_{part}{place}") for part in ("ih", "hh")]  # (G·N,) each
+            if isinstance(module, nn.GRU):  # the reset gate multiplies the candidate's recurrent bias
+                read, carried = (bias.unflatten(0, (3, -1)) for bias in pair)  # (3, N)
+                rows = torch.cat((read[:2] + carried[:2], read[2:], carried[2:]))  # (4, N)
+            else:
+                rows = pair[0] + pair[1]
+            _take(cast(Any, cell).bias, [rows.view(4, -1), *pair])
+    return layer.train(module.training)
+
+
+@torch.no_grad()
+def _take(parameter: Tensor, sources: Sequence[Tensor]) -> None:
+    """Give a parameter the value of the first source, and train it if any of them is trained."""
+    parameter.copy_(sources[0])
+    parameter.requires_grad_(any(source.requires_grad for source in sources))
+
+
+def _kroneckerized_names(module: nn.RNNBase) -> list[str]:
+    """Names of the recurrent weights, after a check that all are Kronecker parametrizations."""
+    names, lists = _recurrent_names(module), cast(Any, getattr(module, "parametrizations", {}))
+    for name in names:
+        if name not in lists or not isinstance(lists[name][0], KroneckerWeight):
+            raise ValueError(f"{name} is not kroneckerized: the module must be one that kroneckerize returned")
+    return names
 
 
 def _recurrent_names(module: nn.RNNBase) -> list[str]:
@@ -289,6 +348,25 @@ def fresh_factors(factor_shapes: Sequence[tuple[int, int]], gates: int) -> list[
     return [torch.stack([random_orthogonal(p, q) * scale for _ in range(gates)]) for p, q in factor_shapes]
 
 
+def _dense_weight(module: nn.RNNBase, name: str) -> Tensor:
+    """A recurrent weight (G·N, N): rebuilt where gradients are recorded, else only if a factor has changed.
+
+    Whether one has is seen from its numbers, which are few beside those of the weight: a version is not told of writes
+    to ``.data``. On other devices the look would wait for the device.
+    """
+    group = cast(Any, module.parametrizations)[name]
+    factors = [getattr(group, f"original{f}") for f in range(len(group[0].factor_shapes))]  # [(G, P_f, Q_f)]
+    known: dict[str, tuple[list[Tensor], Tensor]] = module.__dict__.setdefault("_known", {})
+    if torch.is_grad_enabled() or len(group) > 1 or not all(f.is_cpu and can_look_at(f) for f in factors):
+        known.pop(name, None)
+        return getattr(module, name)
+    before, dense = known.get(name, ([], factors[0]))
+    same = [f.dtype == b.dtype and torch.equal(f, b) for f, b in zip(factors, before, strict=False)]
+    if not same or not all(same):
+        before, dense = known[name] = [f.detach().clone() for f in factors], getattr(module, name)
+    return dense
+
+
 def own_rnn_class(module: nn.RNNBase) -> None:
     """Let torch's RNN code see the rebuilt weights: the list that its kernels take is otherwise made once and kept.
 
@@ -297,9 +375,23 @@ def own_rnn_class(module: nn.RNNBase) -> None:
     ``init="fresh"`` does: torch's own would make each of them small, and their product next to nothing.
     """
     cls: Any = type(module)
+    torch_forward, ours = cls.forward, frozenset(_recurrent_names(module))
+
+    def build(self: nn.RNNBase) -> list[Tensor | None]:
+        names = self._flat_weights_names
+        return [_dense_weight(self, name) if name in ours else getattr(self, name, None) for name in names]
 
     def current(self: nn.RNNBase) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return self.__dict__.get("_built") or build(self)
+
+    def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch_forward(self, *args, **kwargs)
+        self.__dict__["_built"] = build(self)  # torch asks for the weights several times a call
+        try:
+            return torch_forward(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop("_built", None)
 
     def ignored(self: nn.RNNBase, *_: Any) -> None:
         return None
@@ -317,4 +409,4 @@ def own_rnn_class(module: nn.RNNBase) -> None:
     module._flat_weight_refs = []
     cls._flat_weights = property(current, ignored)
     cls._init_flat_weights = cls._update_flat_weights = cls.flatten_parameters = ignored
-    cls.reset_parameters = reset_parameters
+    cls.forward, cls.reset_parameters = forward, reset_parameters

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kru_hf.kronecker import factorings, kron_product
-from kru_hf.layers.kroneckerize import GATES, dekroneckerize, kroneckerize, nearest_kronecker, plan_target_shapes
+from kru_hf.layers.kroneckerize import (
+    GATES,
+    KroneckerWeight,
+    dekroneckerize,
+    kroneckerize,
+    nearest_kronecker,
+    plan_target_shapes,
+    to_kru,
+)
 
 # Relative error in norm of a fit in float64 and of a forward pass of identical weights in float32.
 FIT_TOLERANCE = 1e-12
@@ -322,3 +331,64 @@ def test_bad_modules():
         dekroneckerize(nn.LSTMCell(12, 12))
     with pytest.raises(ValueError, match="weight_hh_l0 is not kroneckerized"):
         dekroneckerize(nn.GRU(5, 12))
+
+
+def test_without_gradients_weights_are_rebuilt_where_a_factor_has_changed(monkeypatch):
+    built, forward = [], KroneckerWeight.forward
+    monkeypatch.setattr(KroneckerWeight, "forward", lambda self, *factors: built.append(1) or forward(self, *factors))
+    module, _ = kroneckerize(nn.LSTM(5, 12), [(3, 3), (4, 4)])
+    x = torch.randn(7, 3, 5)
+    built.clear()
+    first = module(x)[0]
+    assert len(built) == 1  # with gradients once a call
+    with torch.no_grad():
+        assert torch.equal(module(x)[0], first) and torch.equal(module(x)[0], first)
+        assert len(built) == 2
+        module.parametrizations.weight_hh_l0.original1.data.mul_(2)  # of which no version tells
+        second = module(x)[0]
+    assert len(built) == 3 and not torch.equal(second, first)
+    assert torch.equal(module(x)[0], second)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_to_kru(cell, bias, bidirectional):
+    torch.manual_seed(0)
+    module = CELLS[cell](5, 12, num_layers=2, bias=bias, batch_first=True, bidirectional=bidirectional).double()
+    module.weight_ih_l0.requires_grad_(False)
+    module, report = kroneckerize(module, [(3, 3), (4, 4)])
+    layer = to_kru(module.eval())
+    assert type(layer).__name__ == f"KRU{cell.upper()}" and not layer.training
+    x, state = torch.randn(3, 7, 5).double(), [torch.randn(2 * (1 + bidirectional), 3, 12).double() for _ in range(2)]
+    hx = tuple(state) if cell == "lstm" else state[0]
+    for start in (None, hx):
+        output, final = layer(x, start)
+        expected, expected_final = module(x, start)
+        for value, wanted in zip((output, *hidden(final)), (expected, *hidden(expected_final)), strict=True):
+            torch.testing.assert_close(value, wanted, rtol=0, atol=1e-12)
+    assert not layer.input_maps[0].weight.requires_grad and layer.input_maps[1].weight.requires_grad
+    recurrent = sum(factor.numel() for recurrence in layer.recurrences for factor in recurrence.factors)
+    assert recurrent == report.parameters_after
+
+
+def test_to_kru_refuses():
+    with pytest.raises(TypeError, match="must be a kroneckerized nn.LSTM or nn.GRU, got ParametrizedRNN"):
+        to_kru(kroneckerize(nn.RNN(5, 12), [12])[0])
+    with pytest.raises(ValueError, match="weight_hh_l0 is not kroneckerized"):
+        to_kru(nn.LSTM(5, 12))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_converted_module_quantizes(cell):
+    """The input maps, which hold most of its weights, in int8; the factors and the state stay as they are."""
+    torch.manual_seed(0)
+    layer = to_kru(kroneckerize(CELLS[cell](64, 64), [(8, 8), (8, 8)])[0]).eval()
+    small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(20, 3, 64)
+    with torch.no_grad():
+        difference = relative(small(x)[0], layer(x)[0])
+    assert 0 < difference < 0.05
+    sizes = [len(pickle.dumps(model.state_dict())) for model in (small, layer)]
+    assert sizes[0] < 0.4 * sizes[1]
