@@ -37,6 +37,7 @@ from .kronecker import check_choice, merge_groups, to_complex, to_planes
 from .scan import can_look_at, differentiable_once, is_transformed
 
 BACKENDS = ("auto", "parallel", "steps", "reference")
+MERGED = 16  # most units of factors by step that are merged: a product of a step's own is used once
 CHUNK = 64  # steps of a chunk; the short form adds up C² pairs of steps where there is a decay
 
 
@@ -158,6 +159,8 @@ def _split_heads(planes: Tensor, heads: int) -> Tensor:
 def _merge(matrices: list[Tensor]) -> list[Tensor]:
     """Factors (…, P, P) as at most three matrices with the same Kronecker product; autograd differentiates."""
     lead = matrices[0].shape[:-2]
+    if len(lead) > 1 and math.prod(matrix.shape[-1] for matrix in matrices) > MERGED:
+        return matrices
     merged = merge_groups([matrix.flatten(0, -3) for matrix in matrices])  # (G, P, P)
     return [matrix.unflatten(0, lead) for matrix in merged]
 
