@@ -161,7 +161,7 @@ def backend_report() -> str:
 
 
 def choose_backend(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> tuple[str, str]:
-    """The engine that "auto" takes for factors (R, K, P, Q), and why: the device's own if it can, else "portable"."""
+    """The engine that "auto" takes, and why: the device's own if it can, else "portable"."""
     native = "triton" if inputs.is_cuda else "cpu"
     obstacle = ENGINES[native].obstacle(inputs, factors, cell)
     return (native, "it is the device's") if obstacle is None else ("portable", f"{native} cannot run: {obstacle}")
@@ -219,12 +219,12 @@ def kron_scan(
     entry = CELLS[cell]
     if activation != ACTIVATIONS[0] and not entry.complex:
         raise ValueError(f"activation of the cell {cell!r} must stay {ACTIVATIONS[0]!r}, got {activation!r}")
-    factors = [factor.unsqueeze(0) if factor.dim() == 3 else factor for factor in factors]
+    factors = list(factors)
     if bias is None:
         bias = inputs.new_zeros(entry.bias_shape(math.prod(inputs.shape[-1:])))
     call = ScanCall(inputs, factors, bias, initial_state, mask, starts, entry, activation)
     check_scan(call)
-    if len(merged := merge_terms(factors, entry.complex)) < len(factors):
+    if factors[0].dim() == 4 and len(merged := merge_terms(factors, entry.complex)) < len(factors):
         _tell(f"kron_scan merges {len(factors[0])} terms of {len(factors)} factors: a dense product is cheaper")
         call = call._replace(factors=merged)
     tensors = call.tensors()

@@ -110,7 +110,7 @@ def unavailable_reason(cell: Cell | None = None) -> str | None:
 
 
 def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
-    """None if the engine takes inputs (B, T, K, N) and factors (R, K, P_f, Q_f) of the cell, else why not."""
+    """None if the engine takes inputs (B, T, K, N) and factors of the cell, else why not."""
     if (reason := unavailable_reason(cell)) is not None:
         return reason
     if inputs.device.type != "cpu":
@@ -123,14 +123,15 @@ def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | Non
 
 
 class _Plan:
-    """Merged stages, their order and kernels, for a cell and shapes (R, K, P_f, Q_f); owns the C object."""
+    """Merged stages, their order and kernels, for a cell and the factors' shapes; owns the C object."""
 
     def __init__(self, name: str, activation: str, shapes: tuple[torch.Size, ...], lanes: int | None) -> None:
         cell, array = CELLS[name], ctypes.c_int64 * len(shapes)
         facts = (_cells.index(_template(cell, activation)), cell.planes, cell.bias_rows or 1, len(cell.states))
-        rows, columns = array(*[shape[2] for shape in shapes]), array(*[shape[3] for shape in shapes])
+        terms = shapes[0][0] if len(shapes[0]) == 4 else 1
+        rows, columns = array(*[shape[-2] for shape in shapes]), array(*[shape[-1] for shape in shapes])
         sizes = (ctypes.c_int64 * 4)()
-        self.handle = _library.kru_plan_new(*facts, shapes[0][0], len(shapes), rows, columns, lanes or 0, sizes)
+        self.handle = _library.kru_plan_new(*facts, terms, len(shapes), rows, columns, lanes or 0, sizes)
         if not self.handle:
             raise MemoryError(f"no plan for {len(shapes)} factors (at most {MAX_FACTORS}) with {lanes} lanes")
         weakref.finalize(self, _library.kru_plan_free, self.handle).atexit = False
@@ -196,10 +197,11 @@ def _run(function: Callable[[int, object], int], plan: _Plan, work: float, sizes
     args.owned = plan, owned
     threads = min(torch.get_num_threads(), args.chunks) if work > THREADS_FROM else 1
     others = threads if work > WAIT_FROM else threads - 1
-    if sys.is_finalizing():  # while the interpreter is taken down, no other thread comes to its turn
-        others = 0
-    done: SimpleQueue[int] = SimpleQueue()
     call = (plan.handle, ctypes.byref(args))
+    if not others or sys.is_finalizing():  # while the interpreter is taken down, no other thread comes to its turn
+        _check(function(*call))
+        return
+    done: SimpleQueue[int] = SimpleQueue()
     try:
         helpers = _submit(others, function, *call, done)
         failed = function(*call) if helpers < threads else 0
@@ -213,16 +215,21 @@ def _run(function: Callable[[int, object], int], plan: _Plan, work: float, sizes
 
 def _dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The tensors, or copies, with their numbers in memory in the order of the indices, signs included."""
-    return [tensor if tensor is None else tensor.resolve_neg().contiguous() for tensor in tensors]
+    return [
+        tensor
+        if tensor is None or (tensor.is_contiguous() and not tensor.is_neg())
+        else tensor.resolve_neg().contiguous()
+        for tensor in tensors
+    ]
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
     return [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _fresh(*size: int) -> Tensor:
-    """An uninitialised float32 tensor, on huge pages if it is large and the system has them."""
-    tensor = torch.empty(size, dtype=torch.float32, device="cpu")  # whatever the default device is
+def _fresh(like: Tensor, *size: int) -> Tensor:
+    """An uninitialised tensor, on huge pages if it is large and the system has them."""
+    tensor = like.new_empty(size)
     if (count := tensor.nbytes) >= HUGE_FROM:
         _library.kru_advise(tensor.data_ptr(), count)
     return tensor
@@ -233,7 +240,7 @@ def _prepare(factors: Sequence[Tensor], cell: Cell, activation: str) -> tuple[_P
     plan = _plan_for(cell.name, activation, tuple([factor.shape for factor in factors]), _lanes)
     kept: Any = _dense(factors)
     pointers = plan.pointers(*_addresses(kept))
-    packed = _fresh(plan.packed)
+    packed = _fresh(kept[0], plan.packed)
     _check(_library.kru_pack(plan.handle, pointers, packed.data_ptr()))
     return plan, kept, pointers, packed
 
@@ -250,11 +257,11 @@ def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         MemoryError: no memory for the workspace.
     """
-    cell, (batch, length, _, units) = call.cell, call.inputs.shape
+    cell, (batch, length, *_) = call.cell, call.inputs.shape
     plan, _, _, packed = _prepare(call.factors, cell, call.activation)
-    states = _fresh(*cell.states_shape(call.inputs.shape))
-    final_state = _fresh(batch, len(cell.states), units)  # (B, S, N)
-    saved = _fresh(*saved_shape(call.inputs.shape, cell)) if save else _fresh(0)
+    states = _fresh(call.inputs, *cell.states_shape(call.inputs.shape))
+    final_state = call.state_like()  # (B, S, N)
+    saved = _fresh(call.inputs, *saved_shape(call.inputs.shape, cell)) if save else call.inputs.new_empty(0)
     groups = -(-batch // plan.group)
     read = (packed, call.inputs, call.bias, call.initial_state, call.mask, call.starts)
     sizes = (batch, length, min(groups, 4 * MAX_CHUNKS))
@@ -265,19 +272,19 @@ def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 def backward(
     call: ScanCall, states: Tensor, saved: Tensor, d_states: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """d_inputs (B, T, K, N), d_factors (R, K, P_f, Q_f) each, d_bias and d_initial (B, S, N).
+    """d_inputs (B, T, K, N), d_factors shaped as the factors, d_bias and d_initial (B, S, N).
 
     Products and gates are computed again, from the states.
     """
-    cell, (batch, length, _, units) = call.cell, call.inputs.shape
+    cell, (batch, length, *_) = call.cell, call.inputs.shape
     plan, kept, pointers, packed = _prepare(call.factors, cell, call.activation)
     groups = -(-batch // plan.group)
     # Gradient buffers of at most a quarter of the states' bytes.
     chunks = min(groups, MAX_CHUNKS, max(states.numel() // (4 * plan.gradients), 4))
-    chunk_grads = _fresh(chunks, plan.gradients)
-    d_inputs, d_bias = _fresh(*call.inputs.shape), _fresh(*call.bias.shape)
-    d_initial = _fresh(batch, len(cell.states), units)  # (B, S, N)
-    d_factors = [_fresh(*factor.shape) for factor in kept]
+    chunk_grads = _fresh(states, chunks, plan.gradients)
+    d_inputs, d_bias = _fresh(states, *call.inputs.shape), _fresh(states, *call.bias.shape)
+    d_initial = call.state_like()  # (B, S, N)
+    d_factors = [_fresh(states, *factor.shape) for factor in kept]
     read = (packed, call.inputs, call.bias, call.initial_state, call.mask, call.starts, states, saved, None)
     written = (d_inputs, d_initial, chunk_grads)
     work = 4 * plan.work * groups * length

@@ -110,7 +110,7 @@ def _read_bias(call: ScanCall, steps: int) -> Tensor | None:
 def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """states, final_state and what backward needs (T, S − 1, B, N) if ``save``. See ``kron_scan`` for the contract."""
     inputs, cell = call.inputs, call.cell
-    groups, b = merge_groups(_matrices(call.factors, cell)), _read_bias(call, 1)
+    groups, b = merge_groups(_matrices(call.terms(), cell)), _read_bias(call, 1)
     mask, starts = _read_times(call.mask), _read_times(call.starts)
     goes_on = None if starts is None else ~starts
     states = inputs.new_empty(cell.states_shape(inputs.shape))
@@ -145,12 +145,13 @@ def _before(states: Tensor, saved: Tensor, first: State, start: int, end: int, c
 def backward(
     call: ScanCall, states: Tensor, saved: Tensor, d_states: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of inputs (B, T, K, N), factors (R, K, P, Q), bias and initial state (B, S, N)."""
+    """Gradients of inputs (B, T, K, N), factors, bias and initial state (B, S, N)."""
     inputs, bias, cell = call.inputs, call.bias, call.cell
     batch, length, _, units = inputs.shape
-    matrices = _matrices(call.factors, cell)
+    factors = call.terms()
+    matrices = _matrices(factors, cell)
     groups, b = merge_groups(matrices), _read_bias(call, 2)
-    terms, count = len(call.factors[0]), len(groups[0])
+    terms, count = len(factors[0]), len(groups[0])
     adjoints = [group.mT.conj_physical() for group in groups]  # (G, Q, P)
     mask, starts, first = _read_times(call.mask), _read_times(call.starts), cell.to_state(call.first_state())
     goes_on = None if starts is None else ~starts
@@ -194,6 +195,7 @@ def backward(
             total += part  # (G, P, Q)
     by_factor = [grad.unflatten(0, (terms, -1)) for grad in factor_gradients(matrices, d_groups)]  # (R, M, P, Q)
     d_factors = [cell.to_planes(grad.transpose(0, 1)).transpose(0, 1).contiguous() for grad in by_factor]
+    d_factors = [grad.view(factor.shape) for grad, factor in zip(d_factors, call.factors, strict=True)]
     return d_inputs, d_factors, d_bias, cell.from_state(d)
 
 

@@ -37,7 +37,7 @@ Named = tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
 
 
 class ScanCall(NamedTuple):
-    """Arguments of ``kron_scan``, with their shapes there; factors (R, K, P_f, Q_f), the cell an entry of CELLS."""
+    """Arguments of ``kron_scan``, with their shapes there; the cell an entry of CELLS."""
 
     inputs: Tensor
     factors: Sequence[Tensor]
@@ -58,6 +58,10 @@ class ScanCall(NamedTuple):
         """All of them in a row: inputs, bias, initial_state, mask, starts, and the factors."""
         return (self.inputs, self.bias, self.initial_state, self.mask, self.starts, *self.factors)
 
+    def terms(self) -> list[Tensor]:
+        """The factors, (R, K, P_f, Q_f) each, R = 1 where they have no such axis."""
+        return [factor if factor.dim() == 4 else factor.unsqueeze(0) for factor in self.factors]
+
     def state_like(self) -> Tensor:
         """A new tensor (B, S, N), not filled."""
         inputs = self.inputs
@@ -70,7 +74,8 @@ class ScanCall(NamedTuple):
 
 def scan_reference(call: ScanCall) -> tuple[Tensor, Tensor]:
     """The oracle of every engine; the contract is that of ``kron_scan``. Returns states and final_state, a copy."""
-    inputs, factors, bias, _, mask, starts, cell, activation = call
+    inputs, factors, bias, mask, starts = call.inputs, call.terms(), call.bias, call.mask, call.starts
+    cell, activation = call.cell, call.activation
     length, units = inputs.shape[1], inputs.shape[3]
     u = cell.to_matrices(inputs.permute(2, 1, 0, 3))  # (M, T, B, N)
     terms = [[cell.to_matrices(factor[r]) for factor in factors] for r in range(len(factors[0]))]  # R × F × (M, P, Q)
@@ -117,22 +122,21 @@ class Engine(NamedTuple):
 def _check_factors(inputs: Tensor, factors: Sequence[Tensor], planes: int) -> None:
     if not factors:
         raise ValueError(f"factors must hold at least one ({planes}, P, Q) tensor, got none")
-    rows = columns = 1
-    terms = len(factors[0])
+    rows = columns = terms = 1
     for index, factor in enumerate(factors):
         shape = factor.shape
-        if len(shape) != 4 or shape[1] != planes or 0 in shape:
-            given = tuple(shape[1:] if len(shape) == 4 and shape[0] == 1 else shape)  # R = 1 need not be given
-            raise ValueError(
-                f"factors[{index}] must have the shape ({planes}, P, Q) or (R, {planes}, P, Q), got {given}"
-            )
-        if shape[0] != terms:
+        if not 3 <= len(shape) <= 4 or shape[-3] != planes or 0 in shape:
+            allowed = f"({planes}, P, Q) or (R, {planes}, P, Q)"
+            raise ValueError(f"factors[{index}] must have the shape {allowed}, got {tuple(shape)}")
+        given = shape[0] if len(shape) == 4 else 1
+        terms = given if index == 0 else terms
+        if given != terms:
             raise ValueError(f"factors must have the same terms R, got {tuple(factors[0].shape)} and {tuple(shape)}")
-        rows, columns = rows * shape[2], columns * shape[3]
+        rows, columns = rows * shape[-2], columns * shape[-1]
         _check_kind("factors[{}]", factor, inputs, inputs.dtype, index)
     units = inputs.shape[3]
     if (rows, columns) != (units, units):
-        shapes = " ".join(f"{factor.shape[2]}x{factor.shape[3]}" for factor in factors)
+        shapes = " ".join(f"{factor.shape[-2]}x{factor.shape[-1]}" for factor in factors)
         raise ValueError(f"factors {shapes} multiply to {rows}x{columns}, but the inputs have N = {units} units")
 
 

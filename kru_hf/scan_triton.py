@@ -109,7 +109,7 @@ def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | Non
     device = "cpu" if is_interpreted() else "cuda"
     if inputs.device.type != device:
         return f"the triton engine runs on {device} tensors here, got {inputs.device}"
-    shapes = [(factor.shape[2], factor.shape[3]) for factor in factors]
+    shapes = [(factor.shape[-2], factor.shape[-1]) for factor in factors]
     if plan_groups(shapes, _shared_limit(inputs.device)) is None:
         listed = " ".join(f"{rows}x{columns}" for rows, columns in shapes)
         return (
@@ -214,7 +214,7 @@ def _warps(groups: Sequence[Tensor], units: int) -> int:
 def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """states, final_state and, with ``save``, |z| (B, T, N). See ``kron_scan`` for the contract."""
     inputs = _dense(call.inputs)
-    _, _, groups = _groups(call.factors, inputs.device)
+    _, _, groups = _groups(call.terms(), inputs.device)
     states, final = torch.empty_like(inputs), call.state_like()  # (B, T, 2, N), (B, 2, N)
     saved = saved_shape(inputs.shape, call.cell) if save else (0,)
     moduli = inputs.new_zeros(saved)  # (B, T, N): only modReLU's are stored
@@ -256,9 +256,9 @@ def _group_gradients(
 def backward(
     call: ScanCall, states: Tensor, saved: Tensor, d_states: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of inputs (B, T, 2, N), factors (E, 2, P, Q), bias (N,) and initial state (B, 2, N)."""
+    """Gradients of inputs (B, T, 2, N), factors, bias (N,) and initial state (B, 2, N)."""
     states = _dense(states)
-    cut, matrices, groups = _groups(call.factors, states.device)
+    cut, matrices, groups = _groups(call.terms(), states.device)
     initial_state = call.first_state()
     d_states = torch.zeros_like(states) if d_states is None else d_states
     d_final = torch.zeros_like(initial_state) if d_final is None else d_final
@@ -273,7 +273,8 @@ def backward(
     d_factors = []
     for run, grad in ((matrices[:cut], d_groups[0]), (matrices[cut:], d_groups[1])):
         d_factors += factor_gradients(run, [grad], [len(run)]) if run else []
-    return d_inputs, [to_planes(grad, 1) for grad in d_factors], d_bias.sum(0), d_initial
+    d_factors = [to_planes(grad, 1).view(given.shape) for grad, given in zip(d_factors, call.factors, strict=True)]
+    return d_inputs, d_factors, d_bias.sum(0), d_initial
 
 
 ENGINE = Engine(unavailable_reason, obstacle, saved_shape, forward, backward)
