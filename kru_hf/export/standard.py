@@ -1,7 +1,8 @@
 """``--format torch`` and ``--format onnx``: a model in stock operators alone, with its state as an input and an output.
 
 What is written loads where ``kru_hf`` is not installed. Two programs: ``step`` reads one token or frame of each row,
-``sequence`` reads T of them, its loop over time a Scan (``torch.ops.higher_order.scan``). Weights stay factored.
+``sequence`` reads T of them, its loop over time a Scan (``torch.ops.higher_order.scan``). Weights stay factored. The
+state of a model starts at zeros, also where the linear cell has learned a first one: it is counted from there.
 
 Letters as in ``cells``; L layers, E and D widths of an embedding and of the hidden states, W width of a frame.
 """
@@ -21,9 +22,10 @@ from torch.nn import functional as F
 from ..cells import Cell
 from ..frame_heads import OCTAVE, WINDOW, KeyChain
 from ..kronecker import apply_order
+from ..layers.drop_in import _KroneckerLayer as KroneckerLayer
 from ..maps import KroneckerLinear
 from ..modeling_kru import KRUPreTrainedModel
-from ..recurrence import KRUBidirectional, KRURecurrence
+from ..recurrence import KRUBidirectional, KRULinearRecurrence, KRURecurrence
 
 HEADS = {"KRUForCausalLM": "lm_head", "KRUForPianoRoll": "key_head"}  # of the other heads: score
 # Sizes while tracing of what is free in the result: like no other size of a model, which would be taken for the same.
@@ -33,6 +35,7 @@ LIBRARIES = ("onnx", "onnxscript")
 OPSET = 20
 SUFFIXES = {"torch": "pt2", "onnx": "onnx"}
 State = tuple[Tensor, ...]
+Step = Callable[[State, Tensor], tuple[State, Tensor]]
 Shape = tuple[int | str, ...]
 
 
@@ -118,7 +121,7 @@ def modrelu(z: Tensor, bias: Tensor) -> Tensor:
     return z * (F.relu(modulus + bias) / modulus.clamp(min=torch.finfo(z.dtype).tiny))
 
 
-def stepper(cell: KRURecurrence) -> Callable[[State, Tensor], tuple[State, Tensor]]:
+def stepper(cell: KRURecurrence) -> Step:
     """The function of a step: state and U x_t (K, B, N) to the next state and h_t, a copy.
 
     The state and h_t are one tensor of planes (2, B, N) of the complex cell; S tensors (B, N) and h_t of a gated one.
@@ -143,6 +146,56 @@ def stepper(cell: KRURecurrence) -> Callable[[State, Tensor], tuple[State, Tenso
     return step
 
 
+def unitary_exp(x: Tensor, identity: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """``kronecker.unitary_exp`` in real arithmetic: x (…, P²) to the planes of a unitary matrix, (…, P, P) each.
+
+    A complex matrix is [[Re, -Im], [Im, Re]]. identity: (2·P, 2·P). upper, lower: ones (P, P) off the diagonal.
+    """
+    size = len(upper)
+    square = x.unflatten(-1, (size, size)) / math.sqrt(2 * size)
+    above, below = square * upper, square * lower
+    real = above + above.mT + math.sqrt(2) * square * identity[:size, :size]
+    imaginary = below - below.mT
+    rows = torch.cat((-imaginary, -real), -1), torch.cat((real, -imaginary), -1)  # of i times the generator
+    x1 = torch.cat(rows, -2) / 16  # (…, 2·P, 2·P)
+    x2 = x1 @ x1
+    matrix = identity + x1 + x2 / 2 + (x2 @ x1) @ (identity / 6 + x1 / 24 + x2 / 120 + (x2 @ x1) / 720)
+    for _ in range(4):
+        matrix = matrix @ matrix
+    matrix = matrix @ (1.5 * identity - 0.5 * matrix.mT @ matrix)
+    return matrix[..., :size, :size], matrix[..., size:, :size]
+
+
+def linear_stepper(cell: KRULinearRecurrence) -> Step:
+    """As :func:`stepper`: U x_t (2, B, N), or (W, B, 1) of selective transitions; the state is planes (2, B, N)."""
+    heads, sizes, widths = cell.heads, [p for p, _ in cell.factor_shapes], list(cell.widths)
+    units, selective = math.prod(sizes), cell.selective
+    fixed = [[part.clone() for part in factor.unbind(1)] for factor in cell.factors]  # (H, P, P) each
+    masks = [(torch.eye(2 * p), torch.ones(p, p).triu(1), torch.ones(p, p).tril(-1)) for p in sizes]
+    rights = [math.prod(sizes[f + 1 :]) for f in range(len(sizes))]
+    turn, decay = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1, 1, 1), cell.decay
+
+    def step(state: State, u: Tensor) -> tuple[State, Tensor]:
+        matrices, kept = fixed, None if decay is None else decay.sigmoid().unsqueeze(-1)  # (H, 1)
+        if selective:
+            read, generators, gates, raw = u.squeeze(-1).mT.split(widths, -1)  # (B, ·)
+            opened = 2 * gates.unflatten(-1, (heads, -1)).sigmoid()  # (B, H, F)
+            parts = generators.unflatten(-1, (heads, -1)).split([p * p for p in sizes], -1)  # (B, H, P²)
+            matrices = [list(unitary_exp(opened[..., f, None] * x, *masks[f])) for f, x in enumerate(parts)]
+            kept = None if decay is None else (decay + raw).sigmoid().unsqueeze(-1)  # (B, H, 1)
+            u = read.unflatten(-1, (2, -1)).transpose(0, 1)  # (2, B, N)
+        x = state[0]  # (2, B, N)
+        for size, right, pair in zip(sizes, rights, matrices, strict=True):
+            x = x.reshape(2, -1, heads, units // (size * right), size, right)  # (2, B, H, L, P, R)
+            real, imaginary = (part.unsqueeze(-3) @ x for part in pair)
+            x = real + imaginary.flip(0) * turn
+        x = x.reshape(2, -1, heads, units)  # (2, B, H, N / H)
+        new = (x if kept is None else kept * x).flatten(2) + u  # (2, B, N)
+        return (new,), new.clone()
+
+    return step
+
+
 def to_state(planes: Tensor, cell: Cell) -> State:
     """(B, S, N) to what a step takes, none of it a view."""
     parts = (planes.transpose(0, 1),) if cell.complex else planes.unbind(1)  # (2, B, N), or S times (B, N)
@@ -154,11 +207,12 @@ def from_state(state: State, cell: Cell) -> Tensor:
     return state[0].transpose(0, 1) if cell.complex else torch.stack(state, 1)
 
 
-def run_cell(cell: KRURecurrence, inputs: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
+def run_cell(cell: Any, inputs: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
     """U x (B, T, K, N), or (B, K, N) of one step, and state (B, S, N): features (B, T, ·N) or (B, ·N), new state."""
     from torch._higher_order_ops.scan import scan
 
-    step, state = stepper(cell), to_state(planes, cell.cell)
+    step = linear_stepper(cell) if isinstance(cell, KRULinearRecurrence) else stepper(cell)
+    state = to_state(planes, cell.cell)
     if inputs.dim() == 3:
         state, h = step(state, inputs.transpose(0, 1))  # (2, B, N) or (B, N)
         features = h.transpose(0, 1).flatten(1) if cell.cell.complex else h
@@ -169,17 +223,18 @@ def run_cell(cell: KRURecurrence, inputs: Tensor, planes: Tensor) -> tuple[Tenso
     return features, from_state(state, cell.cell)
 
 
-def run_recurrence(module: nn.Module, inputs: Tensor, planes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As :func:`run_cell`, of both directions where there are two, which start from zeros."""
+def run_recurrence(module: Any, inputs: Tensor, planes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`run_cell`, the state counted from a learned first one; or both directions, which start there."""
     if not isinstance(module, KRUBidirectional):
-        assert planes is not None
-        return run_cell(cast(KRURecurrence, module), inputs, planes)
+        first = getattr(module, "first_state", None)
+        if planes is None:
+            planes = inputs.new_zeros(inputs.shape[0], module.state_planes, module.state_size)  # (B, S, N)
+        features, after = run_cell(module, inputs, planes if first is None else planes + first)
+        return features, after if first is None else after - first
     ahead, behind = inputs.chunk(2, 2)  # (B, T, K, N) each
-    first, second = cast(KRURecurrence, module.forward_cell), cast(KRURecurrence, module.reverse_cell)
-    zeros = inputs.new_zeros(inputs.shape[0], first.state_planes, module.state_size)  # (B, S, N)
-    features, _ = run_cell(first, ahead, zeros)  # (B, T, ·N)
-    others, _ = run_cell(second, behind.flip(1), zeros)  # (B, T, ·N), from the end
-    return torch.cat((features, others.flip(1)), -1), zeros
+    features, after = run_recurrence(module.forward_cell, ahead, None)  # (B, T, ·N)
+    others, _ = run_recurrence(module.reverse_cell, behind.flip(1), None)  # (B, T, ·N), from the end
+    return torch.cat((features, others.flip(1)), -1), after
 
 
 class StandardModel(nn.Module):
@@ -293,17 +348,55 @@ class ChainKeys(nn.Module):
         return (own + self.chain(hidden, lower) + seen_near(self.chain, hidden, before, lower),)
 
 
-def programs(model: KRUPreTrainedModel) -> list[Program]:
+class StandardLayer(nn.Module):
+    """A layer in place of torch's, ``KRULSTM`` and its like, in stock operators; arguments and results as torch's."""
+
+    def __init__(self, layer: KroneckerLayer) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(layer).float().eval().requires_grad_(False)
+
+    def forward(self, input: Tensor, h_0: Tensor, c_0: Tensor | None = None) -> tuple[Tensor, ...]:
+        """input (T, B, ·), or (B, T, ·) with batch_first; h_0 (and c_0) (L·directions, B, ·N): the same afterwards."""
+        layer, finals, state = self.layer, [], [h_0] if c_0 is None else [h_0, c_0]
+        x = input if layer.batch_first else input.transpose(0, 1)  # (B, T, ·)
+        planes = torch.cat([part.unflatten(-1, (-1, layer.state_size)) for part in state], 2)  # (L·directions, B, S, N)
+        for first in range(0, len(layer.recurrences), layer.num_directions):
+            outputs = []
+            for index in range(first, first + layer.num_directions):
+                cell: Any = layer.recurrences[index]
+                u = apply_map(layer.input_maps[index], x).unflatten(-1, cell.input_shape)  # (B, T, K, N)
+                features, after = run_cell(cell, u if index == first else u.flip(1), planes[index])
+                outputs.append(features if index == first else features.flip(1))
+                finals.append(after)
+            x = torch.cat(outputs, -1)  # (B, T, ·)
+        last = torch.stack(finals).chunk(len(state), 2)  # (L·directions, B, S, N)
+        return (x if layer.batch_first else x.transpose(0, 1), *(part.flatten(2) for part in last))
+
+
+def layer_program(layer: KroneckerLayer) -> Program:
+    """The one program of a layer, ``sequence``: T = 1 is a step."""
+    cell: Any = layer.recurrences[0]
+    names = ("h", "c") if layer._pair else ("h",)
+    lead = ("batch", "length") if layer.batch_first else ("length", "batch")
+    state = (len(layer.recurrences), "batch", cell.state_planes // len(names) * layer.state_size)
+    inputs: dict[str, Shape] = {"input": (*lead, layer.input_size)} | {f"{name}_0": state for name in names}
+    outputs: dict[str, Shape] = {"output": (*lead, layer.output_size)} | {f"{name}_n": state for name in names}
+    return Program("sequence", StandardLayer(layer), inputs, outputs)
+
+
+def programs(model: KRUPreTrainedModel | KroneckerLayer) -> list[Program]:
     """What a model is exported as: ``step`` (not of a bidirectional model), ``sequence``, and ``keys`` of a chain.
+
+    Of a layer in place of torch's: ``sequence``.
 
     Raises:
         ValueError: a model without a head.
     """
+    if isinstance(model, KroneckerLayer):
+        return [layer_program(model)]
     config, body, chain = cast(Any, model.config), getattr(model, "model", None), getattr(model, "chain", None)
     if body is None:
         raise ValueError(f"model must have a head, got {type(model).__name__}")
-    if config.linear:
-        raise ValueError("formats torch and onnx have no linear recurrence: cell_type must not be 'kru_linear'")
     states = ("batch", config.num_hidden_layers, len(config.recurrent_cell.states), config.state_size)  # (B, L, S, N)
     context = {} if chain is None else {"context": (2 * chain.width + chain.size,)}
     found = []
@@ -356,7 +449,7 @@ def write_onnx(program: Program, path: Path) -> None:
     result.save(path)
 
 
-def export_standard(model: KRUPreTrainedModel, format: str, folder: Path) -> dict[Path, Program]:
+def export_standard(model: KRUPreTrainedModel | KroneckerLayer, format: str, folder: Path) -> dict[Path, Program]:
     """Write each of :func:`programs` as ``NAME.pt2`` (format "torch") or ``NAME.onnx`` (format "onnx").
 
     Raises:

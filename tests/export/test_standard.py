@@ -11,11 +11,15 @@ import torch
 from helpers import BLOCKS, tiny_config
 
 from kru_hf import (
+    KRUGRU,
     KRUForCausalLM,
     KRUForPianoRoll,
     KRUForSequenceClassification,
     KRUForTokenClassification,
+    KRULinear,
     build_char_tokenizer,
+    kroneckerize,
+    to_kru,
 )
 from kru_hf.cells import CELLS
 from kru_hf.export import __main__ as command
@@ -32,6 +36,7 @@ TRACED = {
     "text, plain": (KRUForCausalLM, {"block_type": "plain", "cell_type": "kru_lstm", "recurrent_terms": 2}),
     "sequence": (KRUForSequenceClassification, BLOCKS[1] | {"cell_type": "kru_gru", "input_size": WIDTH}),
     "steps, two directions": (KRUForTokenClassification, {"cell_type": "kru_janet", "bidirectional": True}),
+    "text, linear": (KRUForCausalLM, {"cell_type": "kru_linear", "transition": "selective", "block_type": "plain"}),
     "roll, chain": (KRUForPianoRoll, {"cell_type": "kru_peephole", "input_size": WIDTH} | CHAIN),
 }
 
@@ -60,10 +65,14 @@ def zeros(model, batch):
 
 @torch.no_grad()
 def wanted(model, inputs):
-    """Logits, the context of a chain, and the state (B, L, S, N) of a model."""
+    """Logits, the context of a chain, and the state (B, L, S, N) of a model, counted from a learned first one."""
     out = model(**inputs, use_cache=not model.config.bidirectional)
     found = [out.logits] + ([out.frame_context] if model.config.frame_head == "chain" else [])
-    return found if out.past_key_values is None else [*found, torch.stack(list(out.past_key_values.states), 1)]
+    if out.past_key_values is None:
+        return found
+    firsts = [getattr(layer.recurrence, "first_state", None) for layer in model.model.layers]
+    pairs = zip(out.past_key_values.states, firsts, strict=True)
+    return [*found, torch.stack([state if first is None else state - first for state, first in pairs], 1)]
 
 
 def near(actual, expected):
@@ -103,6 +112,17 @@ def test_every_cell_and_block(cell, options):
         (KRUForPianoRoll, {"input_size": WIDTH} | CHAIN),
     ):
         model = make(head, options | more | {"cell_type": cell})
+        module = standard.programs(model)[0].module
+        check_steps(lambda inputs, module=module: module(*inputs.values()), model, 2, 4)
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("transition", ["fixed", "selective"])
+def test_linear_cell(transition, decay):
+    sizes = {"factor_shapes": [[1, 1], [2, 2], [3, 3]], "state_size": 12}
+    for block_type in ("plain", "residual"):
+        options = {"cell_type": "kru_linear", "transition": transition, "decay": decay, "num_heads": 2}
+        model = make(KRUForCausalLM, options | sizes | {"block_type": block_type})
         module = standard.programs(model)[0].module
         check_steps(lambda inputs, module=module: module(*inputs.values()), model, 2, 4)
 
@@ -170,10 +190,32 @@ def test_files(format, case, tmp_path):
             loops = model.config.num_hidden_layers * model.config.directions * (path.stem == "sequence")
             assert [node.op_type for node in nodes].count("Scan") == loops
             numbers = sum(int(np.prod(tensor.dims)) for tensor in found.graph.initializer)
-            assert numbers < model.num_parameters() + 100
+            assert numbers < model.num_parameters() + 300  # masks and shapes
             for side, shapes in ((found.graph.input, program.inputs), (found.graph.output, program.outputs)):
                 axes = {x.name: tuple(d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim) for x in side}
                 assert axes == shapes
+
+
+LAYERS = {
+    "lstm": lambda: to_kru(kroneckerize(torch.nn.LSTM(5, 12, 2), [(3, 3), (4, 4)])[0]),
+    "gru": lambda: KRUGRU(5, 12, factor_size=4, bidirectional=True, batch_first=True),
+    "linear": lambda: KRULinear(5, 12, factor_shapes=[(2, 2), (3, 3)], heads=2, transition="selective", decay=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("format", standard.SUFFIXES)
+def test_layers(format, name, tmp_path):
+    torch.manual_seed(0)
+    layer = LAYERS[name]().eval()
+    ((path, program),) = standard.export_standard(layer, format, tmp_path).items()
+    sizes = {"batch": 3, "length": 7}
+    inputs = {name: torch.randn([sizes.get(n, n) for n in shape]) for name, shape in program.inputs.items()}
+    x, *state = inputs.values()
+    with torch.no_grad():
+        output, final = layer(x, tuple(state) if len(state) > 1 else state[0])
+    near(runner(path)(inputs), [output, *(final if isinstance(final, tuple) else (final,))])
 
 
 ALONE = """
