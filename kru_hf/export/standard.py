@@ -446,6 +446,8 @@ def write_onnx(program: Program, path: Path) -> None:
         result: Any = torch.onnx.export(traced(program), dynamo=True, opset_version=OPSET, verbose=False, **names)
     graph, free = result.model.graph, program.free_axes()
     result.rename_axes({x.shape[axis]: axes[axis] for x, axes in zip(graph.inputs, free, strict=True) for axis in axes})
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # of where in our sources, and in which folder of this machine, it was made
     result.save(path)
 
 
