@@ -292,7 +292,7 @@ def group_factors(shapes: Sequence[tuple[int, int]], max_groups: int = 3, overhe
     def cost(cuts: tuple[int, ...]) -> int:
         bounds = [0, *cuts, count]
         merged = [
-            (math.prod(p for p, _ in shapes[a:b]), math.prod(q for _, q in shapes[a:b]))
+            (math.prod([p for p, _ in shapes[a:b]]), math.prod([q for _, q in shapes[a:b]]))
             for a, b in itertools.pairwise(bounds)
         ]
         sizes, total = [q for _, q in merged], 0
@@ -302,10 +302,9 @@ def group_factors(shapes: Sequence[tuple[int, int]], max_groups: int = 3, overhe
             sizes[index] = rows
         return total
 
-    cuts = min(
-        (c for groups in range(min(max_groups, count)) for c in itertools.combinations(range(1, count), groups)),
-        key=lambda c: (cost(c), c),
-    )
+    # In the words that torch.compile follows: no min() with a key, no product of a generator.
+    choices = [c for groups in range(min(max_groups, count)) for c in itertools.combinations(range(1, count), groups)]
+    cuts = sorted(choices, key=lambda c: (cost(c), c))[0]
     return [b - a for a, b in itertools.pairwise([0, *cuts, count])]
 
 

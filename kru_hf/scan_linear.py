@@ -125,7 +125,7 @@ def _check(
             raise ValueError(f"factors[{index}] must have the shape {allowed}, got {shape}")
         if shape[-1] != shape[-2]:
             raise ValueError(f"factors[{index}] must be square, got {shape[-2]}x{shape[-1]}")
-    units = math.prod(factor.shape[-1] for factor in factors)
+    units = math.prod([factor.shape[-1] for factor in factors])
     if heads * units != width:
         raise ValueError(f"{heads} heads with factors of N = {units} have {heads * units} units, the inputs {width}")
     shapes = {"decay": (decay, (batch, length, heads)), "initial_state": (initial_state, (batch, 2, width))}
@@ -159,7 +159,7 @@ def _split_heads(planes: Tensor, heads: int) -> Tensor:
 def _merge(matrices: list[Tensor]) -> list[Tensor]:
     """Factors (…, P, P) as at most three matrices with the same Kronecker product; autograd differentiates."""
     lead = matrices[0].shape[:-2]
-    if len(lead) > 1 and math.prod(matrix.shape[-1] for matrix in matrices) > MERGED:
+    if len(lead) > 1 and math.prod([matrix.shape[-1] for matrix in matrices]) > MERGED:
         return matrices
     merged = merge_groups([matrix.flatten(0, -3) for matrix in matrices])  # (G, P, P)
     return [matrix.unflatten(0, lead) for matrix in merged]
