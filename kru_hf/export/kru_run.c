@@ -6,6 +6,7 @@
  *     embedding: tokens, rows (V, E); or frames, a map of input_size -> E
  *     layers: [norm (D), map D -> K N]  factors (R, K, P_f, Q_f), f = 0 .. F-1, and bias (rows, N)
  *             [map O N -> D]  [norm (D), map D -> 2 I, map I -> D]
+ *     With a rank r, maps D -> r -> K N and O N -> r -> D, dense, stand for the two of a block.
  *     [norm (D)], head: map -> outputs, and its bias          [ ]: residual blocks; with I > 0
  *     of a chain over the keys: map input_size -> outputs of the frame before, rows w (keys, H), rows v (keys, H); its
  *     windows: rows (2 W, C), rows (C, H), numbers (C), rows (1, C)
@@ -58,7 +59,8 @@ static const struct {
 typedef struct {
     uint32_t magic, bytes, crc; /* "KRU1", of the whole file, of all that follows this field */
     uint32_t dtype, head, vocabulary, input_size, outputs, embedding, hidden, state, cell, flags, layers, terms, factors;
-    uint32_t map_terms, intermediate, channels; /* channels: C of the windows of a chain */
+    uint32_t map_terms, intermediate, rank; /* rank: 0, or r of low-rank maps */
+    uint32_t channels;                      /* C of the windows of a chain */
     float epsilon;
     uint32_t text_bytes;
 } header;
@@ -77,7 +79,7 @@ typedef struct { /* of a layer; NULL where the model has none */
     const float *norm, *ff_norm, *bias; /* (D), (D), (rows, padded N) */
     const float **factors;              /* (R, F): see read_factor */
     float *state;                       /* (S, padded N) */
-    map in, out, gate_up, down;
+    map narrow, in, out, widen, gate_up, down;
 } layer;
 
 struct kru {
@@ -225,7 +227,7 @@ static uint32_t crc32(const uint8_t *p, size_t n) {
 static const char *check_header(const header *h, size_t bytes) {
     const uint32_t sizes[] = {h->outputs, h->embedding, h->hidden, h->state,     h->layers,
                               h->terms,   h->factors,   h->map_terms, h->vocabulary, h->input_size,
-                              h->intermediate, h->text_bytes, h->channels};
+                              h->intermediate, h->text_bytes, h->channels, h->rank};
     const int positive = 8;
     if (h->magic != 0x3155524bu) return "not a weight file of this version: it does not begin with KRU1";
     if (h->bytes != bytes) return "the file is not as long as its header says";
@@ -278,8 +280,9 @@ static void read_model(reader *r, kru *k) {
         if (t < h->vocabulary) used += 1u + (uint8_t)k->texts[used];
     }
     uint64_t plain = h->flags & PLAIN, K = (uint64_t)CELL[h->cell].planes, O = (uint64_t)CELL[h->cell].features;
+    uint64_t rank = h->rank ? h->rank : D; /* width that the maps of a block pass through */
     uint64_t n = h->map_terms, padded = (N + 15) & ~(uint64_t)15, E = h->embedding;
-    if (plain ? E != K * N || h->layers != 1 || I || n != 1 : E != D) {
+    if (plain ? E != K * N || h->layers != 1 || I || n != 1 || h->rank : E != D) {
         r->error = "the widths of embedding and layers do not fit";
         return;
     }
@@ -301,7 +304,8 @@ static void read_model(reader *r, kru *k) {
         *l = spare;
         if (!plain) {
             l->norm = numbers(r, (int)h->dtype, 1, D, D);
-            l->in = read_map(r, k, D, K * N, n, 0);
+            if (h->rank) l->narrow = read_map(r, k, D, rank, 1, 0);
+            l->in = read_map(r, k, rank, K * N, n, 0);
         }
         if (factors) l->factors = factors + (size_t)i * h->terms * h->factors;
         for (uint32_t t = 0; t < h->terms && !r->error; t++)
@@ -311,7 +315,8 @@ static void read_model(reader *r, kru *k) {
             }
         l->bias = numbers(r, (int)h->dtype, (uint64_t)CELL[h->cell].rows, N, padded);
         l->state = room(r, 4 * (uint64_t)CELL[h->cell].states * padded);
-        if (!plain) l->out = read_map(r, k, O * N, D, n, 0);
+        if (!plain) l->out = read_map(r, k, O * N, rank, n, 0);
+        if (!plain && h->rank) l->widen = read_map(r, k, rank, D, 1, 0);
         if (I) {
             l->ff_norm = numbers(r, (int)h->dtype, 1, D, D);
             l->gate_up = read_map(r, k, D, 2 * I, n, 0);
@@ -338,6 +343,7 @@ static void read_model(reader *r, kru *k) {
     uint64_t inputs = O * N > D ? O * N : D;
     if (2 * I > inputs) inputs = 2 * I;
     if (h->input_size > inputs) inputs = h->input_size;
+    if (rank > inputs) inputs = rank;
     k->x = room(r, 4 * (most > D ? most : D));
     k->u = room(r, 4 * most);
     k->wide = room(r, 4 * (inputs > most ? inputs : most));

@@ -154,6 +154,8 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
     for layer in body.layers:
         if not plain:
             writer.numbers(layer.norm.weight)
+            if layer.down is not None:
+                writer.map(layer.down)
             writer.map(layer.in_proj)
         terms = [f if config.recurrent_terms > 1 else f.unsqueeze(0) for f in layer.recurrence.factors]  # (R, K, P, Q)
         for term in zip(*terms, strict=True):
@@ -162,6 +164,8 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         writer.numbers(layer.recurrence.bias)
         if not plain:
             writer.map(layer.out_proj)
+            if layer.up is not None:
+                writer.map(layer.up)
         if layer_ff := getattr(layer, "feed_forward", None):
             writer.numbers(layer_ff.norm.weight)
             writer.map(layer_ff.gate_up_proj)
@@ -189,7 +193,7 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         *(config.vocab_size if config.input_size is None else 0, config.input_size or 0, output.out_features),
         *(config.embedding_size, config.hidden_size, config.state_size, CELL_ORDER.index(cell.name), flags),
         *(config.num_hidden_layers, config.recurrent_terms, len(config.factor_shapes)),
-        *(config.kronecker_terms or 1, config.intermediate_size or 0),
+        *(config.kronecker_terms or 1, config.intermediate_size or 0, config.io_rank or 0),
         0 if chain is None else config.frame_head_channels,
     )
     rest = struct.pack(f"<{len(fields)}IfI", *fields, config.layer_norm_epsilon, len(texts)) + b"".join(writer.parts)

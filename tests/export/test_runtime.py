@@ -48,6 +48,7 @@ OPTIONS = {
         "hidden_size": 15,
         "num_hidden_layers": 3,
     },
+    "low-rank maps": {"io_rank": 5, "state_size": 24, "hidden_size": 20, "intermediate_size": 12},
     "one factor, no norm": {"factor_shapes": [[18, 18]], "readout_norm": False, "kronecker_terms": 2},
 }
 
@@ -86,7 +87,7 @@ def tokens(count=40, vocabulary=29):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("cell", BY_TYPE)
+@pytest.mark.parametrize("cell", [name for name in BY_TYPE if name != "kru_linear"])
 def test_language_model(cell, options, dtype):
     agree(noisy(KRUForCausalLM(KRUConfig(vocab_size=29, cell_type=cell, **OPTIONS[options]))), dtype, tokens())
 
@@ -139,7 +140,7 @@ def test_linear_network():
 
 
 def test_every_cell_has_its_number():
-    assert [BY_TYPE[name].name for name in BY_TYPE] == list(CELL_ORDER)
+    assert [cell.name for cell in BY_TYPE.values() if cell.name != "linear"] == list(CELL_ORDER)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,8 @@ def test_bad_input(data, call, message):
 def test_models_that_cannot_be_run_by_steps(text_model):
     with pytest.raises(ValueError, match="bidirectional = False, got True"):
         weight_file(KRUForTokenClassification(KRUConfig(bidirectional=True, state_size=16)))
+    with pytest.raises(ValueError, match="cell_type must not be 'kru_linear'"):
+        weight_file(KRUForCausalLM(KRUConfig(cell_type="kru_linear", state_size=16)))
     with pytest.raises(ValueError, match="dtype must be one of fp32, int8, int4, got 'fp16'"):
         weight_file(*text_model, "fp16")
     with pytest.raises(ValueError, match="model must be one of KRUForCausalLM"):
