@@ -35,8 +35,13 @@ def read_call(arguments: Sequence[Any]) -> ScanCall:
 def register(name: str, engine: Engine) -> Any:
     """Register kru_hf::<name>_scan and kru_hf::<name>_scan_backward; the first, differentiable once, is returned."""
 
+    def check_engine(call: ScanCall) -> None:
+        if (why := engine.obstacle(call.inputs, call.factors, call.cell)) is not None:
+            raise RuntimeError(f"kru_hf::{name}_scan cannot run: {why}")
+
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         check_scan(call := read_call(arguments))
+        check_engine(call)
         return engine.forward(call, arguments[8])
 
     def backward(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
@@ -46,6 +51,7 @@ def register(name: str, engine: Engine) -> Any:
         shapes = (full, engine.saved_shape(shape, call.cell), full, end)
         names = ("states", "saved", "d_states", "d_final")
         check_scan(call, [(*named, dtype) for named in zip(names, given, shapes, strict=True)])
+        check_engine(call)
         return engine.backward(call, *given)
 
     scan = torch.library.custom_op(f"kru_hf::{name}_scan", forward, mutates_args=(), schema=FORWARD)

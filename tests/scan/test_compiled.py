@@ -110,3 +110,10 @@ def test_pushed_copies_register_no_operator(monkeypatch):
             if unavailable_reason(engine, CELLS[cell]) is None:
                 dtype = torch.float32
                 assert_same(run(p, engine, dtype, call=pushed.kron_scan), run(p, engine, dtype))
+
+
+@pytest.mark.skipif(unavailable_reason("cpu") is not None, reason=str(unavailable_reason("cpu")))
+def test_an_operator_refuses_what_its_engine_does_not_compute():
+    x, factor, bias = torch.zeros(1, 2, 2, 4).double(), torch.zeros(2, 4, 4).double(), torch.zeros(4).double()
+    with pytest.raises(RuntimeError, match="kru_hf::cpu_scan cannot run: inputs are torch.float64"):
+        torch.ops.kru_hf.cpu_scan(x, [factor], bias, None, None, None, "kru", "modrelu", False)
