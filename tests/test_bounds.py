@@ -83,7 +83,7 @@ def test_what_a_run_may_ask_for(words, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("num_frames", 100_001, "num_frames=100001 is not valid: it must be between 1 and 100000"),
+        ("num_frames", 100_001, "num_frames=100001 is not valid: it must be at most 100000"),
         ("num_frames", 10**12, "num_frames=1000000000000 is not valid: it must be at most 2147483647"),
         ("frames_per_quarter", 481, "frames_per_quarter=481 is not valid: it must be at most 480"),
     ],

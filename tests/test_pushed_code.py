@@ -151,7 +151,9 @@ def test_every_head_loads_and_generates_from_its_own_code(models, tmp_path, plac
     for name, expected in load_file(answer).items():
         assert_near(logits[name], expected, LOGITS)
     assert load_file(answer).keys() == logits.keys()
-    assert not seen["started"], "a compiler or another program was started"
+    # ldconfig lists the libraries of the system, for packages that look for one when they are imported.
+    others = [program for program in seen["started"] if "ldconfig" not in program]
+    assert not others, "a compiler or another program was started"
     assert not seen["imported"]
     assert "triton: not available" in seen["report"]
     assert ("cpu: available" in seen["report"]) == (place != "alone" and native_engine())

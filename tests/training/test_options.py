@@ -37,6 +37,8 @@ CHOICES = {
     "frame_head": FRAME_HEADS,
     "task": ("char_lm", "piano_roll"),
     "optimizer": ("adamw", "rmsprop"),
+    "weight_dtype": ("fp32", "int8", "int4"),
+    "transition": ("fixed", "selective"),
     "lr_scheduler_type": ("cosine", "plateau", "constant"),
 }
 TEXTS = {"factor_shapes": "2x2", "resume_from_checkpoint": "last", "hub_model_id": "me/kru"}

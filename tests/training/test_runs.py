@@ -169,8 +169,8 @@ def test_a_new_run_is_trained_as_the_record_of_its_model_says(text_file, tmp_pat
 @pytest.mark.parametrize(
     ("program", "at"),
     [
-        *(("training.train", at) for at in random.Random(1).sample(range(30, 280), 4)),
-        ("training.train_lightning", random.Random(0).randrange(30, 280)),
+        *(("training.train", at) for at in random.Random(1).sample(range(20, 90), 4)),
+        ("training.train_lightning", random.Random(0).randrange(20, 90)),
     ],
 )
 def test_kill_while_saving_then_resume(text_file, tmp_path, whole, program, at):

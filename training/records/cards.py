@@ -64,6 +64,8 @@ DATA_SOURCES = {
         "the works are in the public domain; the encodings come under the terms of music21's corpus",
     ),
     "digits": DataSource("8x8 pictures of handwritten digits that scikit-learn ships (UCI)", "CC-BY-4.0"),
+    "word_problem": DataSource("sequences of elements of a group, made by the training code"),
+    "regular_languages": DataSource("words of regular languages, made by the training code"),
     "espeak": DataSource(
         "sentences made by the training code and spoken by the program espeak-ng, with its own phone timings",
         language="en",
