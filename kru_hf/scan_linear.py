@@ -281,7 +281,7 @@ def _scan(u: Tensor, matrices: Sequence[Tensor], d: Tensor, h0: Tensor, form: st
 
 
 def _entering(last: Tensor, ends: list[Tensor], through: Tensor, h0: Tensor) -> Tensor:
-    """What comes into each chunk (B, n, H, N): the same recurrence with a chunk a step.
+    """What comes into each chunk (B, n, H, N): the same recurrence, in which a step is a chunk.
 
     last (B, n, H, N): the end of each chunk from a zero state; ends (B, n, H, P, P) or (H, P, P) and through (B, n, H):
     its matrices and decay.

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kru_hf import KRUConfig, KRUForCausalLM, KRUModel, KRUPreTrainedModel
+from kru_hf import KRUCache, KRUConfig, KRUForCausalLM, KRUModel, KRUPreTrainedModel
 from kru_hf.maps import KroneckerLinear
 
 # Largest allowed |difference| over the largest |value| of the expected tensor.
 RELATIVE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 # The same for logits of whole models in float32, whose products may be ordered differently for other batch sizes.
 LOGITS = 1e-4
+FLOAT32_TOLERANCE = 1e-5  # nats per frame, and states: sums over keys in another order
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -67,3 +68,16 @@ GATED = [
     {"block_type": "plain", "cell_type": "kru_gru"},
     {"block_type": "residual", "cell_type": "kru_janet"},
 ]
+
+
+def check_windows(model: KRUPreTrainedModel, frames: Tensor) -> None:
+    """A model of piano rolls gives windows of frames (B, 11, keys) what it gives the whole, with the state carried."""
+    whole, state, nats = model(input_values=frames), None, 0.0
+    for start in range(0, 10, 4):
+        end = min(start + 4, 10)
+        window = {"input_values": frames[:, start:end], "shift_labels": frames[:, start + 1 : end + 1]}
+        out = model(**window, past_key_values=state, use_cache=True)
+        state = KRUCache.from_states([s.detach() for s in out.past_key_values.states])
+        nats += out.loss.item() * (end - start)
+        torch.testing.assert_close(out.logits, whole.logits[:, start:end], atol=FLOAT32_TOLERANCE, rtol=0)
+    assert abs(nats / 10 - whole.loss.item()) < FLOAT32_TOLERANCE

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
+from helpers import FLOAT32_TOLERANCE, check_windows
 
-from kru_hf import KRUCache, KRUConfig, KRUForPianoRoll
+from kru_hf import KRUConfig, KRUForPianoRoll
 from kru_hf.frame_heads import draw_frame, next_key
 from kru_hf.piano_roll_head import frame_nats
 from training.models.baselines import BaselineConfig, BaselineForPianoRoll
 
 KEYS = 8
-FLOAT32_TOLERANCE = 1e-5  # nats, sums over eight keys
 ALL_FRAMES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=KEYS)))  # (256, 8)
 
 
@@ -164,17 +164,7 @@ def test_padding_changes_nothing(side):
 
 
 def test_windows_with_carried_state_are_the_whole_piece():
-    model, x = chain_model(), random_roll(2, 11, KEYS)
-    whole, state, nats = model(input_values=x), None, 0.0
-    for start in range(0, 10, 4):
-        end = min(start + 4, 10)
-        out = model(
-            input_values=x[:, start:end], shift_labels=x[:, start + 1 : end + 1], past_key_values=state, use_cache=True
-        )
-        state = KRUCache.from_states([s.detach() for s in out.past_key_values.states])
-        nats += out.loss.item() * (end - start)
-        torch.testing.assert_close(out.logits, whole.logits[:, start:end], atol=FLOAT32_TOLERANCE, rtol=0)
-    assert abs(nats / 10 - whole.loss.item()) < FLOAT32_TOLERANCE
+    check_windows(chain_model(), random_roll(2, 11, KEYS))
 
 
 @pytest.mark.parametrize("kind", ["kru", "lstm"])

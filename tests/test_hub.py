@@ -246,7 +246,7 @@ def test_refusals_say_what_to_do(trained: Path, hub: Hub, token: str, repo_id: s
 
 def test_a_licence_that_the_hub_does_not_know(trained: Path, hub: Hub) -> None:
     with pytest.raises(UserError, match=r'cannot publish \(uploading\).*"license" must be one of'):
-        publish_folder(trained, "me/kru", license="Apache-2.0", api=client(hub))
+        publish_folder(trained, "me/kru", license="openrail", api=client(hub))
     assert set(hub.files("me/kru")) == {".gitattributes"}
 
 
@@ -359,6 +359,8 @@ NO_TAGS = ("", "a b", "a~1", "a:b", "a\\b", "a..b", "a@{b", "-a", "a/.b", "a.", 
             ({"revision_tag": tag}, "revision_tag")
             for tag in (*NO_TAGS, "\udc80", "main", "HEAD", "0" * 40, "refs/pr/1")
         ),
+        ({"license": "Apache-2.0"}, "did you mean 'apache-2.0'"),
+        ({"license": "mit\ntags: [x]"}, "license="),
         ({"revision_tag": "v1", "create_pr": True}, "--create_pr"),
     ],
 )

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from helpers import FLOAT32_TOLERANCE, check_windows
 from transformers import AutoModel
 
-from kru_hf import KRUCache, KRUConfig, KRUForPianoRoll
+from kru_hf import KRUConfig, KRUForPianoRoll
 from kru_hf.frame_heads import draw_frame
 
-FLOAT32_TOLERANCE = 1e-5  # nats a frame and states, fp32 sums over 88 keys in another order
 BLOCKS = ({"block_type": "plain"}, {"block_type": "residual", "hidden_size": 12})
 
 
@@ -67,18 +67,7 @@ def test_padded_frames_are_not_scored_with_targets_of_their_own():
 
 @pytest.mark.parametrize("options", BLOCKS)
 def test_windows_with_carried_state_are_the_whole_piece(options):
-    model, x = small_model(**options), random_roll(2, 11, 7)
-    whole = model(input_values=x)
-    state, nats = None, 0.0
-    for start in range(0, 10, 4):
-        end = min(start + 4, 10)
-        out = model(
-            input_values=x[:, start:end], shift_labels=x[:, start + 1 : end + 1], past_key_values=state, use_cache=True
-        )
-        state = KRUCache.from_states([s.detach() for s in out.past_key_values.states])
-        nats += out.loss.item() * (end - start)
-        torch.testing.assert_close(out.logits, whole.logits[:, start:end], atol=FLOAT32_TOLERANCE, rtol=0)
-    assert abs(nats / 10 - whole.loss.item()) < FLOAT32_TOLERANCE
+    check_windows(small_model(**options), random_roll(2, 11, 7))
 
 
 def test_prediction_uses_no_later_frame():

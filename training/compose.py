@@ -21,7 +21,7 @@ from kru_hf.music import MidiError, PianoRoll, draw_roll, read_midi, write_midi,
 from kru_hf.music.render import check_length
 from kru_hf.music.rolls import MAX_FRAMES, MAX_GRID, NUM_PITCHES
 
-from .common.errors import UserError
+from .common.errors import UserError, run_command
 from .common.files import check_fields, read_json
 from .common.machine import shown_command
 from .common.run_folder import PRESENTED, RUN_FILES
@@ -207,12 +207,7 @@ def run(argv: list[str]) -> dict[str, Any] | None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     transformers.utils.logging.disable_progress_bar()
-    try:
-        run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

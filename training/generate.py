@@ -15,7 +15,7 @@ import transformers
 
 from kru_hf.export import StreamingModel
 
-from .common.errors import UserError
+from .common.errors import UserError, run_command
 from .options.fields import AT_LEAST_1, FINITE, SEED, Options, option, require
 from .options.parser import parse_words
 
@@ -79,12 +79,7 @@ def run(argv: list[str]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     transformers.utils.logging.disable_progress_bar()
-    try:
-        run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

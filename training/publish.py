@@ -7,22 +7,22 @@ import sys
 
 from transformers.utils.logging import disable_progress_bar
 
-from .common.errors import UserError
+from .common.errors import run_command
 from .options.parser import parse_words
 from .records.publishing import PublishOptions, publish_folder, said
+
+
+def run(argv: list[str]) -> None:
+    """Publish as the options say."""
+    (options,) = parse_words([PublishOptions], argv, "training.publish")
+    values = dataclasses.asdict(options)
+    print(said(publish_folder(values.pop("model"), values.pop("repo_id"), **values)))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     disable_progress_bar()
-    try:
-        (options,) = parse_words([PublishOptions], list(sys.argv[1:] if argv is None else argv), "training.publish")
-        values = dataclasses.asdict(options)
-        print(said(publish_folder(values.pop("model"), values.pop("repo_id"), **values)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

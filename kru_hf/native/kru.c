@@ -62,7 +62,7 @@ static int any_flag(const uint8_t *flags, int64_t T, int n, int set) {
     return 0;
 }
 
-/* Where plane k of the state after step `at` of all B T lies, in states or in saved (NULL: nowhere): a row a sample. */
+/* Where plane k of the state after step `at` of all B T lies, in states or in saved (NULL: nowhere), for each sample. */
 typedef struct {
     float *at;
     int64_t stride;

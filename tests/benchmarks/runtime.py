@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from kru_hf import KRURecurrence
 from kru_hf.export import StreamingModel
 from kru_hf.export.streaming import instructions, load_model
+from kru_hf.maps import KroneckerLinear
 
 
 class LSTM(nn.Module):
@@ -60,6 +62,22 @@ def in_onnx(session, units: int, tokens: int) -> None:
         token = logits.argmax(-1)
 
 
+def multiply_adds(model: nn.Module) -> int:
+    """Of a token: those of the maps, and of the recurrence in factored form; a complex product is four real ones."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            total += module.weight.numel()
+        elif isinstance(module, nn.LSTM):
+            total += sum(weight.numel() for name, weight in module.named_parameters() if "weight" in name)
+        elif isinstance(module, KroneckerLinear):
+            total += module.in_features * (module.out_features + module.terms**2)
+        elif isinstance(module, KRURecurrence):
+            products = 4 if module.cell.complex else module.cell.planes
+            total += products * module.terms * module.state_size * sum(p for p, _ in module.factor_shapes)
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="model_cards/kru-lstm-ptb-char-120k")
@@ -71,7 +89,8 @@ def main() -> None:
     vocabulary, wanted = model.config.vocab_size, model.num_parameters()
     units = next(n for n in range(8, 4096) if sum(p.numel() for p in LSTM(vocabulary, n + 1).parameters()) > wanted)
     lstm = LSTM(vocabulary, units).eval()
-    rival = f"nn.LSTM {units} ({sum(p.numel() for p in lstm.parameters()):,} parameters)"
+    own = sum(p.numel() for p in lstm.parameters())
+    rival = f"nn.LSTM {units} ({4 * own:,} bytes)"
     streams = {dtype: StreamingModel.from_pretrained(options.model, dtype) for dtype in ("fp32", "int8", "int4")}
     candidates = {
         f"C runtime, {dtype} ({len(stream.data):,} bytes)": lambda n, stream=stream: stream.generate("the ", n, 0)
@@ -93,7 +112,11 @@ def main() -> None:
             run(options.tokens)
             best[name] = max(best[name], count / (time.perf_counter() - start))
     base = best[f"{rival}, PyTorch"]
-    print(f"{options.model}: {wanted:,} parameters; {instructions()}, one thread")
+    print(f"{options.model}: {wanted:,} parameters, {multiply_adds(model):,} multiply-adds per token")
+    print(
+        f"nn.LSTM {units}: {own:,} parameters, {multiply_adds(lstm):,} multiply-adds per token; "
+        f"{instructions()}, one thread"
+    )
     for name, speed in best.items():
         print(f"{name:<62} {speed:>9,.0f} characters per second  {speed / base:6.2f} of nn.LSTM in PyTorch")
 

@@ -8,9 +8,12 @@ import torch
 from tiny_run import PROGRAMS, options
 
 from kru_hf import KRUForCausalLM
+from kru_hf.export.streaming import load_model
 from kru_hf.export.weight_file import rounded_weights
 from training.evaluate import main as evaluate
 from training.train import main as train
+
+TOLERANCE = 1e-4  # of a figure in nats, bits or shares
 
 
 def figures(capsys, folder, *words):
@@ -28,10 +31,15 @@ def test_figures_are_those_of_the_model(request, task, tmp_path, capsys):
     words = options(request.getfixturevalue(data) if data else "digits", tmp_path / "run", **changes)
     assert train(words) == 0
     capsys.readouterr()
-    expected = figures(capsys, tmp_path / "run")
-    for dtype, tolerance in (("fp32", 1e-4), ("int8", 3e-2)):
-        found = figures(capsys, tmp_path / "run", "--dtype", dtype)
-        assert found == pytest.approx(expected, abs=tolerance), dtype
+    run, same = tmp_path / "run", tmp_path / "rounded"
+    shutil.copytree(run, same)
+    model, _ = load_model(run)
+    for dtype in ("fp32", "int8", "int4"):
+        model.load_state_dict(rounded_weights(load_model(run)[0], dtype), strict=False)
+        model.save_pretrained(same)
+        found = figures(capsys, run, "--dtype", dtype)
+        assert found == pytest.approx(figures(capsys, same), abs=TOLERANCE), dtype
+    assert found["loss"] != pytest.approx(figures(capsys, run)["loss"], abs=2 * TOLERANCE)  # of int4
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -208,7 +208,7 @@ class Driver(ABC):
             self.task.tokenizer.save_pretrained(folder)
 
     def stop_diverged(self, step: int, loss: float, norm: float) -> None:
-        """`UserError` for a run that has left the finite numbers."""
+        """Raise the `UserError` of a run whose loss or gradients are no longer finite."""
         found = checkpoints(self.folder)
         kept = f"the last good checkpoint is {str(found[-1])!r}" if found else "no checkpoint had been written yet"
         advice = "lower --learning_rate or --max_grad_norm"

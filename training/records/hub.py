@@ -23,9 +23,22 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..common.errors import UserError
 from ..common.files import one_line, read_json
+from ..options.parser import nearest
 
 # huggingface_hub's error derives from that of its HTTP client: httpx in 1.x, a successor from 2.x on.
 ClientError: type[Exception] = HfHubHTTPError.__bases__[0]
+# The Hub's identifiers of licences, as its documentation lists them.
+LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma
+    unknown other
+"""
 # Parts of letters, digits and _ . + -, joined by slashes, of what git allows; no name of a branch or of a commit.
 TAG = re.compile(r"(?!(main|HEAD|refs/.*|[0-9a-fA-F]{40})$)(?!.*\.(\.|lock)?(/|$))(?!.*\.\.)\w[\w.+-]*(/\w[\w.+-]*)*")
 PROPOSAL = "Publish the trained model"  # title of the pull requests, by which a later run finds its own again
@@ -77,6 +90,16 @@ def check_name(repo_id: str) -> None:
         raise UserError(f"repo_id={repo_id!r} is not valid: it must be ME/NAME ({error})") from error
     if "/" not in repo_id or len(repo_id) > 96:
         raise UserError(f"repo_id={repo_id!r} is not valid: it must be ME/NAME, of at most 96 characters")
+
+
+def check_license(name: str) -> None:
+    """An error unless the Hub knows a licence of that identifier."""
+    known = LICENSES.split()
+    if name not in known:
+        raise UserError(
+            f"license={name!r} is not valid: it must be an identifier of the Hub, such as apache-2.0, mit, "
+            f"cc-by-4.0 or other{nearest(str(name).lower(), known)}"
+        )
 
 
 def check_tag(tag: str | None) -> None:

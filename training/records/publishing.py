@@ -25,7 +25,17 @@ from ..common.files import read_json
 from ..common.run_folder import COMPANIONS, WEIGHTS
 from ..models.build import load_model
 from .cards import DATA_SOURCES, missing_fields, render_card
-from .hub import PROPOSAL, check_access, check_name, check_tag, explained, open_proposal, remote_files, same
+from .hub import (
+    PROPOSAL,
+    check_access,
+    check_license,
+    check_name,
+    check_tag,
+    explained,
+    open_proposal,
+    remote_files,
+    same,
+)
 from .run_record import HEADS, HISTORY, RECIPE, RESULTS, RUN, published_recipe, read_history
 
 PACKAGE = Path(kru_hf.__file__).parent
@@ -252,6 +262,7 @@ def publish_folder(folder: str | Path, repo_id: str, *, api: HfApi | None = None
     options = PublishOptions(str(folder), repo_id, **others)
     check_name(repo_id)
     check_tag(options.revision_tag)
+    check_license(options.license)
     if options.create_pr and options.revision_tag is not None:
         raise UserError("--revision_tag cannot be given with --create_pr: the owner tags after the merge")
     check_folder(Path(folder), options.data_license)
