@@ -17,6 +17,7 @@
  *           fp32: B (n, in/n, out/n), inputs before outputs; else fp16 scales (n, out/n) and codes
  *           (n, pairs, out/n, 2) of two inputs each: int8, or for 4 bits a byte, the first input's in the low half.
  *           A single input: its weights as rows (1, out)
+ * The factors of the complex cell are floats whatever the dtype: an error of its eigenvalues grows with every step.
  * Codes are multiplied by activations in 16 bits (a scale for each row of A x), and added up exactly: every processor
  * computes the same sums. */
 #include "kru_run.h"
@@ -197,7 +198,7 @@ static map read_map(reader *r, kru *k, uint64_t in, uint64_t out, uint64_t n, in
  * (K, P, Q); complex (3, P, Q): real, imaginary and minus imaginary part. */
 static const float *read_factor(reader *r, const kru *k, int f) {
     const uint64_t P = k->shapes[f][0], Q = k->shapes[f][1], K = (uint64_t)CELL[k->h.cell].planes;
-    const int complex = k->h.cell == KRU_CELL, last = f == (int)k->h.factors - 1, fp32 = k->h.dtype == FP32;
+    const int complex = k->h.cell == KRU_CELL, last = f == (int)k->h.factors - 1, fp32 = complex || k->h.dtype == FP32;
     float *to = room(r, 4 * (complex ? 4 : K) * P * Q);
     const uint16_t *scales = fp32 ? NULL : (const uint16_t *)take(r, 2 * K * P);
     const uint8_t *from = take(r, K * P * Q * (fp32 ? 4 : 1));

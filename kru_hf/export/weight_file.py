@@ -38,7 +38,7 @@ def rounded_weights(model: KRUPreTrainedModel, dtype: str) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         path = name.split(".")
-        if dtype == "fp32":
+        if dtype == "fp32" or ("factors" in path and not model.config.gated):
             weight = parameter.detach().clone()
         elif path[-1] == "bias" or "norm" in name:
             weight = parameter.detach().half().float()
@@ -160,7 +160,10 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         terms = [f if config.recurrent_terms > 1 else f.unsqueeze(0) for f in layer.recurrence.factors]  # (R, K, P, Q)
         for term in zip(*terms, strict=True):
             for factor in term:
-                writer.rows(_numpy(factor))
+                if cell.complex:  # an error of its eigenvalues grows with every step
+                    writer.array(_numpy(factor), np.float32)
+                else:
+                    writer.rows(_numpy(factor))
         writer.numbers(layer.recurrence.bias)
         if not plain:
             writer.map(layer.out_proj)
