@@ -286,7 +286,7 @@ class KRULinearRecurrence(nn.Module):
         """The parameters, each with where it starts.
 
         "fourier": W_f = diag(exp(2πik / (P_0 ⋯ P_f))), k < P_f, whose product has all N-th roots of unity on its
-        diagonal. Heads that forget keep what they hold for 8 to 1000 steps, evenly spread on a logarithmic scale.
+        diagonal. Heads that forget keep what they hold for 1 to 1000 steps, evenly spread on a logarithmic scale.
         """
         found: list[tuple[Tensor, Tensor]] = []
         scale, below = self.start.norm ** (1 / len(self.factor_shapes)), 1
@@ -300,7 +300,7 @@ class KRULinearRecurrence(nn.Module):
         if self.first_state is not None:
             found.append((self.first_state, torch.randn(2, self.state_size) / math.sqrt(2)))
         if self.decay is not None:
-            found.append((self.decay, torch.linspace(math.log(8), math.log(1000), self.heads)))  # σ(log n) ≈ 1 − 1/n
+            found.append((self.decay, torch.linspace(math.log(1000), 0, self.heads)))  # σ(log n) = 1 − 1 / (n + 1)
         return found
 
     @torch.no_grad()
@@ -337,19 +337,22 @@ class KRULinearRecurrence(nn.Module):
         also the dtype returned.
         """
         dtype = torch.promote_types(inputs.dtype, torch.float32)
-        batch, length = inputs.shape[:2]
+        batch = inputs.shape[0]
         read = inputs.to(dtype).flatten(2)  # (B, T, W)
         factors = [factor.to(dtype) for factor in self.factors(inputs)]
-        logits = None if self.decay is None else self.decay.to(dtype).expand(batch, length, -1)  # (B, T, H)
+        forgets = None if self.decay is None else self.decay.to(dtype)  # a (H,)
         state = None if initial_state is None else initial_state.to(dtype)
+        decay = None
         if self.first_state is not None:
             read, generators, gates, raw = read.split(self.widths, -1)
             factors = self._transitions(generators, gates)
-            logits = None if logits is None else logits + raw
+            if forgets is not None:
+                decay = (forgets + raw).sigmoid().clamp(min=torch.finfo(dtype).tiny)  # (B, T, H)
             first = self.first_state.to(dtype).expand(batch, -1, -1)  # (B, 2, N)
             state = first if state is None else state
+        elif forgets is not None:  # the same at all steps: d W
+            factors[0] = forgets.sigmoid()[:, None, None, None] * factors[0]  # (H, 2, P, P)
         u = read.unflatten(-1, (2, -1))  # (B, T, 2, N)
-        decay = None if logits is None else logits.sigmoid().clamp(min=torch.finfo(dtype).tiny)
         if self.first_state is not None and starts is not None:
             u = u + torch.where(starts[:, :, None, None], self._from_first(factors, decay), 0)
         backend = self.backend

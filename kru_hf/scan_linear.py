@@ -10,7 +10,9 @@ C steps. Within a chunk, with P_t = R_t ⋯ R_1 factor by factor and D_t = d_t �
 - any other matrices take the associative scan over pairs, (A, b) after (A', b') = (A A', A b' + b), log₂ C rounds.
 
 Chunks are joined by the scan over pairs. Rounding grows with C and log T, not with T. On a CPU, where steps cost little
-beside their arithmetic, a loop over them does a third of the work and is faster; "auto" takes it there.
+beside their arithmetic, going step by step does a third of the work: "auto" does so there, unless the state is so small
+that the calls cost more than what they compute. Fixed factors without a decay are the linear network of ``kron_scan``,
+whose engines take the steps.
 
 The backward of all forms is the adjoint recurrence λ_t = d_{t+1} R_{t+1}^H λ_{t+1} + g_t, the same scan from the end,
 and dR_t = d_t λ_t h_{t-1}^H projected on the factors: automatic differentiation of the short form would give the
@@ -34,11 +36,12 @@ import torch
 from torch import Tensor
 
 from .kronecker import check_choice, merge_groups, to_complex, to_planes
-from .scan import can_look_at, differentiable_once, is_transformed
+from .scan import can_look_at, differentiable_once, is_transformed, kron_scan
 
 BACKENDS = ("auto", "parallel", "steps", "reference")
 MERGED = 16  # most units of factors by step that are merged: a product of a step's own is used once
 CHUNK = 64  # steps of a chunk; the short form adds up C² pairs of steps where there is a decay
+FEW = 1024  # multiply-adds of a step's products, B·H·Σ P_f³, up to which a loop on a CPU mostly waits for its calls
 
 
 def kron_linear_scan(
@@ -63,8 +66,9 @@ def kron_linear_scan(
         starts: (B, T) bool; True begins a new document: the state before that step is zero.
         unitary: whether every factor is unitary, by construction. The short form is then exact; of other factors it
             would compute something else, so that only the caller can say so.
-        backend: "parallel" over time; "steps", a loop with the same backward; "auto", which is "steps" on a CPU and
-            "parallel" elsewhere; or "reference", the loop that autograd differentiates.
+        backend: "parallel" over time; "steps", one after another, with the same backward; "auto", which is "steps" on a
+            CPU, but for unitary factors of a small state, and "parallel" elsewhere; or "reference", the loop that
+            autograd differentiates.
 
     Returns:
         states (B, T, 2, H·N) and final_state (B, 2, H·N), a copy. Differentiable once, more often with "reference".
@@ -74,6 +78,12 @@ def kron_linear_scan(
     """
     heads = _check(inputs, factors, decay, initial_state, mask, starts, backend)
     batch, length = inputs.shape[:2]
+    fixed = factors[0].dim() == 4 and decay is None
+    if backend == "auto":
+        few = unitary and not fixed and batch * heads * sum(factor.shape[-1] ** 3 for factor in factors) <= FEW
+        backend = "steps" if inputs.device.type == "cpu" and not few else "parallel"
+    if fixed and backend == "steps":
+        return _by_head(inputs, factors, initial_state, mask, starts)
     u = _split_heads(inputs, heads)  # (B, T, H, N)
     matrices = _merge([to_complex(factor, -3) for factor in factors])  # (H, P, P) or (B, T, H, P, P)
     h0 = u.new_zeros(batch, *u.shape[2:]) if initial_state is None else _split_heads(initial_state, heads)  # (B, H, N)
@@ -85,8 +95,6 @@ def kron_linear_scan(
         held = torch.ones_like(d) if starts is None else (~starts).unsqueeze(-1).to(d.dtype)  # (B, T, H) or (B, T, 1)
         d = torch.where(mask.unsqueeze(-1), d, held)  # (B, T, H)
         matrices = [_hold(matrix, mask) for matrix in matrices]  # (B, T, H, P, P)
-    if backend == "auto":
-        backend = "steps" if inputs.device.type == "cpu" else "parallel"
     if backend == "reference" or is_transformed((inputs, decay, initial_state, *factors)):
         states = _loop(u, matrices, d, h0)  # (B, T, H, N)
     else:
@@ -149,6 +157,21 @@ def _check(
         if not (low > 0 and high <= 1):
             raise ValueError(f"decay must be in (0, 1], got values from {low:.4g} to {high:.4g}")
     return heads
+
+
+def _by_head(
+    inputs: Tensor, factors: Sequence[Tensor], initial_state: Tensor | None, mask: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """States and final state of factors (H, 2, P, P) by the engines of :func:`kron_scan`, a head at a time."""
+    heads = factors[0].shape[0]
+    u = inputs.unflatten(-1, (heads, -1)).unbind(-2)  # (B, T, 2, N) each
+    h0 = [None] * heads if initial_state is None else initial_state.unflatten(-1, (heads, -1)).unbind(-2)  # (B, 2, N)
+    found = [
+        kron_scan(u[h], [f[h] for f in factors], None, h0[h], mask, starts=starts, activation="identity")
+        for h in range(heads)
+    ]
+    states, finals = zip(*found, strict=True)
+    return (states[0], finals[0]) if heads == 1 else (torch.cat(states, -1), torch.cat(finals, -1))
 
 
 def _split_heads(planes: Tensor, heads: int) -> Tensor:

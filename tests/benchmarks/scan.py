@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import kru_hf
 from kru_hf.cells import CELLS
-from kru_hf.kronecker import random_orthogonal, random_unitary
+from kru_hf.kronecker import random_orthogonal, random_unitary, unitary_exp
+from kru_hf.scan_linear import kron_linear_scan
 
 # name: B, T, N, factor sizes, whether the backward is measured too
 CASES = {
@@ -42,6 +43,13 @@ GATED_CASES: dict[str, tuple[str, int, int, int, list[int], int | None]] = {
     "KRULSTM 128": ("lstm", 128, 100, 900, [9, 10, 10], 128),
     "KRUGRU 128": ("gru", 128, 100, 900, [9, 10, 10], 128),
     "KRULSTM 900": ("lstm", 128, 100, 900, [9, 10, 10], 900),
+}
+# The linear cell against the complex one of as many units. name: B, T, H heads, factor sizes of a head, transition
+LINEAR_CASES: dict[str, tuple[int, int, int, list[int], str]] = {
+    "linear 2×2": (16, 784, 1, [2] * 9, "fixed"),
+    "linear 8·8·8": (16, 784, 1, [8, 8, 8], "fixed"),
+    "linear 8×8·8": (16, 784, 8, [8, 8], "fixed"),
+    "selective": (16, 784, 8, [8, 8], "selective"),
 }
 LAYERS = {"lstm": kru_hf.KRULSTM, "gru": kru_hf.KRUGRU, "janet": kru_hf.KRUJANET}
 # Ratios that issue "The recurrence at hardware speed" asks for: (against nn.LSTM, against nn.RNN).
@@ -78,6 +86,21 @@ def make_scan(
             states, _ = kru_hf.kron_scan(inputs, factors, bias, backend=backend)
         if backward:
             torch.autograd.grad(states, [inputs, bias, *factors], grad)
+
+    return step
+
+
+def make_linear_scan(batch: int, length: int, heads: int, sizes: list[int], transition: str) -> Callable:
+    """The same for the linear recurrence, with its backward."""
+    lead = (heads,) if transition == "fixed" else (batch, length, heads)
+    factors = [unitary_exp(torch.randn(*lead, size * size)).requires_grad_() for size in sizes]  # (…, 2, P, P)
+    units = heads * math.prod(sizes)
+    inputs = torch.randn(batch, length, 2, units).mul_(0.1).requires_grad_()  # (B, T, 2, H·N)
+    grad = torch.randn(batch, length, 2, units)  # (B, T, 2, H·N)
+
+    def step() -> None:
+        states, _ = kron_linear_scan(inputs, factors, unitary=transition == "selective")
+        torch.autograd.grad(states, [inputs, *factors], grad)
 
     return step
 
@@ -184,6 +207,24 @@ def run_gated_case(name: str, repeats: int, slow: bool) -> dict:
     }
 
 
+def run_linear_case(name: str, repeats: int) -> dict:
+    """Milliseconds of the linear cell, and of the complex one with the factors of all heads in one product."""
+    batch, length, heads, sizes, transition = LINEAR_CASES[name]
+    whole = sizes if heads == 1 else [heads, *sizes]
+    units = math.prod(whole)
+    steps = {
+        "linear": make_linear_scan(batch, length, heads, sizes, transition),
+        "kru": make_scan("auto", batch, length, units, whole, True, "cpu"),
+    }
+    times = measure(steps, repeats, "cpu")
+    return {
+        "case": name,
+        "shape": f"{batch}, {length}, {units}",
+        "ms": times,
+        "faster_than": {"kru": times["kru"] / times["linear"]},
+    }
+
+
 def gpu_ceilings() -> dict[str, float]:
     """What the device moves (GB/s, read and written) and computes in fp32, measured: a large copy, a large product."""
     source, target = torch.randn(1 << 28, device="cuda"), torch.empty(1 << 28, device="cuda")
@@ -263,7 +304,7 @@ def plot(growth: dict[str, dict[int, float]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*CASES, *GATED_CASES]
+    names = [*CASES, *GATED_CASES, *LINEAR_CASES]
     parser.add_argument("--cases", nargs="*", default=names, help=f"among {', '.join(names)}")
     parser.add_argument("--repeats", type=int, default=7, help="rounds whose median is taken")
     parser.add_argument("--fast", action="store_true", help="leave out the portable engine and the reference")
@@ -279,6 +320,12 @@ def main() -> None:
     results: dict = {"cases": [], "gpu": None, "growth": None}
     for name in names:
         if not any(name.startswith(wanted) for wanted in options.cases):
+            continue
+        if name in LINEAR_CASES:
+            case = run_linear_case(name, options.repeats)
+            results["cases"].append(case)
+            ratio = f"{case['faster_than']['kru']:.2f} x the complex cell"
+            print(f"{name:12} {case['shape']:>14} {case['ms']['linear']:8.1f}   {ratio}", flush=True)
             continue
         case = (run_case if name in CASES else run_gated_case)(name, options.repeats, not options.fast)
         results["cases"].append(case)

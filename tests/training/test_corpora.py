@@ -268,6 +268,18 @@ def test_factors_have_their_own_rate_and_no_decay():
     assert bias.ndim == 2 and any(bias is p for p in parameter_groups(gated, run)[1]["params"])
 
 
+@pytest.mark.parametrize(
+    ("block", "source"), [("plain", "embed_tokens.weight"), ("residual", "layers.0.in_proj.weight")]
+)
+def test_angles_of_selective_transitions_have_no_decay(block, source):
+    options = {"cell_type": "kru_linear", "factor_shapes": "2x2", "block_type": block}
+    for transition, group in (("selective", 1), ("fixed", 0)):
+        model = build_model("causal_lm", ModelOptions(**options, transition=transition), vocab_size=10)
+        weight = model.model.get_parameter(source)
+        groups = parameter_groups(model, parse_arguments(["--weight_decay", "0.1"]).run)
+        assert any(weight is p for p in groups[group]["params"])
+
+
 @pytest.mark.parametrize("task", ["pixel_mnist", "piano_roll", "phonemes"])
 def test_hub_options_are_refused_for_built_in_data(tmp_path, capsys, task):
     assert main(["--task", task, "--dataset_revision", "x", "--output_dir", str(tmp_path / "run")]) == 1

@@ -18,13 +18,15 @@ def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases (also the (·, N) of gated cells) and norms without; factors at their own rate.
 
     `scale` of a group multiplies the learning rate of the schedule. Generators of unitary and orthogonal matrices are
-    treated as factors are: weight decay would draw the matrix to the identity. The dense and low-rank recurrent
-    matrices of the other baselines are ordinary matrices.
+    treated as factors are: weight decay would draw the matrix to the identity. So are the maps that give the generators
+    of selective transitions, but at the full rate: a bias of the angles adds up over the steps. The dense and low-rank
+    recurrent matrices of the other baselines are ordinary matrices.
     """
     kind = getattr(model.config, "cell", model.config.model_type)
     factors = dict(model.recurrent_parameters()) if kind in ("kru", "kru_unitary", "orthogonal") else {}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in factors]
-    decayed = {name for name, p in trained if p.ndim > 1 and not name.endswith("bias")}
+    matrices = {name for name, p in trained if p.ndim > 1 and not name.endswith("bias")}
+    decayed = {name for name in matrices if not _generating(model.config) & {*name.split(".")}}
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trained if name in decayed], "weight_decay": options.weight_decay, "scale": 1.0},
         {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0, "scale": 1.0},
@@ -35,6 +37,13 @@ def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def _generating(config: Any) -> set[str]:
+    """Modules whose output makes the factors of selective transitions: with a plain block the embedding itself."""
+    if getattr(config, "transition", None) != "selective":
+        return set()
+    return {"embed_tokens", "input_map"} if config.block_type == "plain" else {"in_proj"}
 
 
 def build_optimizer(model: nn.Module, options: RunOptions) -> torch.optim.Optimizer:
