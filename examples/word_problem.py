@@ -18,9 +18,7 @@ from kru_hf import KRUConfig, KRUForTokenClassification
 def even_permutations(things: int) -> Tensor:
     """The table (n, n) of the alternating group: entry (a, b) is the number of a after b; element 0 is the identity."""
     elements = [
-        p
-        for p in itertools.permutations(range(things))
-        if sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
+        p for p in itertools.permutations(range(things)) if sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
     ]
     number = {p: i for i, p in enumerate(elements)}
     return torch.tensor([[number[tuple(a[i] for i in b)] for b in elements] for a in elements])
