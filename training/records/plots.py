@@ -48,3 +48,24 @@ def validation_curves(title: str, metric: str, rows: Sequence[tuple[str, list[li
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower left", fontsize="small", frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def accuracy_by_length(title: str, rows: Sequence[tuple[str, dict[int, float]]], path: Path) -> None:
+    """Test accuracy of several models against the length of the sequences.
+
+    Args:
+        rows: name of a model, and its accuracy at each length.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, found) in enumerate(rows):
+        (line,) = axes.plot(list(found), list(found.values()), "-" if index < 10 else "--", color=f"C{index % 10}")
+        line.set(label=name.replace("$", r"\$"), marker="o", markersize=4)
+    axes.set_xscale("log")
+    axes.set(xlabel="length", ylabel="test accuracy", ylim=(-0.02, 1.02))
+    axes.set_title(title, parse_math=False)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower left", fontsize="small", frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -13,7 +13,7 @@ from ..common.files import read
 from ..common.saving import write_files, write_text
 from .paper_figures import FIGURES, PaperFigure
 from .paper_figures import metric_of as metric_of_paper
-from .plots import validation_curves
+from .plots import accuracy_by_length, validation_curves
 from .runs import METRIC_ORDER, Entry, Row, read_runs, settings
 from .text import METRICS, TEMPLATES, shown, table
 
@@ -133,10 +133,20 @@ def overview(found: dict[str, list[Row]]) -> str:
     return table(OVERVIEW, [overview_line(setting, rows) for setting, rows in found.items()])
 
 
+def length_table(rows: list[Row]) -> Markup:
+    """Accuracies of each row by the length of the test sequences."""
+    lengths = sorted({length for row in rows for length in row.lengths})
+    head = ["length", "parameters", "seeds", *(f"{length:,}" for length in lengths)]
+    shares = [[digits((row.lengths[n], None), "accuracy") if n in row.lengths else "" for n in lengths] for row in rows]
+    sizes = [[shown(row.label), span(row.values("num_parameters")), len(row.seeds)] for row in rows]
+    return table(head, [[*size, *share] for size, share in zip(sizes, shares, strict=True)])
+
+
 def section(setting: str, rows: list[Row]) -> dict[str, Any]:
-    """What the page shows of a setting; `curves` are those of its picture."""
+    """What the page shows of a setting; `lengths`, or else `curves`, are those of its picture."""
     metric = metric_of(setting, rows)
     curves = [(row.label, [entry.history for entry in row.entries if entry.history]) for row in rows]
+    tracking = [row for row in rows if row.lengths]
     return {
         "setting": setting,
         "metric": metric,
@@ -144,6 +154,8 @@ def section(setting: str, rows: list[Row]) -> dict[str, Any]:
         "greater": METRIC_ORDER[metric],
         "table": table(HEAD, [*map(own_line, rows), *paper_lines(setting)]),
         "curves": [(name, runs) for name, runs in curves if runs],
+        "lengths": [(row.label, row.lengths) for row in tracking],
+        "length_table": length_table(tracking) if tracking else "",
         "picture": f"results-{re.sub(r'[^a-z0-9]+', '-', setting.lower()).strip('-')}.png",
     }
 
@@ -151,11 +163,14 @@ def section(setting: str, rows: list[Row]) -> dict[str, Any]:
 def write_page(folder: Path, found: dict[str, list[Row]]) -> None:
     """RESULTS.md and its pictures, `results-<setting>.png`, in the folder of runs.jsonl."""
     sections = [section(setting, rows) for setting, rows in found.items()]
-    drawn = [one for one in sections if one["curves"]]
+    drawn = [one for one in sections if one["lengths"] or one["curves"]]
     text = TEMPLATES.get_template("results.md.jinja").render(overview=overview(found), sections=sections)
 
     def fill(temporary: Path) -> None:
         for one in drawn:
+            if one["lengths"]:
+                accuracy_by_length(one["setting"], one["lengths"], temporary / one["picture"])
+                continue
             validation_curves(one["setting"], one["metric"], one["curves"], temporary / one["picture"])
         (temporary / PAGE).write_text(text, encoding="utf-8")
 

@@ -136,6 +136,9 @@ def setting_of(record: RunRecord) -> str:
         return PTB_SMALL if size <= 160_000 else large
     if task == "piano_roll" and re.search("jsb|piano.?midi", name):
         return (JSB if "jsb" in name else PIANO) + changed
+    if task in ("word_problem", "regular_languages"):
+        kind = "Word problem" if task == "word_problem" else "Regular language"
+        return f"{kind}: {shown(options.get('group') or options.get('language'))}"
     return f"{task or 'task not recorded'} on {data or 'data not recorded'}{changed}{', permuted' * permuted}"
 
 
@@ -158,6 +161,7 @@ def label_of(record: RunRecord) -> str:
         f", rank-{config['io_rank']} maps" if config.get("io_rank") else "",
         f", maps of {config['kronecker_terms']} terms" if config.get("kronecker_terms") else "",
         f", feed-forward {config['intermediate_size']}" if config.get("intermediate_size") else "",
+        f", {config['num_heads']} heads" if config.get("num_heads", 1) > 1 else "",
         ", frozen factors" if record.options.get("freeze_factors") else "",
         f", {layers} layers" if layers > 1 else "",
     ]
@@ -307,6 +311,13 @@ class Row:
         if self.first.spread is not None:
             return values[0], self.first.spread.get(name)
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def lengths(self) -> dict[int, float]:
+        """Mean test accuracy by the length of the sequences, of tasks that test several."""
+        names = {name for entry in self.finished for name in entry.results if re.fullmatch(r"test_accuracy_\d+", name)}
+        numbers = sorted(int(name.rpartition("_")[2]) for name in names)
+        return {number: statistics.fmean(self.values(f"test_accuracy_{number}")) for number in numbers}
 
     @property
     def order(self) -> tuple[bool, float]:
