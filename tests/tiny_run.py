@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from ranks import HANG
 from safetensors.torch import load_file
 
 from training.common.run_folder import WEIGHTS
@@ -120,7 +121,7 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "all_results.json").read_text())
 
 
-def wait_for(condition, *children, timeout=90.0) -> None:
+def wait_for(condition, *children, timeout=HANG) -> None:
     end = time.monotonic() + timeout
     while not condition():
         for child in children:

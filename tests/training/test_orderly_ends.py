@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from ranks import HANG
 from tiny_run import ENVIRONMENT, PROGRAMS, ROOT, at_step, figures_of, options, spawn, wait_for
 
 from training.common import processes
@@ -81,7 +82,7 @@ def test_a_signal_from_outside_saves(text_file, tmp_path, program, number):
     wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
     time.sleep(0.5)
     child.send_signal(number)
-    said = child.communicate(timeout=60)[1].decode()
+    said = child.communicate(timeout=HANG)[1].decode()
     assert child.returncode == 128 + number, said
     assert len(checkpoints(tmp_path)) == 1
     assert said.splitlines()[-1].startswith(f"resume with: python -m {program} ")
@@ -93,7 +94,7 @@ def test_a_signal_outside_the_loop_ends_the_run_at_once(text_file, tmp_path):
     child = spawn(["-m", "training.train"], options(text_file, tmp_path, sample_length=1_000_000))
     wait_for(lambda: (tmp_path / "all_results.json").exists(), child)
     child.send_signal(signal.SIGINT)
-    said = child.communicate(timeout=30)[1].decode()
+    said = child.communicate(timeout=HANG)[1].decode()
     assert child.returncode == 128 + signal.SIGINT, said
     assert "resume with: python -m training.train" in said
     assert main(options(text_file, tmp_path, resume_from_checkpoint="last")) == 0
@@ -107,7 +108,7 @@ def test_a_closed_terminal_costs_no_step(text_file, tmp_path):
     for pipe in (child.stdout, child.stderr):
         pipe.close()
     child.send_signal(signal.SIGHUP)
-    assert child.wait(60) == 128 + signal.SIGHUP
+    assert child.wait(HANG) == 128 + signal.SIGHUP
     assert len(checkpoints(tmp_path)) == 1
 
 
@@ -135,7 +136,7 @@ def test_the_reason_is_the_last_word_under_a_launcher(tmp_path):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         children.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes))
     for child in children:
-        last = child.communicate(timeout=120)[0].splitlines()[-1]
+        last = child.communicate(timeout=HANG)[0].splitlines()[-1]
         assert child.returncode == 1
         assert (
             last == f"error: output_dir='{tmp_path}/text.txt/run' cannot be a folder: '{tmp_path}/text.txt' is a file"

@@ -6,19 +6,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import BLOCKS, tiny_config
+from ranks import HANG
 from safetensors.torch import load_file
 from tiny_run import PROGRAMS, ROOT, options, results_of, same_end, wait_for
 
-from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
-from kru_hf.configuration_kru import CELL_TYPES
 from training.common.run_folder import WEIGHTS, checkpoints, remove_checkpoint
 from training.evaluate import main as evaluate
 from training.loop.arguments import parse_arguments
@@ -31,7 +28,6 @@ from training.train import main
 CONFIGS = ROOT / "training" / "accelerate"
 FIGURE = 2e-3  # between the figure of one process and that of two
 SAME = 1e-6  # between evaluations of the same weights, cut differently
-MINUTE = 60.0
 STEPS = 12
 COMMON = ["--use_cpu", "--report_to=none", "--sample_length=5", "--logging_steps=2", "--eval_steps=6", "--save_steps=6"]
 COMMON += [f"--max_steps={STEPS}", "--sequence_length=16", "--learning_rate=0.01"]
@@ -100,25 +96,6 @@ def test_pieces_that_end_leave_a_process_without_rows(pieces, tmp_path, capsys):
     assert evaluate([f"--model={both}", f"--dataset={pieces}", "--use_cpu", "--split=validation"]) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert abs(alone["nll_per_frame"] - results_of(both)["validation_nll_per_frame"]) < SAME
-
-
-@pytest.mark.parametrize("cell", CELL_TYPES)
-def test_every_trained_parameter_gets_a_gradient_in_every_step(cell):
-    """So DDP need not look for unused ones, which would cost a walk over the graph a step."""
-    ids = torch.randint(1, 11, (2, 5))
-    frames = torch.rand(2, 5, 88)
-    for block in BLOCKS if cell == "kru" else [{}]:
-        for head, inputs in (
-            (KRUForCausalLM, {"input_ids": ids, "labels": ids}),
-            (KRUForSequenceClassification, {"input_ids": ids, "labels": ids[:, 0] % 2}),
-            (KRUForTokenClassification, {"input_ids": ids, "labels": ids % 2}),
-            (KRUForPianoRoll, {"input_values": frames, "labels": frames.round()}),
-        ):
-            options = {"input_size": 88, "vocab_size": 1, "pad_token_id": None} if head is KRUForPianoRoll else {}
-            model = head(tiny_config(cell_type=cell, **block, **options)).train()
-            model(**inputs).loss.backward()
-            missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
-            assert not missing, (head.__name__, block)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -212,7 +189,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(text_file, tmp_path
 def launch(options: list[str], words: list[str]) -> subprocess.Popen:
     """`accelerate launch` of training.train, with both outputs in one pipe."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "training.train", *words]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -222,10 +199,19 @@ def process_of(launcher: subprocess.Popen) -> int:
     return int(child)
 
 
+def ended(launcher: subprocess.Popen) -> str:
+    """What a launcher has said at its end; if it hangs the failure shows the stacks of its process."""
+    try:
+        return launcher.communicate(timeout=HANG)[0]
+    except subprocess.TimeoutExpired:
+        os.kill(process_of(launcher), signal.SIGABRT)
+        pytest.fail(launcher.communicate(timeout=HANG)[0])
+
+
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-def test_a_killed_process_ends_those_of_the_other_machine_within_a_minute(text_file, tmp_path):
+def test_a_killed_process_ends_those_of_the_other_machine(text_file, tmp_path):
     """Two launchers as on two machines; the process of the second one is killed."""
     words = [*TEXT, f"--dataset={text_file}", "--max_steps=100000", "--eval_steps=100000", "--save_steps=20"]
     options = ["--config_file", str(CONFIGS / "several_machines.yaml"), "--num_processes", "2"]
@@ -233,10 +219,9 @@ def test_a_killed_process_ends_those_of_the_other_machine_within_a_minute(text_f
     folders = [tmp_path / "first", tmp_path / "second"]
     launchers = [launch([*options, str(n)], [*words, f"--output_dir={folder}"]) for n, folder in enumerate(folders)]
     wait_for(lambda: checkpoints(folders[0]), *launchers)
-    killed, began = process_of(launchers[1]), time.monotonic()
+    killed = process_of(launchers[1])
     os.kill(killed, signal.SIGKILL)
-    said = [launcher.communicate(timeout=MINUTE)[0] for launcher in launchers]
-    assert time.monotonic() - began < MINUTE
+    said = [ended(launcher) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [1, 1]
     assert f"Signal 9 (SIGKILL) received by PID {killed}" in said[1]
     assert re.search("^error: another process has ended .* by peer", said[0], flags=re.MULTILINE)
@@ -255,7 +240,7 @@ def test_the_launchers_two_processes_train_as_one(text_file, tmp_path):
     assert main([*words, f"--output_dir={tmp_path / 'one'}", "--per_device_train_batch_size=4"]) == 0
     config = ["--config_file", str(CONFIGS / "two_cpu_processes.yaml")]
     child = launch(config, [*words, f"--output_dir={tmp_path / 'two'}", "--per_device_train_batch_size=2"])
-    said = child.communicate(timeout=180)[0]
+    said = ended(child)
     assert child.returncode == 0, said
     for name in ("test_bpc", "validation_bpc"):
         assert abs(results_of(tmp_path / "one")[name] - results_of(tmp_path / "two")[name]) < FIGURE
@@ -270,7 +255,7 @@ def test_what_the_launcher_would_do_wrong_is_refused(text_file, tmp_path):
     }
     children = {message: launch(options, words) for message, options in cases.items()}
     for message, child in children.items():
-        said = child.communicate(timeout=MINUTE)[0]
+        said = ended(child)
         assert child.returncode == 1
         assert f"{message}" in said
         assert "training/accelerate/" in said

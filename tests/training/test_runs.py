@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from ranks import HANG
 from safetensors.torch import load_file
 from tiny_run import CRASH, PROGRAMS, STEPS, at_step, figures_of, options, results_of, same_end, spawn, wait_for
 
@@ -176,7 +177,7 @@ def test_a_new_run_is_trained_as_the_record_of_its_model_says(text_file, tmp_pat
 def test_kill_while_saving_then_resume(text_file, tmp_path, whole, program, at):
     """The process dies at the `at`-th sync, rename or removal of a file."""
     child = spawn(["-c", CRASH.format(at=at, program=program)], options(text_file, tmp_path, logging_steps=1))
-    child.communicate(timeout=120)
+    child.communicate(timeout=HANG)
     assert child.returncode == -signal.SIGKILL
     for path in checkpoints(tmp_path):
         assert (path / STATE).exists()
@@ -355,7 +356,7 @@ sys.exit(main(sys.argv[1:]))
 def test_disk_full_leaves_nothing_half_written(text_file, tmp_path):
     """A limit on the size of files stands in for a full disk."""
     child = spawn(["-c", FULL], options(text_file, tmp_path, state_size=24 * 8, factor_shapes="4x4,6x6,8x8"))
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=HANG)
     assert child.returncode == 1, errors.decode()
     assert "could not save" in errors.decode()
     assert "Is the disk full?" in errors.decode()
