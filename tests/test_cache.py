@@ -104,8 +104,3 @@ def test_detaching_keeps_states_and_counts():
     assert new.get_seq_length() == FIRST.shape[1]
     for state, old in zip(new.states, cache.states, strict=True):
         assert torch.equal(state, old) and old.requires_grad and not state.requires_grad
-
-
-def test_generate_returns_the_states():
-    found = tiny_model().generate(FIRST, max_new_tokens=3, return_dict_in_generate=True, do_sample=False)
-    assert len(found.past_key_values.detach().states) == len(found.past_key_values.layers)

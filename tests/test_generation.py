@@ -70,17 +70,6 @@ def test_chunked_prefill():
     assert torch.equal(model.generate(IDS, prefill_chunk_size=2, **NEW), model.generate(IDS, **NEW))
 
 
-def test_prefill_in_chunks_by_hand():
-    model = tiny_model()
-    cache, pieces = None, []
-    for piece in IDS.split(2, 1):
-        output = model(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        pieces.append(output.logits)
-    assert_near(torch.cat(pieces, 1), model(IDS).logits, LOGITS)
-    assert cache.get_seq_length() == 6
-
-
 def test_generate_from_embeddings():
     model = tiny_model()
     embeds = model.get_input_embeddings()(IDS)
@@ -94,13 +83,6 @@ def test_assisted_decoding_is_refused(options):
         options = {"assistant_model": tiny_model()}
     with pytest.raises(ValueError, match="stateful"):
         model.generate(IDS[:1], **options, **NEW)
-
-
-def test_stops_at_the_end_token():
-    model = tiny_model()
-    end = int(model.generate(IDS[:1], **NEW)[0, 7])
-    output = model.generate(IDS[:1], eos_token_id=end, **NEW)
-    assert output[0, -1] == end and output.shape[1] <= 8
 
 
 def test_static_cache_is_refused():

@@ -7,14 +7,26 @@ import torch
 from helpers import LOGITS, RELATIVE, assert_near, loud, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
+from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification, KRUModel
 from kru_hf.cells import STARTS, TRANSITIONS
 from kru_hf.configuration_kru import CELL_TYPES
 
 EXAMPLES = 80
 WIDTH, CLASSES, TOKENS = 5, 3, 11
 STREAMED = (KRUForCausalLM, KRUForPianoRoll)
+AUTO = {
+    KRUForCausalLM: AutoModelForCausalLM,
+    KRUForSequenceClassification: AutoModelForSequenceClassification,
+    KRUForTokenClassification: AutoModelForTokenClassification,
+    KRUForPianoRoll: AutoModel,
+}
 SHAPES = [[[4, 4]], [[2, 2], [3, 3]], [[2, 3], [3, 2]], [[1, 4], [2, 2], [4, 1]], [[2, 2]] * 4]
 
 
@@ -25,7 +37,7 @@ class Case:
     head: type
     options: dict
     lengths: list[int]
-    left: bool
+    left: int  # steps of padding before each of them, as far as there is room
     seed: int
 
     def model(self):
@@ -43,7 +55,8 @@ class Case:
     def real(self) -> torch.Tensor:
         """Which steps (B, T) are no padding."""
         steps, lengths = torch.arange(max(self.lengths)), torch.tensor(self.lengths)[:, None]
-        return steps >= max(self.lengths) - lengths if self.left else steps < lengths
+        begins = (max(self.lengths) - lengths).clamp(max=self.left)
+        return (steps >= begins) & (steps < begins + lengths)
 
     def targets(self) -> dict[str, torch.Tensor]:
         """Labels for every sequence or step."""
@@ -90,7 +103,7 @@ def cases(draw) -> Case:
             options |= {**terms, "factor_shapes": SHAPES[1]}
             options.pop("transition", None)  # the width of what selective ones read may be odd
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
-    return Case(head, options, lengths, draw(st.booleans()), draw(st.integers(0, 100)))
+    return Case(head, options, lengths, draw(st.integers(0, 6)), draw(st.integers(0, 100)))
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -107,7 +120,10 @@ def test_padding_and_saving_change_nothing(case):
         assert_near(found[row] if case.head is KRUForSequenceClassification else found[row, kept], alone, LOGITS)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = case.head.from_pretrained(folder).eval()
+        loaded = AUTO[case.head].from_pretrained(folder).eval()
+        body, told = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(loaded) is case.head and not told["missing_keys"]
+    assert type(body) is (KRUForPianoRoll if case.head is KRUForPianoRoll else KRUModel)
     for written, read in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert written[0] == read[0] and torch.equal(written[1], read[1]), written[0]
     # Loaded tensors lie elsewhere in memory, and a product of another alignment may round another way.
@@ -125,6 +141,8 @@ def test_two_pieces_of_a_sequence_equal_the_whole(case, cut):
     whole = model(**{name: x}, use_cache=True)
     first = model(**{name: x[:, :cut]}, use_cache=True) if cut else None
     state = first.past_key_values if cut else None
+    given = [tensor.clone() for tensor in state.states] if cut else []
+    carried = state.states[:] if cut else []
     rest = model(**{name: x[:, cut:]}, past_key_values=state, use_cache=True)
     if case.head is KRUForSequenceClassification:
         assert_near(rest.logits, whole.logits, LOGITS)
@@ -132,6 +150,7 @@ def test_two_pieces_of_a_sequence_equal_the_whole(case, cut):
         assert_near(rest.logits, whole.logits[:, cut:], LOGITS)
     for found, expected in zip(rest.past_key_values.states, whole.past_key_values.states, strict=True):
         assert_near(found, expected, LOGITS)
+    assert all(map(torch.equal, carried, given))  # what a call is given stays as it is
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

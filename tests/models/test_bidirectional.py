@@ -17,9 +17,7 @@ from training.options.model import ModelOptions
 CELLS = list(CELL_TYPES)
 # Width of the features of one direction: 2N or N with N = 6.
 STATE_WIDTH = {name: 6 * cell.feature_planes for name, cell in BY_TYPE.items()}
-BLOCKS = [{"block_type": "plain"}, {"block_type": "residual", "io_rank": 3}, {"block_type": "residual"}]
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
-EVERY_BLOCK = pytest.mark.parametrize("options", BLOCKS, ids=lambda w: "-".join(map(str, w.values())))
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
 
@@ -88,32 +86,6 @@ def test_mixed_directions_are_read_at_both_ends():
     assert model.score.in_features == 2 * features.shape[-1]
     expected = model.score(torch.cat((features[:, -1], features[:, 0]), 1))
     assert_near(model(IDS).logits, expected, RELATIVE[torch.float32])
-
-
-@EVERY_CELL
-@EVERY_BLOCK
-@pytest.mark.parametrize("head", [KRUForSequenceClassification, KRUForTokenClassification])
-def test_padding_on_either_side_changes_nothing_and_models_save(head, cell, options, tmp_path):
-    model = both_ways(head, cell_type=cell, num_labels=3, **options)
-    with torch.no_grad():
-        whole = model(IDS).logits
-        for left, right in ((3, 0), (0, 3), (2, 1)):
-            padded = torch.nn.functional.pad(IDS, (left, right), value=7)
-            mask = torch.nn.functional.pad(torch.ones_like(IDS), (left, right))
-            found = model(padded, attention_mask=mask).logits
-            if head is KRUForTokenClassification:
-                found = found[:, left : left + IDS.shape[1]]
-            assert_near(found, whole, LOGITS)
-        # The first step sees the last one.
-        changed = IDS.clone()
-        changed[:, -1] = 10
-        first = model(changed).logits.reshape(2, -1, 3)[:, 0] - whole.reshape(2, -1, 3)[:, 0]
-        assert first.abs().max() > LOGITS
-        model.save_pretrained(tmp_path)
-        loaded = head.from_pretrained(tmp_path).eval()
-        assert loaded.config.bidirectional
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-        assert_near(loaded(IDS).logits, whole, RELATIVE[torch.float32])
 
 
 @EVERY_CELL

@@ -89,12 +89,6 @@ def test_gradients_are_those_of_single_runs(options):
         assert_near(one, other, NEAR)
 
 
-def test_the_stock_collator_gives_the_loss_of_single_runs():
-    model = build(KRUForCausalLM)
-    packed = model(**DataCollatorWithFlattening()([{"input_ids": document} for document in DOCUMENTS]))
-    assert_same(packed, alone(model, [torch.tensor([d]) for d in DOCUMENTS]), [n - 1 for n in LENGTHS])
-
-
 @pytest.mark.parametrize("bidirectional", [False, True])
 @EVERY
 def test_classifiers_see_each_document_alone(options, bidirectional):
