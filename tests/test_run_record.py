@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from finished_run import edit
-from tiny_run import figures_of, options, same_weights, text_file  # noqa: F401 (a fixture)
+from tiny_run import figures_of, options, same_weights
 
+from training.common.run_folder import remove_checkpoint
 from training.evaluate import main as evaluate
 from training.loop.arguments import OCCASION, Arguments, parse_arguments, resolved
 from training.models.build import build_model
@@ -71,7 +72,7 @@ def test_a_recipe_says_all_that_a_run_was(tmp_path: Path, words: list[str]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [main, lightning_main], ids=["accelerate", "lightning"])
-def test_a_run_is_repeated_from_its_recipe(text_file, tmp_path: Path, program):  # noqa: F811
+def test_a_run_is_repeated_from_its_recipe(text_file, tmp_path: Path, program):
     changes = {"optimizer": "rmsprop", "weight_decay": 0, "state_size": None, "factor_shapes": None, "block_type": None}
     assert program(options(text_file, tmp_path / "run", parameter_budget=40_000, **changes)) == 0
     assert program([str(tmp_path / "run" / "recipe.yaml"), f"--output_dir={tmp_path / 'again'}"]) == 0
@@ -84,7 +85,7 @@ def test_a_run_is_repeated_from_its_recipe(text_file, tmp_path: Path, program): 
     assert read_runs(tmp_path) == [entry]
 
 
-def test_processor_time_is_that_of_the_training_steps(text_file, tmp_path: Path, monkeypatch):  # noqa: F811
+def test_processor_time_is_that_of_the_training_steps(text_file, tmp_path: Path, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(time, "process_time", lambda: float(next(clock)))  # a second a look: one a step
     folder = tmp_path / "run"
@@ -95,15 +96,13 @@ def test_processor_time_is_that_of_the_training_steps(text_file, tmp_path: Path,
     assert run["wall_seconds"] == figures["train_runtime"] > 0
     state = json.loads((folder / "checkpoint-15" / "trainer_state.json").read_text())
     assert state["processor_seconds"] == 15
-    for path in (folder / "checkpoint-20").iterdir():
-        path.unlink()
-    (folder / "checkpoint-20").rmdir()
+    remove_checkpoint(folder / "checkpoint-20")
     assert main(options(text_file, folder, resume_from_checkpoint="last")) == 0
     assert json.loads((folder / "run.json").read_text())["processor_seconds"] == 20
 
 
 @pytest.mark.slow
-def test_evaluation_is_in_the_precision_of_the_run(text_file, tmp_path: Path, capsys):  # noqa: F811
+def test_evaluation_is_in_the_precision_of_the_run(text_file, tmp_path: Path, capsys):
     from accelerate.state import AcceleratorState
 
     def score(*words: str) -> float:

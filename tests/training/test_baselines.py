@@ -1,8 +1,5 @@
 """Baselines whose recurrent matrix is constrained: the constraint holds in training, and they train like all others."""
 
-import json
-import random
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +7,6 @@ from transformers import AutoModelForCausalLM
 
 from kru_hf import KRUConfig, KRUForCausalLM, kron_dense, random_unitary
 from training.common.errors import UserError
-from training.evaluate import main as evaluate
 from training.loop.arguments import parse_arguments
 from training.loop.checkpoint import load_weights
 from training.models.baselines import BaselineConfig, BaselineForCausalLM
@@ -19,7 +15,6 @@ from training.models.optimization import parameter_groups
 from training.models.structured import LowRankMatrix, OrthogonalMatrix
 from training.models.unitary import UnitaryExponential, UnitaryKRUConfig, UnitaryKRUForCausalLM
 from training.options.model import ModelOptions
-from training.train import main
 
 UNITARY = 5e-6  # largest |entry| of WᴴW − I in fp32
 EQUAL = 1e-5  # two orders of the same fp32 products
@@ -217,32 +212,6 @@ def test_kroneckerized_config_is_for_gated_and_plain_cells():
         BaselineConfig(cell="low_rank", recurrent_factor_shapes=[[2, 2]])
     assert isinstance(UnitaryKRUConfig().layer_types, list)
     assert UnitaryKRUForCausalLM.config_class is UnitaryKRUConfig
-
-
-@pytest.mark.parametrize("architecture", ["unitary", "orthogonal", "low_rank"])
-def test_train_resume_and_evaluate(architecture, tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(random.Random(0).choices(["the ", "state ", "of a ", "unit.\n"], k=400)))
-    common = [f"--dataset={text}", f"--architecture={architecture}", "--max_steps=6", "--eval_steps=3", "--use_cpu"]
-    common += ["--save_steps=3", "--per_device_train_batch_size=2", "--sequence_length=16", "--sample_length=5"]
-    common += ["--state_size=12", "--report_to=none", "--num_threads=1"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main([*common, f"--output_dir={whole}"]) == 0
-    assert main([*common, f"--output_dir={cut}"]) == 0
-    for path in (cut / "checkpoint-6").iterdir():
-        path.unlink()
-    (cut / "checkpoint-6").rmdir()
-    assert main([*common, f"--output_dir={cut}", "--resume_from_checkpoint=last"]) == 0
-    results = [json.loads((folder / "all_results.json").read_text()) for folder in (whole, cut)]
-    assert results[0]["test_bpc"] == results[1]["test_bpc"]
-    record = json.loads((whole / "run.json").read_text())
-    assert f"--architecture={architecture}" in record["command"]
-    assert str(tmp_path) not in json.dumps(record)
-    assert record["machines"][0]["device"] == "cpu"
-    assert json.loads((cut / "run.json").read_text())["command"] == record["command"].replace("=whole", "=cut")
-    capsys.readouterr()
-    assert evaluate([f"--model={cut}", f"--dataset={text}", "--use_cpu"]) == 0
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["bpc"] == results[0]["test_bpc"]
 
 
 def test_loads_weights_that_share_one_storage(tmp_path):

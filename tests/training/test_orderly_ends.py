@@ -45,11 +45,11 @@ def test_each_signal_saves_and_says_how_to_resume(text_file, tmp_path, monkeypat
 
 
 def test_the_way_to_resume_is_from_the_newest_checkpoint():
-    """And not again from the one that this run began with."""
-    words = ["char_lm", "--resume-from-checkpoint", "run/checkpoint-5", "--seed=1"]
-    assert processes.how_to_resume(words, "training.train") == (
-        "python -m training.train char_lm --seed=1 --resume_from_checkpoint last"
-    )
+    """And not again from the one that this run began with, nor over what there is."""
+    resume = ["char_lm", "--resume-from-checkpoint", "run/checkpoint-5"]
+    for words in (resume, ["char_lm", "--overwrite-output-dir"], ["char_lm", "--overwrite_output_dir=true"]):
+        expected = "python -m training.train char_lm --seed=1 --resume_from_checkpoint last"
+        assert processes.how_to_resume([*words, "--seed=1"], "training.train") == expected
 
 
 def test_nohup_keeps_its_word(text_file, tmp_path, monkeypatch, handlers):
