@@ -37,7 +37,9 @@ class KroneckerLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W (out, in), built from its terms: what a dense map of the same function would hold."""
-        weight = torch.einsum("iab,icd->acbd", self.mixing, self.blocks)  # (n, out/n, n, in/n)
+        n = self.terms
+        products = self.mixing.flatten(1).mT @ self.blocks.flatten(1)  # (n², out/n · in/n): one product, unlike einsum
+        weight = products.unflatten(1, self.blocks.shape[1:]).unflatten(0, (n, n)).transpose(1, 2)
         return weight.reshape(self.out_features, self.in_features)  # (out, in)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,13 +115,15 @@ def _as_installed(function: Any, module: Any) -> Any:
 
 _FORWARDS = {
     nn.Linear: _as_installed(nn.Linear.forward, nn.modules.linear),
+    nn.Embedding: _as_installed(nn.Embedding.forward, nn.modules.sparse),
+    nn.RMSNorm: _as_installed(nn.RMSNorm.forward, nn.modules.normalization),
     KroneckerLinear: KroneckerLinear.forward,
 }
 _CALLS = tuple(_as_installed(function, nn.modules.module) for function in (nn.Module.__call__, nn.Module._call_impl))
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether a call of the module is a product with its plain weight and nothing else.
+    """Whether a call of a map, a norm or an embedding is what torch makes of its plain weight and nothing else.
 
     Not with an adapter, a quantized layer or offloading in its place, a hook of its own or of all modules, a weight of
     another type than torch's own, or where ``forward``, ``F.linear`` or calls as such are replaced or watched.

@@ -17,7 +17,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_kru import KRUCache, check_cache, initial_state, read_batch, refuse_bidirectional, refuse_state
 from .configuration_kru import KRUConfig
-from .maps import KroneckerLinear, KRUFeedForward, linear, map_dtype, normed_linear, structured_linear, undropped
+from .maps import (
+    KroneckerLinear,
+    KRUFeedForward,
+    is_bare,
+    linear,
+    map_dtype,
+    normed_linear,
+    structured_linear,
+    undropped,
+)
 from .recurrence import KRUBidirectional, KRULinearRecurrence, KRURecurrence, Recurrence
 from .scan import can_look_at
 
@@ -97,17 +106,32 @@ class KRUResidualLayer(GradientCheckpointingLayer):
         inner = config.intermediate_size
         self.feed_forward = KRUFeedForward(config.hidden_size, inner, self.epsilon, terms) if inner else None
 
+    def read_maps(self) -> list[nn.Module]:
+        """What stands between the features and U x, in order."""
+        return [module for module in (self.norm, self.down, self.in_proj) if module is not None]
+
+    def read(self, features: Tensor) -> Tensor:
+        """features (…, D) to U x (…, 2N)."""
+        for module in self.read_maps():
+            features = module(features)
+        return features
+
     def forward(
-        self, hidden_states: Tensor, state: Tensor | None, mask: Tensor | None, starts: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        starts: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, D), state (B, 2, N), mask, starts (B, T): (B, T, D) and the final state (B, 2, N)."""
+        """hidden_states (B, T, D), state (B, 2, N), mask, starts (B, T): (B, T, D) and the final state (B, 2, N).
+
+        inputs: U x (B, T, 2N) where it is known already.
+        """
         cell = self.recurrence
-        x = self.norm(hidden_states)  # (B, T, D)
-        if self.down is not None:
-            x = self.down(x)  # (B, T, r)
-        inputs = self.in_proj(x).unflatten(-1, cell.input_shape)  # (B, T, 2, N)
-        states, final = cell(inputs, state, mask, starts)  # (B, T, 2, N), (B, 2, N)
-        features = self.state_dropout(states.flatten(-2)).to(x.dtype)  # (B, T, 2N)
+        inputs = self.read(hidden_states) if inputs is None else inputs  # (B, T, 2N)
+        states, final = cell(inputs.unflatten(-1, cell.input_shape), state, mask, starts)  # (B, T, 2, N), (B, 2, N)
+        features = self.state_dropout(states.flatten(-2)).to(hidden_states.dtype)  # (B, T, 2N)
         epsilon = self.epsilon if self.readout_norm else None
         scale = undropped(self.state_dropout.p, self.training)
         read = normed_linear(features, self.out_proj, epsilon, scale)  # (B, T, r)
@@ -311,6 +335,21 @@ class KRUModel(KRUPreTrainedModel):
                 raise ValueError(f"input_ids must be in [0, {vocabulary}), got {low if low < 0 else high}")
         return self.embed_tokens(input_ids)  # (B, T, E)
 
+    def _first_inputs(self, input_ids: Tensor | None) -> Tensor | None:
+        """U x of the first layer (B, T, ·) from what it is for each token of the vocabulary, where those are fewer.
+
+        None where the maps have to see every step: something watches or changes a call, the layer reads the embeddings
+        as they are, or there are no tokens.
+        """
+        first, table = self.layers[0], self.embed_tokens
+        if not isinstance(first, KRUResidualLayer) or input_ids is None or not can_look_at(input_ids):
+            return None
+        maps = [table, *first.read_maps()]
+        if not all(map(is_bare, maps)) or table.max_norm is not None or table.num_embeddings >= input_ids.numel():
+            return None
+        tokens = torch.arange(table.num_embeddings, device=input_ids.device)
+        return nn.functional.embedding(input_ids, first.read(table(tokens)))  # (V, ·) to (B, T, ·)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -347,10 +386,12 @@ class KRUModel(KRUPreTrainedModel):
         check_cache(past_key_values, len(self.layers))
         if past_key_values is None and use_cache:
             past_key_values = KRUCache(len(self.layers))
+        first = self._first_inputs(input_ids)
         for index, layer in enumerate(self.layers):
             cell = cast(Recurrence, layer.recurrence)
             state = initial_state(past_key_values, index, (batch, cell.state_planes, cell.state_size))
-            hidden, final = layer(hidden, state, mask, starts)  # (B, T, D), (B, 2, N)
+            known = {} if first is None or index else {"inputs": first}
+            hidden, final = layer(hidden, state, mask, starts, **known)  # (B, T, D), (B, 2, N)
             if past_key_values is not None:
                 past_key_values.layers[index].store(final, length)
         if self.norm is not None:

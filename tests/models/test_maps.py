@@ -1,8 +1,10 @@
 """Maps around the recurrence: sums of Kronecker products, the feed-forward block, normed maps in float16."""
 
+from unittest import mock
+
 import pytest
 import torch
-from helpers import BLOCKS, GATED, RELATIVE, assert_near, tiny_config
+from helpers import BLOCKS, GATED, RELATIVE, assert_near, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -92,3 +94,29 @@ def test_gradients_are_finite_where_the_input_begins_with_silence(options):
         loss = model(input_values=values, labels=torch.ones(2, 20, dtype=torch.long)).loss
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+RESIDUAL = [*(b for b in BLOCKS if b["block_type"] == "residual"), GATED[0], {"cell_type": "kru_linear"}]
+MANY = torch.randint(0, 11, (3, 8), generator=torch.Generator().manual_seed(0))  # more steps than the 11 tokens
+
+
+@pytest.mark.parametrize("options", RESIDUAL, ids=str)
+def test_first_maps_of_a_token_are_those_of_its_steps(options):
+    """Fewer tokens than steps: U x is made once for each token, with the values and gradients of one for each step."""
+    model = tiny_model(**options).train().double()
+    assert model.model._first_inputs(MANY) is not None and model.model._first_inputs(MANY[:, :3]) is None
+    results = []
+    for known in (model.model._first_inputs, lambda ids: None):
+        with mock.patch.object(model.model, "_first_inputs", known):
+            loss = model(MANY, labels=MANY).loss  # token 0 pads: its embedding has no gradient, the maps behind it have
+        results.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+    for found, expected in zip(*results, strict=True):
+        assert_near(found, expected, FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.norm", "layers.0.in_proj"])
+def test_a_hook_of_the_first_maps_sees_every_step(name):
+    model, seen = tiny_model(), []
+    model.get_submodule(f"model.{name}").register_forward_hook(lambda module, args, out: seen.append(out.shape[:2]))
+    model(MANY)
+    assert seen == [MANY.shape]

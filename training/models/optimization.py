@@ -51,7 +51,9 @@ def build_optimizer(model: nn.Module, options: RunOptions) -> torch.optim.Optimi
     groups = parameter_groups(model, options)
     if options.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, lr=options.learning_rate, alpha=0.9)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2))
+    # One kernel for all parameters: a model of many small ones waits for Python otherwise.
+    betas = (options.adam_beta1, options.adam_beta2)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, fused=True)
 
 
 def learning_rate(step: int, total_steps: int, options: RunOptions, plateau_scale: float = 1.0) -> float:
