@@ -1,10 +1,12 @@
-"""Cost of a whole training step of `char_lm`, ours against torch's own layers in the same loop, in one run.
+"""Cost of a whole training step, ours against `nn.LSTM` in the same loop, all in one run.
 
-    python tests/benchmarks/train_step.py [--state_size 512] [--batch 128] [--length 100] [--repeats 7] [--json FILE]
+    python tests/benchmarks/train_step.py [RECIPE] [--option value …] [--rounds 15] [--threads 1] [--precisions no,bf16]
 
-Each contender is the training loop itself (`training.loop`: batch, forward, backward, clipping,
-AdamW) on the embedded text, with as many units as the others; the steps run in turn and medians are printed.
-`--profile` says where the time of our step goes, and where it went while the readout was two operations.
+RECIPE and options are those of `training.train`, by default the released Kronecker-LSTM of 123K parameters on the
+embedded text. Its rivals are language models of one `nn.LSTM` with as many parameters and an embedding of 32 in place
+of our width, as it is usual, and with our width and as many units, parameters, or multiply-adds. Each contender is the
+training loop itself (batch, forward, backward, clipping, AdamW); steps take turns, medians are printed. `--profile`
+says where the time of our step goes.
 """
 
 import argparse
@@ -15,80 +17,88 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from torch.nn import functional as F
+from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `training` is part of the checkout, not of what is installed
 
 import kru_hf
-from kru_hf import modeling_kru
+from training.common.machine import keep_freed_memory
 from training.common.stopping import StopRequest
 from training.loop.accelerate_loop import TrainingLoop
 from training.loop.arguments import parse_arguments
 from training.loop.run import prepare_task
+from training.models.costs import int8_bytes, multiply_adds
 
+RELEASED = Path(__file__).parents[2] / "training" / "recipes" / "ptb_char_120k_gated.yaml"
+NATURAL = 32  # width of the embedding that an LSTM of characters is usually given
+WARM = 2  # rounds that are not counted
 # What each operation of a profile belongs to; the first name that an operation contains decides.
 PARTS = {
-    "recurrence": ("kru_hf", "lstm", "rnn", "gru", "mkldnn"),
+    "recurrence": ("enginescan", "lstm", "rnn", "gru"),
     "embedding": ("embedding", "index"),
     "loss": ("softmax", "nll_loss", "cross_entropy"),
-    "readout": ("mm", "linear", "matmul"),
-    "optimizer and clipping": ("adam", "foreach", "norm", "sqrt", "lerp"),
+    "optimizer and clipping": ("adam", "foreach", "linalg_vector_norm"),
+    "products": ("mm", "linear", "matmul"),
+    "norms": ("rms_norm", "normedlinear"),
     "copies": ("copy", "contiguous", "clone", "cat"),
 }
 
 
-TWO_STEP = "kru 2×2 before"
-
-
-def two_step_readout(x, module, epsilon, scale=1.0):
-    """`normed_linear` as it was at first: a normalised copy of the states x (B, T, 2N), then the map."""
-    return module(x if epsilon is None else F.rms_norm(x, x.shape[-1:], eps=epsilon))  # (B, T, out)
-
-
-def train_step(name: str, loop: TrainingLoop) -> None:
-    """One step of a contender, with the readout that it has."""
-    if name != TWO_STEP:
-        loop.train_step()
-        return
-    with mock.patch.object(modeling_kru, "normed_linear", two_step_readout):
-        loop.train_step()
-
-
-def make_loop(folder: str, batch: int, length: int, words: list[str], stop: StopRequest) -> TrainingLoop:
+def make_loop(folder: Path, words: list[str], precision: str, stop: StopRequest) -> TrainingLoop:
     """The training loop of one contender."""
-    common = ["--output_dir", folder, "--report_to", "none", "--per_device_train_batch_size", str(batch)]
-    arguments = parse_arguments([*common, "--sequence_length", str(length), *words])
+    arguments = parse_arguments([*words, "--output_dir", str(folder), "--report_to", "none"])
     task, model = prepare_task(arguments)
-    loop = TrainingLoop(arguments, task, model, Accelerator(), stop)
+    AcceleratorState._reset_state()  # each has its own precision
+    loop = TrainingLoop(arguments, task, model, Accelerator(mixed_precision=precision), stop)
     loop.model.train()
     loop.set_rate()
     return loop
 
 
-def contenders(state_size: int) -> dict[str, list[str]]:
-    """Options of each: the recipe's own kind of network with 2x2 factors and with larger ones, and torch's layers."""
-    kru = ["--state_size", str(state_size), "--block_type", "plain"]
-    size = ["--state_size", str(state_size), "--hidden_size", str(state_size)]
+def parameters(units: int, width: int, symbols: int) -> int:
+    """Of a language model of one `nn.LSTM`."""
+    return 4 * units * (units + width + 2) + symbols * (units + width + 1)
+
+
+def products(units: int, width: int, symbols: int) -> int:
+    """Its multiply-adds for a symbol."""
+    return 4 * units * (units + width) + symbols * units
+
+
+def as_many(count, wanted: int, width: int, symbols: int) -> int:
+    """The units with which it has, by that count, as many as ours, or nearly so."""
+    return min(range(1, 4096), key=lambda units: abs(count(units, width, symbols) - wanted))
+
+
+def rivals(loop: TrainingLoop) -> dict[str, list[str]]:
+    """Options of the LSTMs beside our model."""
+    config, size, symbols = loop.model.config, loop.model.num_parameters(), loop.model.config.vocab_size
+    width = config.hidden_size if config.block_type == "residual" else config.state_size
+    sizes = {
+        "parameters, embedding of 32": (as_many(parameters, size, NATURAL, symbols), NATURAL),
+        "parameters": (as_many(parameters, size, width, symbols), width),
+        "multiply-adds": (as_many(products, multiply_adds(loop.model), width, symbols), width),
+        "units": (config.state_size, width),
+    }
+    run, data = loop.options, loop.arguments.task
+    batch = ["--per_device_train_batch_size", str(run.per_device_train_batch_size)]
+    shared = ["--architecture", "lstm", "--num_hidden_layers", "1", "--sequence_length", str(data.sequence_length)]
+    shared += ["--dataset", loop.arguments.data.dataset, *batch]
     return {
-        "kru 2×2": [*kru, "--factor_size", "2"],
-        TWO_STEP: [*kru, "--factor_size", "2"],
-        "kru 8": [*kru, "--factor_size", "8"],
-        "lstm": ["--architecture", "lstm", *size],
-        "gru": ["--architecture", "gru", *size],
-        "rnn": ["--architecture", "rnn", *size],
+        f"LSTM {units}, as many {same}": [*shared, "--state_size", str(units), "--hidden_size", str(width)]
+        for same, (units, width) in sizes.items()
     }
 
 
-def where_time_goes(name: str, loop: TrainingLoop, steps: int = 3) -> dict[str, float]:
+def where_time_goes(loop: TrainingLoop, steps: int = 3) -> dict[str, float]:
     """Milliseconds a step that each part takes, by operation names; the rest is "other"."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
-            train_step(name, loop)
+            loop.train_step()
     parts: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():
         part = next((p for p, names in PARTS.items() if any(name in event.key.lower() for name in names)), "other")
@@ -96,43 +106,63 @@ def where_time_goes(name: str, loop: TrainingLoop, steps: int = 3) -> dict[str, 
     return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
+def timed(loop: TrainingLoop) -> tuple[float, float]:
+    """Milliseconds of a step, on the wall and of processors."""
+    wall, processors = time.perf_counter(), time.process_time()
+    loop.train_step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - processors)
+
+
+def compare(words: list[str], precision: str, rounds: int, profiled: bool, folder: Path, stop: StopRequest) -> dict:
+    """Print the table of one precision; its rows by name."""
+    loops = {"ours": make_loop(folder / "ours", words, precision, stop)}
+    for name, own in rivals(loops["ours"]).items():
+        loops[name] = make_loop(folder / name, own, precision, stop)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
+    for _ in range(WARM + rounds):
+        for name, loop in loops.items():
+            times[name].append(timed(loop))
+    print(f"\nprecision {precision}, {torch.get_num_threads()} threads, medians of {rounds} rounds")
+    head = ("parameters", "int8 bytes", "multiply-adds", "ms", "processor ms", "ours / this", "of processor")
+    print(f"{'':46}" + "".join(f"{word:>14}" for word in head))
+    rows, own = {}, (1.0, 1.0)
+    for name, loop in loops.items():
+        wall, processors = (statistics.median(values) for values in zip(*times[name][WARM:], strict=True))
+        own = (wall, processors) if name == "ours" else own
+        model = loop.model
+        row = (model.num_parameters(), int8_bytes(model), multiply_adds(model))
+        rows[name] = dict(zip(head, (*row, wall, processors, own[0] / wall, own[1] / processors), strict=True))
+        told = "".join(f"{value:14,}" for value in row) + f"{wall:14.1f}{processors:14.1f}"
+        print(f"{name:46}{told}{own[0] / wall:14.2f}{own[1] / processors:14.2f}", flush=True)
+    if profiled:
+        parts = where_time_goes(loops["ours"])
+        print("ours: " + ", ".join(f"{part} {cost:.1f} ms" for part, cost in parts.items()))
+        rows["ours"] |= {"parts": parts}
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--state_size", type=int, default=512, help="units of every contender")
-    parser.add_argument("--batch", type=int, default=128, help="streams")
-    parser.add_argument("--length", type=int, default=100, help="characters of a window")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds whose median is taken")
-    parser.add_argument("--profile", action="store_true", help="say where the time of our steps goes")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each whose median is taken")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch and of the engine")
+    parser.add_argument("--precisions", default="no,bf16", help="values of --mixed_precision, one table each")
+    parser.add_argument("--profile", action="store_true", help="say where the time of our step goes")
     parser.add_argument("--json", help="write the results here")
-    options = parser.parse_args()
+    options, words = parser.parse_known_args()
+    if not words or words[0].startswith("-"):
+        words = [str(RELEASED), *(["--dataset", "python_docs"] if "--dataset" not in words else []), *words]
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
     print(kru_hf.backend_report())
     with StopRequest() as stop, tempfile.TemporaryDirectory() as folder:
-        loops = {
-            name: make_loop(str(Path(folder) / name), options.batch, options.length, words, stop)
-            for name, words in contenders(options.state_size).items()
+        tables = {
+            precision: compare(words, precision, options.rounds, options.profile, Path(folder) / precision, stop)
+            for precision in options.precisions.split(",")
         }
-        times: dict[str, list[float]] = {name: [] for name in loops}
-        for repeat in range(options.repeats + 1):  # the first round warms up
-            for name, loop in loops.items():
-                start = time.perf_counter()
-                train_step(name, loop)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if repeat:
-                    times[name].append(time.perf_counter() - start)
-        characters = options.batch * options.length
-        rates = {name: characters / statistics.median(values) for name, values in times.items()}
-        print(f"\nN={options.state_size}, B={options.batch}, T={options.length}, {torch.get_num_threads()} threads")
-        print(f"{'':15} {'parameters':>12} {'ms/step':>9} {'char/s':>9} {'x LSTM':>7} {'x RNN':>7}")
-        for name, rate in rates.items():
-            count = loops[name].model.num_parameters()
-            row = f"{name:15} {count:12,} {1e3 * characters / rate:9.1f} {rate:9,.0f}"
-            print(f"{row} {rate / rates['lstm']:7.2f} {rate / rates['rnn']:7.2f}")
-        parts = {name: where_time_goes(name, loops[name]) for name in loops if options.profile}
-    for name, costs in parts.items():
-        print(f"{name}: " + ", ".join(f"{part} {cost:.1f} ms" for part, cost in costs.items()))
     if options.json:
-        Path(options.json).write_text(json.dumps({"characters_per_second": rates, "parts_ms": parts}, indent=1))
+        Path(options.json).write_text(json.dumps(tables, indent=1))
 
 
 if __name__ == "__main__":

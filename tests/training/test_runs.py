@@ -12,13 +12,26 @@ import torch
 from accelerate.state import AcceleratorState
 from ranks import HANG
 from safetensors.torch import load_file
-from tiny_run import CRASH, PROGRAMS, STEPS, at_step, figures_of, options, results_of, same_end, spawn, wait_for
+from tiny_run import (
+    CRASH,
+    PROGRAMS,
+    STEPS,
+    at_step,
+    figures_of,
+    options,
+    results_of,
+    same_end,
+    same_weights,
+    spawn,
+    wait_for,
+)
 
 from kru_hf import KRUForCausalLM, KRURecurrence, kron_dense
 from training.common import saving
 from training.common.errors import UserError
 from training.common.run_folder import RECORD, STATE, WEIGHTS, checkpoints, remove_checkpoint
 from training.evaluate import main as evaluate
+from training.loop.driver import Driver
 from training.records.run_record import read_options
 from training.records.runs import entry_of
 from training.tasks.char_lm import CharLM
@@ -133,6 +146,26 @@ def test_early_stopping(text_file, tmp_path, monkeypatch, program):
     monkeypatch.setattr(CharLM, "metrics", lambda self, sums: {**own(self, sums), "bpc": next(figures)})
     assert PROGRAMS[program](options(text_file, tmp_path, early_stopping_patience=2)) == 0
     assert (results_of(tmp_path)["steps"], results_of(tmp_path)["best_step"]) == (16, 8)
+
+
+@both
+def test_a_run_ends_when_its_time_is_over_and_goes_on_exactly(whole, text_file, tmp_path, monkeypatch, program):
+    """Steps of 6 seconds and a little: a minute is over after the tenth."""
+    start = Driver.start_clocks
+
+    def earlier(run):
+        start(run)
+        run.started -= 6
+
+    monkeypatch.setattr(Driver, "start_clocks", earlier)
+    assert PROGRAMS[program](options(text_file, tmp_path, max_time=1)) == 0
+    assert results_of(tmp_path)["steps"] == 10 and results_of(tmp_path)["train_runtime"] >= 60
+    assert "validation_bpc" in figures_of(tmp_path)[-1] and (tmp_path / "checkpoint-10").is_dir()
+    last = options(text_file, tmp_path, resume_from_checkpoint="last")
+    assert PROGRAMS[program]([*last, "--max_time=1"]) == 0
+    assert results_of(tmp_path)["steps"] == 10
+    assert PROGRAMS[program](last) == 0
+    same_weights(whole / LAST, tmp_path / LAST)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ FREE_OPTIONS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "save_steps", "save_total_limit",
     "logging_steps", "sample_length", "use_cpu", "num_threads", "backend", "evaluate_test", "push_to_hub",
     "hub_model_id", "hub_private_repo", "data_license", "dataset", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "max_time",
 }  # fmt: skip
 FREE_CONFIG = {"transformers_version", "_name_or_path", "auto_map", "architectures", "dtype"}
 

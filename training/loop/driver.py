@@ -132,21 +132,26 @@ class Driver(ABC):
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many steps is done after this one; all is after the last."""
-        return self.state.step == self.total_steps or self.state.step % every == 0
+        last = self.state.step == self.total_steps or self.timed_out()
+        return last or self.state.step % every == 0
 
     def ended(self) -> bool:
         """Whether there is nothing left to do."""
         return self.state.step >= self.total_steps or self.exhausted()
 
     def exhausted(self) -> bool:
-        """Whether early stopping says that it is enough."""
+        """Whether early stopping, or the time that there is, says that it is enough."""
         patience = self.options.early_stopping_patience
-        return bool(patience) and self.state.stalled >= patience
+        return self.timed_out() or (bool(patience) and self.state.stalled >= patience)
+
+    def timed_out(self) -> bool:
+        """Whether the time of `--max_time` is over."""
+        minutes = self.options.max_time
+        return bool(minutes) and self.state.train_seconds >= 60 * minutes
 
     def observe(self) -> None:
         """Collect the figures of the last steps, which end the run if they are not finite, and show them."""
         self.signal_number = self.collect_figures()
-        self.state.train_seconds += time.perf_counter() - self.started
         self.progress.update(self.state)
         if self.due(self.options.logging_steps):  # close a window of training figures
             nats, targets = self.state.window
@@ -155,7 +160,7 @@ class Driver(ABC):
             self.progress.log(self.state, {"train_loss": nats / targets, "learning_rate": rate})
 
     def collect_figures(self) -> int:
-        """Add up the pending figures of all ranks.
+        """Add up the pending figures of all ranks, and the time since the clocks were started.
 
         Returns:
             the signal that asked some rank to stop, or 0; the same on every rank.
@@ -165,13 +170,14 @@ class Driver(ABC):
         """
         figures = torch.stack(self.pending) if self.pending else torch.zeros(0, 4, dtype=torch.float64)  # (steps, 4)
         figures, signal_number = figures.cpu(), self.stop.pending()
-        seconds = time.process_time() - self.processed
+        seconds, wall = time.process_time() - self.processed, time.perf_counter() - self.started
         if self.accelerator.num_processes > 1:
-            last = torch.tensor([float(signal_number), seconds], dtype=torch.float64)
+            last = torch.tensor([float(signal_number), wall, seconds], dtype=torch.float64)
             packed = torch.cat([figures.flatten(), last]).to(self.accelerator.device)
-            ranks = self.accelerator.gather(packed[None])  # (ranks, 4·steps + 2)
-            signal_number, seconds = int(ranks[:, -2].max()), float(ranks[:, -1].sum())
-            figures = ranks[:, :-2].sum(0).reshape(-1, 4).cpu()
+            ranks = self.accelerator.gather(packed[None])  # (ranks, 4·steps + 3)
+            signal_number, wall, seconds = int(ranks[:, -3].max()), float(ranks[:, -2].max()), float(ranks[:, -1].sum())
+            figures = ranks[:, :-3].sum(0).reshape(-1, 4).cpu()
+        self.state.train_seconds += wall
         self.state.processor_seconds += seconds
         first = self.state.step - len(self.pending) + 1
         self.pending = []

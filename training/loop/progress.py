@@ -16,6 +16,7 @@ from ..common import processes
 from ..common.errors import UserError
 from ..common.files import one_line
 from ..common.saving import write_files, write_json, write_text
+from ..models.costs import int8_bytes, multiply_adds
 from ..records.cards import render_card
 from ..records.plots import learning_curve
 from ..records.run_record import HISTORY, RESULTS, RUN, history_text, read_fields
@@ -137,6 +138,8 @@ def results(task: Task, model: Any, state: TrainerState, metrics: dict[str, dict
         **figures,
         "num_parameters": model.num_parameters(),
         "num_recurrent_parameters": model.num_recurrent_parameters(),
+        "int8_bytes": int8_bytes(model),
+        **({} if multiply_adds(model) is None else {"multiply_adds": multiply_adds(model)}),
         "train_tokens_per_second": round(state.train_elements / max(state.train_seconds, 1e-9), 1),
         "train_runtime": round(state.train_seconds, 2),
         "processor_seconds": round(state.processor_seconds, 2),

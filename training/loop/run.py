@@ -275,6 +275,7 @@ def describe(loop: Driver, found: Path | None) -> None:
     )
     start = f"from {found}" if found else "from the beginning"
     rows = loop.slots.layout.global_batch_size
-    print(f"training: {start}, {loop.total_steps} steps of {rows} rows on {loop.accelerator.device}")
+    limit = f" or {arguments.run.max_time:g} minutes" if arguments.run.max_time else ""
+    print(f"training: {start}, {loop.total_steps} steps{limit} of {rows} rows on {loop.accelerator.device}")
     if arguments.run.resume_from_checkpoint == "last" and found is None:
         print("no checkpoint had been written yet")

@@ -65,6 +65,13 @@ class TrainingOptions(Options):
     gradient_accumulation_steps: int = training(
         1, "Batches whose gradients are averaged in one optimizer step.", allowed=AT_LEAST_1
     )
+    max_time: float = training(
+        0.0,
+        "Minutes of training, evaluations excluded, after which a run ends as after its last step; 0: no limit. The "
+        "learning rate follows the steps.",
+        off=0,
+        allowed=FINITE,
+    )
     learning_rate: float = training(
         3e-3, "Peak learning rate.", allowed=("positive, and fit for fp32", lambda value: 0 < value < 1e36)
     )

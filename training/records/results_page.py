@@ -19,9 +19,13 @@ from .text import METRICS, TEMPLATES, shown, table
 
 PAGE = "RESULTS.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-HEAD = ("model", "parameters", "recurrent", "validation", "test", "seeds", "steps", "time", "machine")
+HEAD = (
+    *("model", "parameters", "recurrent", "int8 bytes", "multiply-adds", "validation", "test", "seeds", "steps"),
+    *("time", "processor time", "machine"),
+)
 OVERVIEW = ("task", "metric", "KRU, here", "best baseline, here", "KRU, paper", "LSTM, paper")
-BESIDE = {"model": 0, "test": 4, "parameters": 1, "recurrent": 2, "steps": 6, "time": 7}  # columns of HEAD
+# What a card shows of them.
+BESIDE = ("model", "test", "parameters", "recurrent", "int8 bytes", "multiply-adds", "steps", "time")
 
 
 def digits(found: tuple[float, float | None] | None, metric: str, known: int | None = None) -> str:
@@ -51,7 +55,7 @@ def span(values: list[float]) -> str:
 
 def own_line(row: Row, link: bool = True) -> list[str]:
     """The table line of a row of runs. `link`: to the released model, beside which the page lies."""
-    times = row.values("train_runtime")
+    times, processor = row.values("train_runtime"), row.values("processor_seconds")
     missing = [entry for entry in row.entries if not entry.results]
     steps = [span(row.values("steps"))] if row.values("steps") else []
     if missing:
@@ -64,11 +68,13 @@ def own_line(row: Row, link: bool = True) -> list[str]:
         Markup(f"[{name}]({released[0]}/)" if link and len(released) == 1 else name),
         span(row.values("num_parameters")),
         span(row.values("num_recurrent_parameters")),
+        span(row.values("int8_bytes")),
+        span(row.values("multiply_adds")),
         digits(row.figure("validation"), row.first.metric, row.first.decimals),
         digits(row.figure("test"), row.first.metric, row.first.decimals),
         f"{len(row.seeds)} ({', '.join(map(str, row.seeds))})" if row.seeds else "",
         "; ".join(steps),
-        duration(sum(times) / len(times)) if times else "",
+        *(duration(sum(seconds) / len(seconds)) if seconds else "" for seconds in (times, processor)),
         ", ".join(dict.fromkeys(entry.machine for entry in row.finished if entry.machine)),
     ]
 
@@ -87,7 +93,7 @@ def paper_lines(setting: str) -> list[list[str]]:
         [
             Markup(f"*{shown(figure.name)}* ({figure.source})"),
             *(f"≈{size:,}" if size else "" for size in (figure.num_parameters, figure.num_recurrent_parameters)),
-            *("", published(figure), "", "", "", ""),
+            *("", "", "", published(figure), *[""] * 5),
         ]
         for figure in FIGURES.get(setting, [])
     ]
@@ -97,7 +103,8 @@ def overview_line(setting: str, rows: list[Row]) -> list[str]:
     """One line of a setting: the best KRU by validation and the best baseline, beside the paper's."""
 
     def brief(row: Row) -> str:
-        _, parameters, _, validation, test, *_ = own_line(row)
+        line = dict(zip(HEAD, own_line(row), strict=True))
+        parameters, validation, test = (line[name] for name in ("parameters", "validation", "test"))
         return f"{test or f'{validation} validation'} ({row.first.label}; {parameters} parameters)"
 
     def brief_paper(figure: PaperFigure) -> str:
@@ -207,5 +214,5 @@ def beside(folder: Path) -> tuple[str, Markup]:
         if row.figure("test") and not alone:
             best.setdefault(row.first.label.split(" ")[0], row)
     lines = [*(own_line(row, link=False) for row in best.values()), *paper_lines(own.setting)]
-    shown_lines = [[line[column] for column in BESIDE.values()] for line in lines]
+    shown_lines = [[line[HEAD.index(name)] for name in BESIDE] for line in lines]
     return METRICS[own.metric], table(BESIDE, shown_lines) if lines else Markup("")
