@@ -24,8 +24,9 @@ def write_run(folder: Path, config=KRU, data="ptb_char", seed=0, results=True, b
     """A run's folder as `training.train` leaves it, without weights."""
     folder.mkdir(parents=True)
     if results:
-        sizes = {"num_parameters": 113_000, "num_recurrent_parameters": 642}
-        figures = {"validation_bpc": bpc + 0.05, "test_bpc": bpc, **sizes, "train_runtime": 3600.0, "steps": 100}
+        sizes = {"num_parameters": 113_000, "num_recurrent_parameters": 642, "int8_bytes": 120_000}
+        times = {"train_runtime": 3600.0, "processor_seconds": 2400.0}
+        figures = {"validation_bpc": bpc + 0.05, "test_bpc": bpc, **sizes, **times, "steps": 100}
         (folder / "all_results.json").write_text(json.dumps({**figures, **others}))
         (folder / "history.csv").write_text(HISTORY)
     (folder / "config.json").write_text(json.dumps(config))
@@ -55,13 +56,13 @@ def test_seeds_are_one_row_with_mean_and_spread_and_stay_when_the_folders_are_go
     values = [1.60, 1.62, 1.67]
     runs = [write_run(tmp_path / "runs" / str(seed), seed=seed, bpc=bpc) for seed, bpc in enumerate(values)]
     text = report(*runs[:2], tmp_path / "out")
-    assert line_of(text, "KRU 1100 (10^2·11)")[5] == "2 (0, 1)"
+    assert line_of(text, "KRU 1100 (10^2·11)")[7] == "2 (0, 1)"
     (tmp_path / "runs" / "0").rename(tmp_path / "gone")
     text = report(*runs[1:], tmp_path / "out")  # one of them again
     mean, spread = statistics.fmean(values), statistics.stdev(values)
     assert line_of(text, "KRU 1100 (10^2·11)") == [
-        "KRU 1100 (10^2·11)", "113,000", "642", f"{mean + 0.05:.3f} ± {spread:.3f}", f"{mean:.3f} ± {spread:.3f}",
-        "3 (0, 1, 2)", "100", "60 min", "2 threads of Some CPU",
+        "KRU 1100 (10^2·11)", "113,000", "642", "120,000", "", f"{mean + 0.05:.3f} ± {spread:.3f}",
+        f"{mean:.3f} ± {spread:.3f}", "3 (0, 1, 2)", "100", "60 min", "40 min", "2 threads of Some CPU",
     ]  # fmt: skip
     for seed, entry in enumerate(read_runs(tmp_path / "out")):
         assert f"training.train ptb_char --seed {seed} " in entry.commands[0]
@@ -79,9 +80,9 @@ def test_a_line_of_several_seeds_counts_its_released_run_once(tmp_path):
     text = report(write_run(tmp_path / "kru"), tmp_path)
     cells = line_of(text, "[KRU 1100")
     assert cells[0] == "[KRU 1100 (10^2·11), max_grad_norm=1.0](kru/)"
-    assert cells[4:7] == ["1.610 ± 0.010", "2 (0, 1)", "90 – 100"] and "![learning curves: " in text
+    assert cells[6:9] == ["1.610 ± 0.010", "2 (0, 1)", "90 – 100"] and "![learning curves: " in text
     other = write_run(tmp_path / "kru-2", seed=7, bpc=1.5)
-    assert line_of(report(other, tmp_path), "[KRU 1100 (10^2·11)](kru-2/)")[4] == "1.500"
+    assert line_of(report(other, tmp_path), "[KRU 1100 (10^2·11)](kru-2/)")[6] == "1.500"
 
 
 def test_tasks_of_several_lengths_have_a_table_and_a_picture_of_them(tmp_path):
@@ -124,7 +125,7 @@ def test_what_was_not_run_is_blank(tmp_path):
         if setting != PTB_SMALL:
             assert line_of(text, setting)[2:4] == ["", ""]
     for figure in FIGURES[PTB_LARGE]:
-        assert line_of(text, f"*{figure.name}* (")[3] == ""
+        assert line_of(text, f"*{figure.name}* (")[5] == ""
     assert PTB_LARGE not in report("--only_runs", tmp_path / "out")
 
 
@@ -138,7 +139,7 @@ def test_unfinished_runs_are_named_without_figures(tmp_path):
     )
     text = report(tmp_path / "runs", tmp_path / "out")
     cells = line_of(text, "KRU 1100 (10^2·11)")
-    assert cells[3:7] == ["1.650", "1.600", "1 (0)", "100; 1 not finished (last checkpoint at 70)"]
+    assert cells[5:9] == ["1.650", "1.600", "1 (0)", "100; 1 not finished (last checkpoint at 70)"]
     assert [entry.history for entry in read_runs(tmp_path / "out")] == [[[50, 1.9], [100, 1.65]], [[60, 1.8]]]
     (folder / "config.json").unlink()
     assert entry_of(folder, tmp_path).label == "kru "
