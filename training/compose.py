@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
 from kru_hf.music import MidiError, PianoRoll, draw_roll, read_midi, write_midi, write_wav
 from kru_hf.music.render import check_length
 from kru_hf.music.rolls import MAX_FRAMES, MAX_GRID, NUM_PITCHES
 
-from .common.errors import UserError, run_command
+from .common.errors import UserError
 from .common.files import check_fields, read_json
 from .common.machine import shown_command
+from .common.processes import run_command
 from .common.run_folder import PRESENTED, RUN_FILES
 from .data.music_data import piece_figures
 from .models.build import load_model
@@ -206,7 +206,6 @@ def run(argv: list[str]) -> dict[str, Any] | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    transformers.utils.logging.disable_progress_bar()
     return run_command(run, argv)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import transformers
 from accelerate import Accelerator
 
 from .common import processes
@@ -21,7 +20,7 @@ from .loop.scoring import evaluate
 from .models.build import check_fit, load_model
 from .models.runtime import through_runtime
 from .options.data import DataOptions
-from .options.fields import option
+from .options.fields import REQUIRED, option
 from .options.parser import parse_words
 from .records.run_record import RECIPE, RUN, RunRecord, read_record
 from .tasks import Task, get_task
@@ -31,7 +30,7 @@ from .tasks import Task, get_task
 class EvaluateOptions:
     """What is evaluated."""
 
-    model: str | None = option(None, "Trained folder or Hub id.")
+    model: str = option(REQUIRED, "Trained folder or Hub id.")
     split: Literal["validation", "test"] = option("test", "Part of the data.")
     use_cpu: bool = option(False, "Evaluate on the CPU even if there is an accelerator.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
@@ -43,8 +42,6 @@ class EvaluateOptions:
     allow_other_dataset: bool = option(False, "Accept data that differ from what the model was trained on.")
 
     def __post_init__(self) -> None:
-        if self.model is None:
-            raise UserError("model is missing: pass --model FOLDER or a Hub id")
         if self.dtype is not None and self.mixed_precision is not None:
             raise UserError(f"mixed_precision={self.mixed_precision!r} does nothing beside dtype={self.dtype!r}")
 
@@ -102,7 +99,7 @@ def run(argv: list[str]) -> dict[str, float]:
     task_class = get_task(record.options["task"])
     model, tokenizer = load_model(options.model, task_class.head)
     task = load_task(options, data, tokenizer, record)
-    check_fit(str(options.model), model, task.name, task.model_kwargs())
+    check_fit(options.model, model, task.name, task.model_kwargs())
     processes.check_launcher()
     precision = options.mixed_precision or record.options.get("mixed_precision")
     if options.dtype is not None:
@@ -125,7 +122,7 @@ def run(argv: list[str]) -> dict[str, float]:
 def print_table(options: EvaluateOptions, task: Task, model: Any, figures: dict[str, float]) -> None:
     """The figures for people."""
     rows = [
-        ("model", str(options.model)),
+        ("model", options.model),
         ("parameters", f"{model.num_parameters():,} ({model.num_recurrent_parameters():,} recurrent)"),
         *([("computed by", f"the C runtime, {options.dtype}")] if options.dtype else []),
         ("data", f"{task.dataset_record()['name']}, {options.split}"),
@@ -138,13 +135,7 @@ def print_table(options: EvaluateOptions, task: Task, model: Any, figures: dict[
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        processes.say(error)
-        return error.exit_code
-    return 0
+    return processes.run_command(run, argv)
 
 
 if __name__ == "__main__":

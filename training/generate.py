@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import transformers
-
 from kru_hf.export import StreamingModel
 
-from .common.errors import UserError, run_command
+from .common.errors import UserError
+from .common.processes import run_command
 from .options.fields import AT_LEAST_1, FINITE, SEED, Options, option, require
 from .options.parser import parse_words
 
@@ -78,7 +77,6 @@ def run(argv: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    transformers.utils.logging.disable_progress_bar()
     return run_command(run, argv)
 
 

@@ -7,7 +7,6 @@ fine-tune, as the control. Prints a table and writes `kroneckerize.json`; every 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 
 from kru_hf import kroneckerize
@@ -31,7 +29,7 @@ from .common.machine import keep_freed_memory, shown_command
 from .common.run_folder import holds_run, is_within
 from .common.saving import write_json
 from .common.stopping import StopRequest
-from .evaluate import EvaluateOptions, load_task
+from .evaluate import EvaluateOptions, load_task, recorded
 from .loop.accelerate_loop import TrainingLoop
 from .loop.arguments import Arguments
 from .loop.run import check_place, finish, open_folder, start_folder
@@ -39,12 +37,12 @@ from .loop.scoring import evaluate
 from .models.baselines import TORCH_CELLS
 from .models.build import load_model
 from .options.data import DataOptions
-from .options.fields import AT_LEAST_0, Options, option, require
+from .options.fields import AT_LEAST_0, REQUIRED, Options, option, require
 from .options.model import ModelOptions
 from .options.parser import parse_words
 from .options.run import RunOptions
 from .records.results_page import table
-from .records.run_record import read_record
+from .records.run_record import RECIPE, read_record
 from .records.runs import factors
 from .tasks import Task
 
@@ -55,8 +53,8 @@ RESULT = "kroneckerize.json"
 class KroneckerizeOptions(Options):
     """What is shrunk, how far, and how it is trained afterwards."""
 
-    model: str | None = option(None, "Trained folder or Hub id of a language model with torch's RNN, LSTM or GRU.")
-    output_dir: str | None = option(None, "Folder for the table and a run's folder for each ratio.")
+    model: str = option(REQUIRED, "Trained folder or Hub id of a language model with torch's RNN, LSTM or GRU.")
+    output_dir: str = option(REQUIRED, "Folder for the table and a run's folder for each ratio.")
     overwrite_output_dir: bool = option(False, "Delete earlier runs in the output folder.")
     ratios: str = option("5,20,100", "How many times fewer recurrent parameters, separated by commas.")
     max_steps: int = option(300, "Steps of the fine-tune; 0 leaves it out.", allowed=AT_LEAST_0)
@@ -69,9 +67,6 @@ class KroneckerizeOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("model", "output_dir"):
-            if getattr(self, name) is None:
-                raise UserError(f"{name} is missing: pass --{name} FOLDER")
         self.wanted()
 
     def wanted(self) -> list[float]:
@@ -106,7 +101,7 @@ class Shrinker:
 
     def __init__(self, options: KroneckerizeOptions, data: DataOptions, command: str, stop: StopRequest) -> None:
         self.options, self.data, self.command, self.stop = options, data, command, stop
-        self.record = read_record(str(options.model))
+        self.record = read_record(options.model)
         self.accelerator = Accelerator(
             cpu=options.use_cpu or not torch.accelerator.is_available(),
             mixed_precision=self.record.options.get("mixed_precision"),
@@ -120,7 +115,7 @@ class Shrinker:
 
     def fresh(self) -> tuple[Any, Any]:
         """Model and tokenizer as they were trained."""
-        model, tokenizer = load_model(str(self.options.model), "causal_lm")
+        model, tokenizer = load_model(self.options.model, "causal_lm")
         cell = getattr(model.config, "cell", model.config.model_type)
         if cell not in TORCH_CELLS or model.config.recurrent_factor_shapes is not None:
             raise UserError(
@@ -166,16 +161,15 @@ class Shrinker:
 
     def arguments(self, name: str) -> Arguments:
         """Options of a fine-tune: those of the run, but its length, rate and folder."""
-        known = {f.name for f in dataclasses.fields(RunOptions)}
-        run = RunOptions(**{key: value for key, value in self.record.options.items() if key in known})
         steps = self.options.max_steps
-        run = dataclasses.replace(
-            run,
-            output_dir=str(Path(str(self.options.output_dir)) / name),
+        run = recorded(
+            RunOptions,
+            RECIPE,
+            self.record.options,
+            output_dir=str(Path(self.options.output_dir) / name),
             overwrite_output_dir=self.options.overwrite_output_dir,
-            resume_from_checkpoint=None,
             max_steps=steps,
-            learning_rate=self.options.learning_rate or run.learning_rate,
+            **({"learning_rate": self.options.learning_rate} if self.options.learning_rate else {}),
             lr_scheduler_type="cosine",
             eval_steps=max(1, steps // 6),
             save_steps=max(1, steps),
@@ -183,7 +177,6 @@ class Shrinker:
             report_to="none",
             sample_length=0,
             evaluate_test=True,
-            push_to_hub=False,
         )
         model = ModelOptions(architecture=self.record.options.get("architecture", "lstm"))
         return Arguments(run, model, self.data, self.task.options, self.command)
@@ -241,7 +234,7 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
             shrinker.open_folder(name, held)
         for name, shapes in plan.items():
             rows.append(shrinker.row(name, shapes))
-            record = {"model": Path(str(options.model)).name, "dataset": shrinker.task.dataset_record(), "rows": rows}
+            record = {"model": Path(options.model).name, "dataset": shrinker.task.dataset_record(), "rows": rows}
             write_json(folder / RESULT, {**record, "command": command})
     print(f"test BPC before and after {options.max_steps} steps:\n{render(rows)}")
     print(f"folder: {folder}")
@@ -249,19 +242,18 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def run_or_stop(argv: list[str]) -> None:
+    """`run`, or in a word what a signal leaves of it."""
+    try:
+        run(argv)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        number = stopped.exit_code - 128 if isinstance(stopped, Interrupted) else (*stopped.args, signal.SIGINT)[0]
+        raise Interrupted("stopped; the rows so far are saved", number) from stopped
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        stopped = isinstance(error, Interrupted)
-        print(f"error: {'stopped; the rows so far are saved' if stopped else error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as stopped:
-        print("error: stopped; the rows so far are saved", file=sys.stderr)
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-    return 0
+    return processes.run_command(run_or_stop, argv)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from transformers.utils.logging import disable_progress_bar
-
-from .common.errors import run_command
+from .common.processes import run_command
 from .options.parser import parse_words
 from .records.publishing import PublishOptions, publish_folder, said
 
@@ -21,7 +19,6 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    disable_progress_bar()
     return run_command(run, argv)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .common.errors import UserError
 from .common.lock import locked
+from .common.processes import run_command
 from .common.saving import write_text
 from .records.cards import render_card
 from .records.results_page import PAGE, overview, tables, update_readme, write_page
@@ -40,19 +41,19 @@ def report(runs: list[str], folder: Path, only_runs: bool) -> str:
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def run(argv: list[str]) -> None:
+    """Report as the options say."""
     parser = argparse.ArgumentParser(prog="training.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="Folder of a run, or folder that holds runs.")
     parser.add_argument("--folder", type=Path, default=MODEL_CARDS, help=f"Where runs.jsonl and {PAGE} are.")
     parser.add_argument("--only_runs", action="store_true", help="Leave out the paper's tasks that nobody ran.")
     options = parser.parse_args(argv)
-    try:
-        print(report(options.runs, options.folder, options.only_runs))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    print(report(options.runs, options.folder, options.only_runs))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

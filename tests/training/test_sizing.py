@@ -106,7 +106,7 @@ def test_chosen_size_is_the_largest_of_a_formula(budget, width):
             fit_to_budget(budget, "rnn", values, lambda v: v["state_size"] ** 2 + width * v["state_size"])
         return
     found = fit_to_budget(budget, "rnn", values, lambda v: v["state_size"] ** 2 + width * v["state_size"])
-    assert (found.field, found.values["state_size"]) == ("state_size", best)
+    assert found["state_size"] == best
 
 
 def test_counts_are_those_of_real_models():

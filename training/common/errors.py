@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable
-from typing import Any
 
 
 class UserError(Exception):
@@ -27,19 +24,6 @@ class Interrupted(UserError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, shared=True)
         self.exit_code = 128 + signal_number
-
-
-def run_command(run: Callable[[list[str]], Any], argv: list[str] | None) -> int:
-    """The exit code of a command that runs with these words, by default those of the command line.
-
-    A `UserError` is one line on standard error.
-    """
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
 
 
 def printable(name: str) -> str:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from .errors import printable
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-UNSHOWN = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was resumed, not what it was
+RESUMING = ("resume_from_checkpoint", "overwrite_output_dir")  # how a run was resumed, not what it was
 
 
 def machine_record(accelerator: Accelerator) -> dict[str, Any]:
@@ -63,6 +63,17 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def first_words(argv: list[str]) -> list[str]:
+    """The words of a command without the options, in either spelling, that say how its run is resumed."""
+    kept, dropping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            dropping = word[2:].partition("=")[0].replace("-", "_") in RESUMING
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
 def shown_command(argv: list[str], program: str = "training.train") -> str:
     """The command of a run, to make it again: of paths outside of the checkout only the last part.
 
@@ -70,16 +81,8 @@ def shown_command(argv: list[str], program: str = "training.train") -> str:
         argv: what follows the program's name.
     """
     words: list[str] = []
-    skip = False
-    for index, word in enumerate(argv):
-        if skip:
-            skip = False
-            continue
+    for word in first_words(argv):
         name, equals, value = word.partition("=")
-        if name.startswith("-") and name.lstrip("-").replace("-", "_") in UNSHOWN:
-            follows = index + 1 < len(argv) and not argv[index + 1].startswith("-")
-            skip = not equals and follows
-            continue
         words.append(f"{name}={shown_path(value)}" if equals and name.startswith("-") else shown_path(word))
     launcher = "accelerate launch" if program == "training.train" else "python"
     return f"{launcher} -m {program} {shlex.join(words)}".rstrip()

@@ -16,8 +16,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from .errors import UserError
+from .machine import first_words
 from .stopping import launched
 
 PARENT = os.getppid()
@@ -117,6 +119,20 @@ def from_main(accelerator: Accelerator, model: nn.Module) -> None:
                 value.copy_(broadcast(value.detach().contiguous()))
 
 
+def run_command(run: Callable[[list[str]], Any], argv: list[str] | None) -> int:
+    """The exit code of a command that runs with these words, by default those of the command line.
+
+    A `UserError` is one line on standard error.
+    """
+    disable_progress_bar()  # of transformers: bars for single files would break the command's own
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        say(error)
+        return error.exit_code
+    return 0
+
+
 def say(error: UserError, advice: str = "") -> None:
     """Print an error and, on the next line, what can be done: on rank 0, or on the only rank that has the error.
 
@@ -181,13 +197,7 @@ def what_was_lost(error: BaseException) -> str:
 
 def how_to_resume(argv: list[str], program: str) -> str:
     """The command that resumes this run of `program`."""
-    kept, dropping = [], False
-    for word in argv:
-        if word.startswith("--"):
-            dropping = word.split("=")[0].replace("-", "_") in ("__overwrite_output_dir", "__resume_from_checkpoint")
-        if not dropping:
-            kept.append(word)
-    return f"{launcher()} -m {program} {shlex.join([*kept, '--resume_from_checkpoint', 'last'])}"
+    return f"{launcher()} -m {program} {shlex.join([*first_words(argv), '--resume_from_checkpoint', 'last'])}"
 
 
 def launcher() -> str:

@@ -13,6 +13,9 @@ WEIGHTS, STATE = "model.safetensors", "trainer_state.json"
 RECORD = ("recipe.yaml", "run.json", "all_results.json", "history.csv")  # see records/run_record.py
 # What `training.compose` may have put beside them.
 COMPANIONS = ("composition.mid", "composition.png", "composition.json")
+# What describes a model, and its tokenizer if it has one.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 RUN_FILES = ("config.json", WEIGHTS, *RECORD[1:])
 PRESENTED = ("README.md", "learning_curve.png", RECORD[0])  # a folder that holds one of these alone is somebody's own
 
@@ -68,8 +71,7 @@ def delete_run(folder: Path) -> None:
     for path in checkpoints(folder):
         remove_checkpoint(path)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-    for name in (*RUN_FILES, *PRESENTED, *tokenizer, *COMPANIONS):
+    for name in (*RUN_FILES, *PRESENTED, *MODEL_FILES, *COMPANIONS):
         (folder / name).unlink(missing_ok=True)
 
 

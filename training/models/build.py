@@ -22,36 +22,24 @@ from kru_hf import scan, scan_triton
 from ..common import processes
 from ..common.errors import UserError
 from ..common.files import check_fields, not_finite, one_line, read, read_json
-from ..common.run_folder import WEIGHTS
+from ..common.run_folder import MODEL_FILES, WEIGHTS
 from ..options.model import ModelOptions
 from .baselines import CELLS, BaselineConfig
+from .heads import HEADS
 from .sizing import fit_to_budget
 from .unitary import UnitaryKRUConfig
 
-# Head -> Auto class: the model classes of every architecture are registered there under the type of their config.
-HEADS = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-    "piano_roll": "AutoModel",
-}
 FLOATS = ("F32", "F16", "BF16")  # what weights can be stored as, by safetensors' names
-JSON_FILES = (
-    *("config.json", "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-)
 # Heads that predict what comes next, so that nothing may be read from the end of a sequence.
 STREAMED = ("causal_lm", "piano_roll")
 
 
 def model_class(head: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that has that head for that config."""
-    import transformers
-
-    if head == "piano_roll" and config.model_type == "kru":
-        return kru_hf.KRUForPianoRoll
+    if config.model_type == "kru":
+        return HEADS[head].kru
     try:
-        return getattr(transformers, HEADS[head])._model_mapping[type(config)]
+        return HEADS[head].auto._model_mapping[type(config)]
     except KeyError as error:
         raise UserError(f"there is no {config.model_type} model with the head {head!r} yet") from error
 
@@ -163,7 +151,7 @@ def within_budget(head: str, config_type: Any, options: ModelOptions, values: di
     def count(trial: dict[str, Any]) -> int:
         return count_parameters(head, make_config(config_type, trial))
 
-    return fit_to_budget(int(options.parameter_budget or 0), options.architecture, values, count).values
+    return fit_to_budget(int(options.parameter_budget or 0), options.architecture, values, count)
 
 
 def _root_cause(error: BaseException) -> str:
@@ -231,7 +219,7 @@ def load_model(folder: str, head: str) -> tuple[PreTrainedModel, Any]:
 
 def check_files(folder: Path) -> None:
     """`UserError` that names a file of a model's folder which is not JSON, or not weights that a model can have."""
-    for name in JSON_FILES:
+    for name in MODEL_FILES:
         values = read_json(folder / name, optional=True)
         check_fields(folder / name, values, {"architectures": list[str] | None})
     path = folder / WEIGHTS

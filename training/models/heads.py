@@ -1,8 +1,8 @@
-"""The heads of kru_hf on other models than its own."""
+"""The heads that a task can have, and those of kru_hf on other models than its own."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import (
     AutoConfig,
@@ -12,19 +12,26 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from kru_hf import (
-    KRUForCausalLM,
-    KRUForPianoRoll,
-    KRUForSequenceClassification,
-    KRUForTokenClassification,
-)
+from kru_hf import KRUForCausalLM, KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification
 
-HEADS: dict[type, Any] = {
-    KRUForCausalLM: AutoModelForCausalLM,
-    KRUForSequenceClassification: AutoModelForSequenceClassification,
-    KRUForTokenClassification: AutoModelForTokenClassification,
-    KRUForPianoRoll: AutoModel,
+
+class Head(NamedTuple):
+    """Its class in kru_hf, the Auto class under which models of every architecture are found, and the Hub's task."""
+
+    kru: type
+    auto: Any
+    task: str
+
+
+HEADS = {
+    "causal_lm": Head(KRUForCausalLM, AutoModelForCausalLM, "text-generation"),
+    "sequence_classification": Head(
+        KRUForSequenceClassification, AutoModelForSequenceClassification, "text-classification"
+    ),
+    "token_classification": Head(KRUForTokenClassification, AutoModelForTokenClassification, "token-classification"),
+    "piano_roll": Head(KRUForPianoRoll, AutoModel, "other"),
 }
+BY_CLASS = {head.kru.__name__: name for name, head in HEADS.items()}
 
 
 def register_heads(kind: type, config: Any) -> dict[str, type]:
@@ -39,7 +46,7 @@ def register_heads(kind: type, config: Any) -> dict[str, type]:
     """
     AutoConfig.register(config.model_type, config, exist_ok=True)
     made = {}
-    for head, auto in HEADS.items():
+    for head, auto, _ in HEADS.values():
         name = head.__name__.replace("KRU", kind.__name__)
         members = {"__module__": kind.__module__, "__doc__": f"{head.__name__}. {kind.__doc__}", "config_class": config}
         made[name] = type(name, (kind, head), members)

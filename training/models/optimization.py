@@ -10,9 +10,6 @@ from torch import nn
 
 from ..options.run import RunOptions
 
-# What each optimizer keeps of a parameter besides its steps, and whether it is a mean of squares.
-MOMENTS = {"adamw": {"exp_avg": False, "exp_avg_sq": True}, "rmsprop": {"square_avg": True}}
-
 
 def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases (also the (·, N) of gated cells) and norms without; factors at their own rate.

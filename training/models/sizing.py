@@ -16,7 +16,6 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kru_hf import plan_factor_shapes
@@ -34,17 +33,8 @@ NEIGHBOURS = 8  # sizes tried on either side of the crossing: the count of a kru
 Count = Callable[[dict[str, Any]], int]
 
 
-@dataclass(frozen=True)
-class Sized:
-    """Config values that fit a budget: `field` is the dimension that was chosen."""
-
-    values: dict[str, Any]
-    field: str
-    num_parameters: int
-
-
-def fit_to_budget(budget: int, architecture: str, values: dict[str, Any], count: Count) -> Sized:
-    """Choose the free dimension so that the model has as many of `budget` real parameters as possible, and no more.
+def fit_to_budget(budget: int, architecture: str, values: dict[str, Any], count: Count) -> dict[str, Any]:
+    """Config values whose free dimension gives as many of `budget` real parameters as possible, and no more.
 
     Args:
         budget: most parameters of the whole model. architecture: as in `--architecture`.
@@ -88,7 +78,7 @@ def fit_to_budget(budget: int, architecture: str, values: dict[str, Any], count:
     for candidates in choices:
         size = largest(budget, candidates, counted)
         if size is not None and counted(size) >= (1 - UNUSED) * budget:
-            return Sized(complete(size), field, counted(size))
+            return complete(size)
     raise UserError(not_found(budget, architecture, field, counts))
 
 

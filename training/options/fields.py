@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.errors import UserError
 
+REQUIRED: Any = dataclasses.MISSING  # the default of an option that has to be given
 NEVER = object()  # the off value of an option that has none
 MAX_COUNT = (
     2**31 - 1

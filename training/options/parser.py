@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 from collections.abc import Callable
 from types import NoneType
@@ -14,7 +13,7 @@ from transformers.hf_argparser import string_to_bool
 from kru_hf.configuration_kru import REMOVED
 
 from ..common.errors import UserError, printable
-from .fields import MAX_COUNT, NEVER, check, fields_of, require
+from .fields import MAX_COUNT, NEVER, REQUIRED, check, fields_of, require
 from .rule import settle
 
 
@@ -33,7 +32,9 @@ class Parser(argparse.ArgumentParser):
             title, default = field.metadata.get("group", "task"), field.default
             group = groups.get(title) or groups.setdefault(title, self.add_argument_group(title))
             shown = (
-                field.metadata["help"] if default in (None, "") else f"{field.metadata['help']} (default: {default})"
+                field.metadata["help"]
+                if default in (None, "", REQUIRED)
+                else f"{field.metadata['help']} (default: {default})"
             )
             spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             kind, *_ = (
@@ -89,16 +90,11 @@ def given_values(classes: list[Any], words: list[str], program: str) -> dict[str
     return values
 
 
-def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Whether an option has no default."""
-    return field.default is field.default_factory is dataclasses.MISSING
-
-
 def make(classes: list[Any], values: dict[str, Any]) -> list[Any]:
-    """One object of each dataclass; `UserError` names the options without a default that are not given."""
-    missing = [name for name, field in fields_of(classes).items() if is_required(field) and name not in values]
-    if missing:
-        raise UserError(f"the following options are required: {', '.join(f'--{name}' for name in missing)}")
+    """One object of each dataclass; `UserError` says which options without a default are not given."""
+    for name, field in fields_of(classes).items():
+        if field.default is REQUIRED and name not in values:
+            raise UserError(f"{name} is missing: pass --{name}: {field.metadata['help']}")
     return [kind(**{name: values[name] for name in fields_of([kind]) if name in values}) for kind in classes]
 
 

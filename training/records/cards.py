@@ -16,26 +16,13 @@ from ..options.data import DataOptions
 from ..options.fields import fields_of
 from ..options.model import ModelOptions
 from ..options.rule import idle, is_off
-from ..options.run import RunOptions
+from ..options.run import TrainingOptions
+from ..tasks import get_task, task_names
 from .results_page import beside
 from .run_record import RECIPE, RESULTS, RUN, RunRecord
+from .runs import INCIDENTAL
 from .text import METRICS, TEMPLATES, table
 
-RECIPE_OPTIONS = (
-    *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *(
-        "sequence_length",
-        "carry_state",
-        "frames_per_quarter",
-        "transpose",
-        "ema_decay",
-        "optimizer",
-        "adam_beta1",
-        "adam_beta2",
-    ),
-    *("learning_rate", "factor_learning_rate_scale", "lr_scheduler_type", "warmup_steps", "min_learning_rate_ratio"),
-    *("plateau_factor", "weight_decay", "max_grad_norm", "mixed_precision"),
-)
 CONFIG_FIELDS = (
     *("activation", "cell_type", "block_type", "num_hidden_layers", "hidden_size", "readout_norm", "io_rank"),
     *("kronecker_terms", "intermediate_size", "recurrent_terms", "recurrent_init", "chrono_max_length"),
@@ -170,11 +157,14 @@ def card_data(record: RunRecord, title: str, license: str) -> ModelCardData:
 
 
 def recipe_of(record: RunRecord) -> list[tuple[str, Any]]:
-    """The options that describe the training and had an effect, and how far it came."""
-    fields = fields_of([RunOptions, ModelOptions, DataOptions])
+    """The options of training and task that had an effect, and how far the training came."""
+    task = record.options.get("task")
+    own = [TrainingOptions, *([get_task(task).Options] if task in task_names() else [])]
+    fields = fields_of([*own, ModelOptions, DataOptions])
     given = {name: value for name, value in record.options.items() if name in fields}
-    without = {*idle(given, fields), *(name for name, value in given.items() if is_off(fields[name], value))}
-    options = [(name, record.options.get(name)) for name in RECIPE_OPTIONS if name not in without]
+    told = {"task", *INCIDENTAL - {"seed"}, *idle(given, fields)}
+    names = [name for name in given if name in fields_of(own) and name not in told]
+    options = [(name, given[name]) for name in names if not is_off(fields[name], given[name])]
     processes = [("processes", machine.get("processes")) for machine in record.machines[-1:]]
     done = [("steps done", record.results.get("steps")), ("step of these weights", record.results.get("best_step"))]
     return [(name, value) for name, value in (*options, *processes, *done) if value is not None]
@@ -225,7 +215,7 @@ def render_card(
         card_data=Markup(card_data(record, title, license).to_yaml()),
         title=title,
         record=record,
-        head=record.head,
+        auto=record.head.auto.__name__,
         data=data,
         config=config,
         options=record.options,

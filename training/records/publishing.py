@@ -7,7 +7,6 @@ finishes. What is already there in the same form is not uploaded twice.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shlex
@@ -22,8 +21,10 @@ import kru_hf
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..common.run_folder import COMPANIONS, WEIGHTS
+from ..common.run_folder import COMPANIONS, MODEL_FILES, WEIGHTS
 from ..models.build import load_model
+from ..models.heads import BY_CLASS, HEADS
+from ..options.fields import REQUIRED, option
 from .cards import DATA_SOURCES, missing_fields, render_card
 from .hub import (
     PROPOSAL,
@@ -36,34 +37,28 @@ from .hub import (
     remote_files,
     same,
 )
-from .run_record import HEADS, HISTORY, RECIPE, RESULTS, RUN, published_recipe, read_history
+from .run_record import HISTORY, RECIPE, RESULTS, RUN, published_recipe, read_history
 
 PACKAGE = Path(kru_hf.__file__).parent
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # What a new version brings or removes. Everything else in the repository is the owner's, and stays.
 COPIED_FILES = (
-    *(WEIGHTS, "generation_config.json", *TOKENIZER_FILES),
+    *(WEIGHTS, *MODEL_FILES[1:]),
     *(RECIPE, RUN, RESULTS, HISTORY, "learning_curve.png", *COMPANIONS),
 )
-KRU_HEADS = {f"KRU{end}": head for end, head in HEADS.items()}
-
-
-def _option(text: str, default: Any = dataclasses.MISSING) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass
 class PublishOptions:
     """What is published, and where."""
 
-    model: str = _option("Folder of a finished run.")
-    repo_id: str = _option("Repository on the Hub: ME/NAME or ORGANISATION/NAME.")
-    private: bool = _option("Create the repository as a private one.", False)
-    revision_tag: str | None = _option("Tag of this version, such as v1.", None)
-    create_pr: bool = _option("Propose the change as a pull request, also in repositories of others.", False)
-    dry_run: bool = _option("Check and list what would be published; no network is used.", False)
-    data_license: str | None = _option("Licence of the training data; needed unless the data is a built-in set.", None)
-    license: str = _option("Licence of the weights, by its name on the Hub.", "apache-2.0")
+    model: str = option(REQUIRED, "Folder of a finished run.")
+    repo_id: str = option(REQUIRED, "Repository on the Hub: ME/NAME or ORGANISATION/NAME.")
+    private: bool = option(False, "Create the repository as a private one.")
+    revision_tag: str | None = option(None, "Tag of this version, such as v1.")
+    create_pr: bool = option(False, "Propose the change as a pull request, also in repositories of others.")
+    dry_run: bool = option(False, "Check and list what would be published; no network is used.")
+    data_license: str | None = option(None, "Licence of the training data; needed unless the data is a built-in set.")
+    license: str = option("apache-2.0", "Licence of the weights, by its name on the Hub.")
 
 
 @dataclass(frozen=True)
@@ -96,10 +91,10 @@ def auto_map(config: dict[str, Any]) -> dict[str, str]:
     trained = config["architectures"][0]
     own_body = trained == "KRUForPianoRoll"
     wanted = {"AutoConfig": "KRUConfig", "AutoModel": trained if own_body else "KRUModel"}
-    for name, head in KRU_HEADS.items():
+    for name, head in BY_CLASS.items():
         # A causal language model's head without its weights would write nonsense; a classifier is meant to be trained.
         if name == trained or ("Classification" in name and not own_body):
-            wanted[head.auto] = name
+            wanted[HEADS[head].auto.__name__] = name
     found = {auto: getattr(kru_hf, name) for auto, name in wanted.items()}
     return {auto: f"{c.__module__.rpartition('.')[2]}.{c.__name__}" for auto, c in found.items()}
 
@@ -148,10 +143,10 @@ def check_folder(folder: Path, data_license: str | None = None) -> None:
 
 def check_model(folder: Path, class_name: str) -> None:
     """Load weights and tokenizer, exactly, as a user would."""
-    if class_name not in KRU_HEADS:
-        known = ", ".join(KRU_HEADS)
+    if class_name not in BY_CLASS:
+        known = ", ".join(BY_CLASS)
         raise UserError(f"config.json names the class {class_name!r}; kru_hf {kru_hf.__version__} publishes {known}")
-    model, tokenizer = load_model(str(folder), KRU_HEADS[class_name].name)
+    model, tokenizer = load_model(str(folder), BY_CLASS[class_name])
     if type(model).__name__ != class_name:
         raise UserError(f"config.json names the class {class_name!r}, but describes a {type(model).__name__}")
     if class_name == "KRUForCausalLM" and tokenizer is None:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import hf_hub_download
@@ -23,6 +23,7 @@ from ..common.errors import UserError
 from ..common.files import check_fields, one_line, read, read_json
 from ..common.machine import shown_path
 from ..common.run_folder import RECORD
+from ..models.heads import BY_CLASS, HEADS, Head
 from ..options.recipe import read_recipe
 from ..tasks import get_task
 
@@ -32,23 +33,6 @@ if TYPE_CHECKING:
 RECIPE, RUN, RESULTS, HISTORY = RECORD
 
 
-class Head(NamedTuple):
-    """How a head is loaded: transformers' auto class, the Hub's task, and its name in models/build.py."""
-
-    auto: str
-    task: str
-    name: str
-
-
-# By the end of the class name.
-HEADS = {
-    "ForCausalLM": Head("AutoModelForCausalLM", "text-generation", "causal_lm"),
-    "ForSequenceClassification": Head(
-        "AutoModelForSequenceClassification", "text-classification", "sequence_classification"
-    ),
-    "ForTokenClassification": Head("AutoModelForTokenClassification", "token-classification", "token_classification"),
-    "ForPianoRoll": Head("AutoModel", "other", "piano_roll"),
-}
 TRAINING = ("train_loss", "learning_rate")
 TRAINING_ROWS = 100
 MAPPING = dict[str, Any]
@@ -190,10 +174,9 @@ class RunRecord:
 
     @property
     def head(self) -> Head:
-        """How the class is loaded."""
-        return next(
-            (head for end, head in HEADS.items() if self.class_name.endswith(end)), Head("AutoModel", "other", "")
-        )
+        """The head of the class, of a baseline too; of an unknown one what loads without a head."""
+        ends = {name.removeprefix("KRU"): HEADS[head] for name, head in BY_CLASS.items()}
+        return next((head for end, head in ends.items() if self.class_name.endswith(end)), HEADS["piano_roll"])
 
     @property
     def is_kru(self) -> bool:
