@@ -24,7 +24,7 @@ from .cells import (
     selective_widths,
 )
 from .frame_heads import CHAIN_CHANNELS, CHAIN_SIZE, check_frame_head
-from .kronecker import MOST_UNITS, check_choice, plan_with_warning
+from .kronecker import MOST_UNITS, check_choice, check_pairs, plan_with_warning
 
 logger = logging.getLogger(__name__)
 
@@ -289,15 +289,7 @@ class KRUConfig(PreTrainedConfig):
                 raise ValueError(
                     f"give factor_shapes or factor_size, not both: got {self.factor_shapes} and {self.factor_size}"
                 )
-            shapes = []
-            for shape in self.factor_shapes:
-                pair = [shape, shape] if isinstance(shape, int) else list(shape)
-                if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-                    raise ValueError(f"factor_shapes must hold pairs [P, Q] of positive integers, got {shape!r}")
-                shapes.append(pair)
-            if not shapes:
-                raise ValueError("factor_shapes must hold at least one pair [P, Q], got an empty list")
-            self.factor_shapes = shapes
+            self.factor_shapes = check_pairs(self.factor_shapes)
         else:
             if self.state_size is None:
                 self.state_size = 504

@@ -227,23 +227,28 @@ def factorings(size: int, least: int = 2) -> list[tuple[int, ...]]:
     return found
 
 
-def check_shapes(shapes: Sequence[Sequence[int] | int], size: int, name: str = "state_size") -> list[list[int]]:
-    """``factor_shapes`` as pairs [P, Q], of which an integer gives a square one.
-
-    Raises:
-        ValueError: no pairs of positive integers, or ∏ P_f or ∏ Q_f is not ``size``, the value of the option ``name``.
-    """
+def check_pairs(shapes: Sequence[Sequence[int] | int]) -> list[list[int]]:
+    """``factor_shapes`` as pairs [P, Q], of which an integer gives a square one; ValueError for anything else."""
     pairs = [[shape, shape] if isinstance(shape, int) else shape for shape in shapes]
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
             raise ValueError(f"factor_shapes must hold pairs [P, Q] of positive integers, got {pair!r}")
     if not pairs:
         raise ValueError("factor_shapes must hold at least one pair [P, Q], got an empty list")
+    return [list(pair) for pair in pairs]
+
+
+def check_shapes(shapes: Sequence[Sequence[int] | int], size: int, name: str = "state_size") -> list[list[int]]:
+    """``factor_shapes`` as pairs [P, Q].
+
+    Raises:
+        ValueError: no pairs of positive integers, or ∏ P_f or ∏ Q_f is not ``size``, the value of the option ``name``.
+    """
+    pairs = check_pairs(shapes)
     rows, columns = (math.prod(sizes) for sizes in zip(*pairs, strict=True))
     if not rows == columns == size:
-        found = f"{[list(pair) for pair in pairs]} multiply to {rows}x{columns}"
-        raise ValueError(f"factor_shapes {found}; both must equal {name} = {size}")
-    return [list(pair) for pair in pairs]
+        raise ValueError(f"factor_shapes {pairs} multiply to {rows}x{columns}; both must equal {name} = {size}")
+    return pairs
 
 
 def plan_factor_shapes(state_size: int, factor_size: int) -> list[list[int]]:

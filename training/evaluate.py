@@ -3,8 +3,6 @@
 Prints a table, then one line of JSON with the figures.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

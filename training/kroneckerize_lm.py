@@ -5,8 +5,6 @@ scored as it is and after a short fine-tune with the run's own loop, data and ba
 fine-tune, as the control. Prints a table and writes `kroneckerize.json`; every fine-tuned model is a run's folder.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import signal

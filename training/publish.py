@@ -1,7 +1,5 @@
 """Publish a trained folder on the Hub: `python -m training.publish --model FOLDER --repo_id ME/NAME [options]`."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 

@@ -5,8 +5,6 @@ README.md. A RUN is a folder of `training.train`, or one that holds such; weight
 blank.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

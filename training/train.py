@@ -3,8 +3,6 @@
 Without arguments: a character language model on the embedded text `python_docs`.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 

@@ -4,8 +4,6 @@ Options, recipes, checkpoints and the folder of a run are those of `training.tra
 starts several processes.
 """
 
-from __future__ import annotations
-
 import sys
 
 from . import train

@@ -137,9 +137,14 @@ class KroneckerWeight(nn.Module):
     def right_inverse(self, weight: Tensor) -> list[Tensor]:
         """Dense weight (G·N, N) to the nearest factors, each (G, P_f, Q_f)."""
         if self.fresh:
-            return [factor.to(weight) for factor in fresh_factors(self.factor_shapes, self.gates)]
+            return [factor.to(weight) for factor in self.start()]
         fits = [nearest_kronecker(gate, self.factor_shapes) for gate in weight.chunk(self.gates)]
         return [torch.stack(gates) for gates in zip(*fits, strict=True)]  # [(G, P_f, Q_f)]
+
+    def start(self) -> list[Tensor]:
+        """Haar-orthogonal factors (G, P_f, Q_f), each times the F-th root of ``FRESH_SCALE``."""
+        shapes, scale = self.factor_shapes, FRESH_SCALE ** (1 / len(self.factor_shapes))
+        return [torch.stack([random_orthogonal(p, q) * scale for _ in range(self.gates)]) for p, q in shapes]
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
@@ -342,12 +347,6 @@ def _recurrent_names(module: nn.RNNBase) -> list[str]:
     return [name for name in module._flat_weights_names if name.startswith("weight_hh")]
 
 
-def fresh_factors(factor_shapes: Sequence[tuple[int, int]], gates: int) -> list[Tensor]:
-    """Haar-orthogonal factors (G, P_f, Q_f), each times the F-th root of ``FRESH_SCALE``."""
-    scale = FRESH_SCALE ** (1 / len(factor_shapes))
-    return [torch.stack([random_orthogonal(p, q) * scale for _ in range(gates)]) for p, q in factor_shapes]
-
-
 def _dense_weight(module: nn.RNNBase, name: str) -> Tensor:
     """A recurrent weight (G·N, N): rebuilt where gradients are recorded, else only if a factor has changed.
 
@@ -355,7 +354,7 @@ def _dense_weight(module: nn.RNNBase, name: str) -> Tensor:
     to ``.data``. On other devices the look would wait for the device.
     """
     group = cast(Any, module.parametrizations)[name]
-    factors = [getattr(group, f"original{f}") for f in range(len(group[0].factor_shapes))]  # [(G, P_f, Q_f)]
+    factors = list(group.parameters(recurse=False))  # [(G, P_f, Q_f)]
     known: dict[str, tuple[list[Tensor], Tensor]] = module.__dict__.setdefault("_known", {})
     if torch.is_grad_enabled() or len(group) > 1 or not all(f.is_cpu and can_look_at(f) for f in factors):
         known.pop(name, None)
@@ -402,8 +401,8 @@ def own_rnn_class(module: nn.RNNBase) -> None:
         for parameter in self.parameters(recurse=False):
             parameter.uniform_(-bound, bound)  # maps and biases, as torch draws them
         for group in self.parametrizations.values():
-            for index, start in enumerate(fresh_factors(group[0].factor_shapes, group[0].gates)):
-                getattr(group, f"original{index}").copy_(start)  # (G, P_f, Q_f)
+            for factor, start in zip(group.parameters(recurse=False), group[0].start(), strict=True):
+                factor.copy_(start)  # (G, P_f, Q_f)
 
     module.__dict__.pop("_flat_weights", None)
     module._flat_weight_refs = []

@@ -12,7 +12,6 @@ from training.loop.checkpoint import load_weights
 from training.models.baselines import BaselineConfig, BaselineForCausalLM
 from training.models.build import build_model
 from training.models.optimization import parameter_groups
-from training.models.structured import LowRankMatrix, OrthogonalMatrix
 from training.models.unitary import UnitaryExponential, UnitaryKRUConfig, UnitaryKRUForCausalLM
 from training.options.model import ModelOptions
 
@@ -65,7 +64,8 @@ def constrained(architecture: str, model) -> list[torch.Tensor]:
     """The recurrent matrices of a model."""
     if architecture == "unitary":
         return [unitary_matrix(model).detach()]
-    return [m.weight.detach() for m in model.modules() if isinstance(m, (OrthogonalMatrix, LowRankMatrix))]
+    recurrent = model.model.recurrent
+    return [getattr(recurrent, f"weight_hh_l{layer}").detach() for layer in range(recurrent.num_layers)]
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,11 @@ def test_structured_rnn_is_torchs_rnn_with_its_matrices(architecture):
     structured = model.model.recurrent
     plain = nn.RNN(5, 12, 2, batch_first=True)
     with torch.no_grad():
+        for parameter in structured.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
         for layer in range(2):
-            for name, value in {
-                "weight_ih": structured.input_maps[layer].weight,
-                "weight_hh": structured.matrices[layer].weight,
-                "bias_ih": structured.input_maps[layer].bias.normal_(),
-                "bias_hh": torch.zeros(12),
-            }.items():
-                getattr(plain, f"{name}_l{layer}").copy_(value)
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                getattr(plain, f"{name}_l{layer}").copy_(getattr(structured, f"{name}_l{layer}"))
     x, initial = torch.randn(3, 7, 5), torch.randn(2, 3, 12)
     for ours, theirs in zip(structured(x, initial), plain(x, initial), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=EQUAL)

@@ -1,7 +1,5 @@
 """Readers of JSON, safetensors and torch files: whatever is wrong with one is an error of one line that names it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -22,7 +20,6 @@ from torch import Tensor
 from .errors import UserError
 
 Value = TypeVar("Value")
-KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def one_line(value: object, limit: int | None = None) -> str:
@@ -52,8 +49,8 @@ def read(path: Path, reader: Callable[[Path], Value]) -> Value:
         raise UserError(f"{str(path)!r} is damaged: {one_line(error, 400)}") from error
 
 
-def read_json(path: Path, kind: type[Any] = dict, optional: bool = False) -> Any:
-    """A JSON file whose outermost value is of this kind: dict (an object) or list.
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object that a JSON file holds.
 
     Args:
         optional: a file that is not there counts as an empty one.
@@ -62,10 +59,10 @@ def read_json(path: Path, kind: type[Any] = dict, optional: bool = False) -> Any
         UserError: it is missing, cannot be read, is not UTF-8 or not JSON, or holds another kind of value.
     """
     if optional and not os.path.lexists(path):
-        return kind()
+        return {}
     value = read(path, lambda file: json.loads(file.read_text(encoding="utf-8")))
-    if not isinstance(value, kind):
-        raise UserError(f"{str(path)!r} is damaged: it must hold {KINDS[kind]}, not {reprlib.repr(value)}")
+    if not isinstance(value, dict):
+        raise UserError(f"{str(path)!r} is damaged: it must hold an object, not {reprlib.repr(value)}")
     return value
 
 

@@ -1,7 +1,5 @@
 """One writer to a folder: an operating system's lock on an open file, which ends with its process, come what may."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """The machine of a run: what its record says about it, and how memory is kept."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -1,7 +1,5 @@
 """Several processes: how they are started, how they agree on errors, and what is said when one of them is gone."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """The folder of a run: the names of its files, its checkpoints, and what of it may be deleted."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

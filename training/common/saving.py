@@ -1,7 +1,5 @@
 """Files that are complete or absent: everything is written to a temporary folder, synced and renamed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Data that take long to make: made once, then read from `kru_hf` beside the Hub's cache."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Text corpora: the embedded one, local files and tables, and Hub data sets, as three strings."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 from collections.abc import Sequence

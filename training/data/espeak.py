@@ -1,7 +1,5 @@
 """Speech with known phones from espeak-ng, where it is installed: its library says at which sample a phone begins."""
 
-from __future__ import annotations
-
 import ctypes
 import ctypes.util
 import hashlib
@@ -154,16 +152,13 @@ def speak_all(seed: int) -> dict[str, list[Any]]:
     speaker = Synthesizer()
     random = np.random.default_rng(seed)
     texts = iter(sentences(random, sum(UTTERANCES.values())))
-    columns: dict[str, list[Any]] = {name: [] for name in ("split", "name", "samples", "segments")}
+    rows = []
     for split, number in UTTERANCES.items():
         for index in range(number):
             voice = VOICES[split][index % len(VOICES[split])]
             text, speed, pitch = next(texts), int(random.integers(140, 200)), int(random.integers(30, 70))
-            made = spoken(speaker, f"{voice}/{index}", text, voice, speed, pitch)
-            values = (split, made.name, made.samples, [asdict(segment) for segment in made.segments])
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
-    return columns
+            rows.append({"split": split, **asdict(spoken(speaker, f"{voice}/{index}", text, voice, speed, pitch))})
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def unpack(columns: dict[str, list[Any]]) -> dict[str, list[Utterance]]:

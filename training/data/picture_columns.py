@@ -1,7 +1,5 @@
 """Columns of pictures and labels as arrays: pictures of every mode, and lists of numbers; one scale for a data set."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,14 +20,14 @@ OPAQUE = 255
 
 @dataclass
 class Block:
-    """The pictures of a table: pixels (S, P), how opaque they are (S, P) if that is known, and the white of their mode.
+    """The pictures of a table: pixels (S, P), the white of each one's mode (S,), and how opaque they are (S, P).
 
-    `white` is None where the numbers alone tell it.
+    A white of 0 says that the numbers alone tell it; `alpha` is None where all are opaque.
     """
 
     pixels: np.ndarray
+    whites: np.ndarray
     alpha: np.ndarray | None = None
-    white: int | None = None
 
 
 def read_pictures(rows: Dataset, column: str, name: str) -> Block:
@@ -63,7 +61,7 @@ def read_pictures(rows: Dataset, column: str, name: str) -> Block:
         shape = values.shape[1:]
         raise UserError(f"dataset: {where}: a picture must be (height, width) or (pixels,) numbers, not {shape}")
     flat = values.reshape(len(values), -1)  # (S, P)
-    return Block(flat.astype(np.uint8) if flat.dtype == bool else flat)
+    return Block(flat.astype(np.uint8) if flat.dtype == bool else flat, np.zeros(len(flat), int))
 
 
 def read_images(cells: Sequence[dict[str, Any]], where: str) -> Block:
@@ -81,21 +79,21 @@ def read_images(cells: Sequence[dict[str, Any]], where: str) -> Block:
         if found[-1][0] != found[0][0]:
             raise UserError(f"dataset: {where}: pictures must all have one size, and row {row} differs")
     _, greys, alphas, whites = zip(*found, strict=True)
-    pixels = np.stack(scaled([grey.ravel() for grey in greys], whites, where))  # (S, P)
-    white = None if None in whites else max(whites)
+    pixels = np.stack([grey.ravel() for grey in greys])  # (S, P)
     if all(alpha is None for alpha in alphas):
-        return Block(pixels, white=white)
+        return Block(pixels, np.array(whites))
     opaque = np.full(pixels.shape[1], OPAQUE, np.uint8)
-    return Block(pixels, np.stack([opaque if alpha is None else alpha.ravel() for alpha in alphas]), white)
+    alpha = np.stack([opaque if alpha is None else alpha.ravel() for alpha in alphas])  # (S, P)
+    return Block(pixels, np.array(whites), alpha)
 
 
-def levels(picture: Pillow.Image) -> tuple[np.ndarray, np.ndarray | None, int | None]:
-    """Grey levels (H, W) of a picture, how opaque it is (H, W) or None, and the white of its mode or None."""
+def levels(picture: Pillow.Image) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Grey levels (H, W) of a picture, how opaque it is (H, W) or None, and the white of its mode or 0."""
     mode = picture.mode
     if mode.startswith("I;16"):
         return np.asarray(picture).astype(np.uint16), None, 65_535
     if mode in ("I", "F"):
-        return np.asarray(picture), None, None
+        return np.asarray(picture), None, 0
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
         whole = picture.convert("RGBA")
         return np.asarray(whole.convert("RGB").convert("L")), np.asarray(whole.getchannel("A")), 255
@@ -104,17 +102,10 @@ def levels(picture: Pillow.Image) -> tuple[np.ndarray, np.ndarray | None, int | 
     return np.asarray(picture.convert("L")), None, 255
 
 
-def scaled(arrays: Sequence[np.ndarray], whites: Sequence[int | None], where: str) -> list[np.ndarray]:
-    """Arrays of several modes on one scale: 8 bits become 16 where both occur."""
-    if len({*whites} - {255, 65_535}) and len({*whites}) > 1:
-        raise UserError(
-            f"dataset: {where}: pictures of 32 bits a pixel, or numbers, and others are mixed; convert them"
-        )
-    top = max((white for white in whites if white is not None), default=None)
-    return [
-        array if white == top else array.astype(np.uint16) * SIXTEEN
-        for array, white in zip(arrays, whites, strict=True)
-    ]
+def in_16_bits(block: Block) -> np.ndarray:
+    """The pixels (S, P) of pictures of 8 and 16 bits, on the scale of the latter."""
+    pixels = block.pixels.astype(np.uint16)
+    return np.where(block.whites[:, None] == 255, pixels * SIXTEEN, pixels)
 
 
 def joined_pictures(blocks: Sequence[Block], name: str) -> tuple[list[np.ndarray], int]:
@@ -129,8 +120,13 @@ def joined_pictures(blocks: Sequence[Block], name: str) -> tuple[list[np.ndarray
     widths = sorted({block.pixels.shape[1] for block in blocks})
     if len(widths) > 1:
         raise UserError(f"dataset={name!r}: pictures must all have one size, got {widths} pixels")
-    whites = [block.white for block in blocks]
-    pixels = scaled([block.pixels for block in blocks], whites, repr(name))
+    whites = np.concatenate([block.whites for block in blocks])  # (S,)
+    white = int(whites.max())
+    if white and not whites.all():
+        raise UserError(
+            f"dataset={name!r}: pictures of 32 bits a pixel, or numbers, and others are mixed; convert them"
+        )
+    pixels = [block.pixels if (block.whites == white).all() else in_16_bits(block) for block in blocks]
     if any(block.alpha is not None for block in blocks):
         opaque = [np.full(block.pixels.shape, OPAQUE, np.uint8) for block in blocks]
         alphas = [full if block.alpha is None else block.alpha for block, full in zip(blocks, opaque, strict=True)]
@@ -140,9 +136,7 @@ def joined_pictures(blocks: Sequence[Block], name: str) -> tuple[list[np.ndarray
                     f"dataset={name!r}: colours and opacity of the pictures both vary; put them on a background first"
                 )
             return alphas, OPAQUE
-    if None not in whites:
-        return pixels, max(white for white in whites if white is not None)
-    return on_one_scale(pixels, name)
+    return (pixels, white) if white else on_one_scale(pixels, name)
 
 
 def varies(arrays: Sequence[np.ndarray]) -> bool:

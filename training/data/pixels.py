@@ -1,7 +1,5 @@
 """Pictures as sequences of pixels: scikit-learn's digits, tables of this machine, and Hub data sets."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ energy, and the first derivatives of these 13; windows of 25 ms (Hamming, pre-em
 The filter bank is `transformers.audio_utils`, which the model library brings: no audio package for a 12x26 product.
 """
 
-from __future__ import annotations
-
 import re
 import wave
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A part that the data bring is used whole, however it is spelt; only a part that 
 The notes of a data set name what is not used.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

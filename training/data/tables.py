@@ -1,7 +1,5 @@
 """Where a task's data come from, files and folders of this machine or data sets of the Hub, and how tables are read."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The training loop: one optimizer step after another, with accelerate."""
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

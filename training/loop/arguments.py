@@ -1,7 +1,5 @@
 """All options of a training run, from a recipe and the command line."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

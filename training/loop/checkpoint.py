@@ -5,8 +5,6 @@ weights, and `SHA256SUMS` the SHA-256 of every file, as `sha256sum --check` read
 written is noticed, and what has not changed needs no further check. `run` is a `Driver`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
@@ -73,6 +71,12 @@ def signature(run: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+def parts(run: Any) -> dict[str, Any]:
+    """What has a state of its own besides the model."""
+    found = {name: getattr(run, name) for name in ("optimizer", "scaler", "average", "rounding")}
+    return {name: part for name, part in found.items() if part is not None}
+
+
 # ---- writing ----
 
 
@@ -83,10 +87,7 @@ def save(run: Any) -> None:
     if accelerator.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(accelerator.device)
     tensors = {
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler and run.scaler.state_dict(),
-        "average": run.average.state_dict(),
-        "rounding": run.rounding.state_dict(),
+        **{name: part.state_dict() for name, part in parts(run).items()},
         "carried": run.slots.gather(accelerator.gather),
         "random": {name: accelerator.gather(v.to(accelerator.device)[None]).cpu() for name, v in random.items()},
     }
@@ -130,11 +131,9 @@ def resume(run: Any, path: Path) -> None:
     if run.accelerator.is_main_process and state.best_step:
         check_best(run, path, state.best_step)
     load_weights(run.model, path)
-    run.optimizer.load_state_dict(tensors["optimizer"])
-    if tensors["scaler"] and run.scaler:
-        run.scaler.load_state_dict(tensors["scaler"])
-    run.average.load_state_dict(tensors["average"])
-    run.rounding.load_state_dict(tensors["rounding"])
+    for name, part in parts(run).items():
+        if tensors.get(name):
+            part.load_state_dict(tensors[name])
     run.state = state
     run.slots.scatter(tensors["carried"], run.accelerator.device)
     rank, random = run.accelerator.process_index, tensors["random"]

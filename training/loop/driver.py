@@ -4,8 +4,6 @@
 comes from here, so that either of them resumes from the other's checkpoints.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import time
@@ -287,9 +285,9 @@ class Rounding:
         """What a checkpoint holds of it."""
         return self.exact
 
-    def load_state_dict(self, saved: dict[str, torch.Tensor] | None) -> None:
+    def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
         """Resume from it."""
-        if self.exact is not None and saved is not None:
+        if self.exact is not None:
             self.exact = {name: saved[name].to(weight.device) for name, weight in self.exact.items()}
 
 
@@ -332,7 +330,7 @@ class Average:
         """What a checkpoint holds of it."""
         return None if self.averaged is None else self.averaged.state_dict()
 
-    def load_state_dict(self, saved: dict[str, Any] | None) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Resume from it."""
-        if self.averaged is not None and saved is not None:
+        if self.averaged is not None:
             self.averaged.load_state_dict(saved)

@@ -5,8 +5,6 @@ two steps is the driver's. So a run leaves the same folder as with accelerate, a
 other's checkpoints; Lightning writes and reads none of its own there.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
@@ -35,6 +33,26 @@ from .slots import Slots, figures_of
 
 PRECISIONS: dict[str, Any] = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 DEVICES = ("cpu", "cuda", "mps")
+
+
+class Batches:
+    """What `make` gives, as often as it is asked for. A DataLoader would draw from dropout's generator."""
+
+    def __init__(self, make: Callable[[], Iterator[Batch]], length: int | None = None) -> None:
+        self.make, self.length = make, length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.make()
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("the number of batches is not known")  # as Lightning expects it of such data
+        return self.length
+
+
+def batches_of(slots: Slots, steps: range) -> Iterator[Batch]:
+    """The batches of these steps, all parts of each."""
+    return (slots.batch(step, part) for step in steps for part in range(slots.parts))
 
 
 class TaskModule(pl.LightningModule):
@@ -179,26 +197,6 @@ class TaskModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.state = TrainerState(**checkpoint["kru_run"]["state"])
         self.slots.scatter(checkpoint["kru_run"]["carried"], self.device)
-
-
-class Batches:
-    """What `make` gives, as often as it is asked for. A DataLoader would draw from dropout's generator."""
-
-    def __init__(self, make: Callable[[], Iterator[Batch]], length: int | None = None) -> None:
-        self.make, self.length = make, length
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.make()
-
-    def __len__(self) -> int:
-        if self.length is None:
-            raise TypeError("the number of batches is not known")  # as Lightning expects it of such data
-        return self.length
-
-
-def batches_of(slots: Slots, steps: range) -> Iterator[Batch]:
-    """The batches of these steps, all parts of each."""
-    return (slots.batch(step, part) for step in steps for part in range(slots.parts))
 
 
 class Schedule(LRScheduler):

@@ -1,7 +1,5 @@
 """What a run tells: progress bar, trackers, history and results."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Iterator
@@ -93,42 +91,31 @@ class Progress:
             state.history[-1].update(figures)
         else:
             state.history.append({"step": state.step, "seconds": round(state.train_seconds, 2), **figures})
-        self.track(figures, state.step)
+        with self.tracking():
+            self.accelerator.log(figures, step=state.step)
         name = f"validation_{self.task.metric}"
         if name in figures:
             self.validation = f"{figures[name]:.3f}"
 
-    def track(self, figures: dict[str, float], step: int) -> None:
-        """Send figures to the trackers."""
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """Where a tracker fails, go on without trackers, and say so."""
         try:
-            self.accelerator.log(figures, step=step)
+            yield
         except Exception as error:
-            self.give_up_trackers(error)
-
-    def end_trackers(self) -> None:
-        """Have the trackers write what they still hold."""
-        try:
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
-        except Exception as error:
-            self.give_up_trackers(error)
-        self.accelerator.trackers = []
-
-    def give_up_trackers(self, error: Exception) -> None:
-        """Continue without trackers, and say so."""
-        self.accelerator.trackers = []
-        with processes.unheard():
-            self.bar.write(
-                f"note: the tracker has failed and gets no more figures ({one_line(error)}); history.csv will hold "
-                "them",
-                file=sys.stderr,
-            )
+            self.accelerator.trackers = []
+            told = f"the tracker has failed and gets no more figures ({one_line(error)}); history.csv will hold them"
+            with processes.unheard():
+                self.bar.write(f"note: {told}", file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is, and end the trackers."""
+        """Leave the bar as it is, and have the trackers write what they still hold."""
         with processes.unheard():
             self.bar.close()
-        self.end_trackers()
+        with self.tracking():
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.accelerator.trackers = []
 
 
 def results(task: Task, model: Any, state: TrainerState, metrics: dict[str, dict[str, float]]) -> dict[str, Any]:

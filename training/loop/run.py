@@ -1,7 +1,5 @@
 """A run from its options to its results: folder, data, model, training, and what is said and written."""
 
-from __future__ import annotations
-
 import os
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures of a model on a split: every element counted once, over all processes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """This process's part of every global batch, and the recurrent states that it carries from batch to batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,12 +1,11 @@
 """Baselines with the interface of the KRU models: RNN, LSTM, GRU, orthogonal and low-rank RNN for transformers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
@@ -16,13 +15,15 @@ from kru_hf.cells import CELLS as KRONECKER_CELLS
 from kru_hf.cells import check_chrono, gate_bias
 from kru_hf.configuration_kru import LIMITS
 from kru_hf.frame_heads import CHAIN_CHANNELS, CHAIN_SIZE, check_frame_head
+from kru_hf.layers.kroneckerize import own_rnn_class
 from kru_hf.modeling_kru import KRUModelOutput, KRUPreTrainedModel
 
 from .heads import register_heads
-from .structured import MATRICES, StructuredRNN
+from .structured import LowRank, Orthogonal
 
 TORCH_CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
-CELLS = (*TORCH_CELLS, *MATRICES)
+STRUCTURED = ("orthogonal", "low_rank")
+CELLS = (*TORCH_CELLS, *STRUCTURED)
 
 
 @strict
@@ -149,16 +150,11 @@ class Baseline(KRUPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, tuple(MATRICES.values())):
-            module.reset()  # type: ignore[operator]
-        if isinstance(module, StructuredRNN):
-            for linear in module.input_maps:
-                init.uniform_(linear.weight, -(module.hidden_size**-0.5), module.hidden_size**-0.5)  # type: ignore[arg-type]
         if isinstance(module, nn.RNNBase):
             bound = module.hidden_size**-0.5
             for name, parameter in module.named_parameters():
                 if name.startswith("parametrizations"):
-                    continue  # kroneckerize has drawn fresh factors
+                    continue  # they have drawn their start
                 if "bias" not in name:
                     init.uniform_(parameter, -bound, bound)
                     continue
@@ -172,22 +168,25 @@ class Baseline(KRUPreTrainedModel):
 
     def recurrent_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The stored parameters of the hidden-to-hidden matrices with their names."""
-        marks = (".weight_hh_", ".matrices.", ".parametrizations.weight_hh_")
-        return [(name, p) for name, p in self.named_parameters() if any(mark in f".{name}" for mark in marks)]
+        return [(name, parameter) for name, parameter in self.named_parameters() if ".weight_hh_" in f".{name}"]
 
 
 def build_recurrent(config: BaselineConfig) -> Any:
     """The recurrent layers that ``config.cell`` names: a module called like ``nn.RNN(batch_first=True)``."""
     width = int(config.hidden_size if config.input_size is None else config.input_size)
     dropout = float(config.hidden_dropout) if config.num_hidden_layers > 1 else 0.0
-    layers = config.num_hidden_layers
-    if config.cell in MATRICES:
-        return StructuredRNN(config.cell, width, config.state_size, layers, dropout, config.recurrent_rank)
-    if config.recurrent_factor_shapes is None:
-        return TORCH_CELLS[config.cell](width, config.state_size, layers, batch_first=True, dropout=dropout)
-    with torch.device("cpu"):  # the fit to the start values needs real ones, also while transformers loads weights
-        module = TORCH_CELLS[config.cell](width, config.state_size, layers, batch_first=True, dropout=dropout)
-        return kroneckerize(module, config.recurrent_factor_shapes, init="fresh")[0]
+    layers, kind = config.num_hidden_layers, TORCH_CELLS.get(config.cell, nn.RNN)
+    if config.cell in TORCH_CELLS and config.recurrent_factor_shapes is None:
+        return kind(width, config.state_size, layers, batch_first=True, dropout=dropout)
+    with torch.device("cpu"):  # parametrizations start from real values, also while transformers loads weights
+        module = kind(width, config.state_size, layers, batch_first=True, dropout=dropout)
+        if config.cell in TORCH_CELLS:
+            return kroneckerize(module, config.recurrent_factor_shapes, init="fresh")[0]
+        for layer in range(layers):
+            matrix = Orthogonal() if config.cell == "orthogonal" else LowRank(config.recurrent_rank)
+            parametrize.register_parametrization(module, f"weight_hh_l{layer}", matrix, unsafe=True)
+        own_rnn_class(module)
+        return module
 
 
 class BaselineModel(Baseline):

@@ -1,7 +1,5 @@
 """From options to a model, new or trained."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,7 +1,5 @@
 """The heads that a task can have, and those of kru_hf on other models than its own."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from transformers import (

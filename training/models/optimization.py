@@ -1,7 +1,5 @@
 """Optimizer groups and the learning rate as a plain function of the step."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A trained model that computes in the C runtime, for scoring what is shipped."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -11,11 +11,10 @@ Unless it is given or free itself, the embedding of a baseline is half as wide a
 wider ones spend on a map of V symbols what the state could use.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from kru_hf import plan_factor_shapes
@@ -53,11 +52,11 @@ def fit_to_budget(budget: int, architecture: str, values: dict[str, Any], count:
             chosen.setdefault("hidden_size", min(chosen["state_size"], -(-values["vocab_size"] // 2)))
         return chosen
 
-    counts: dict[int, int] = {}
+    counts: dict[int, int] = {}  # of the sizes that were tried
 
+    @cache
     def counted(size: int) -> int:
-        if size not in counts:
-            counts[size] = count(complete(size))
+        counts[size] = count(complete(size))
         return counts[size]
 
     # Widths that a sum of n Kronecker products maps are multiples of n.

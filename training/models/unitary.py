@@ -4,8 +4,6 @@ The same network and heads as :mod:`kru_hf`, for comparison with its soft constr
 A, real planes (2, P, P) as everywhere; they stand where the soft model keeps its factors, and count as its factors do.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

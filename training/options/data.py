@@ -1,7 +1,5 @@
 """Options of the data; the same for every task."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from functools import partial
 

@@ -1,8 +1,6 @@
 """What an option is: a dataclass field whose metadata say what it is for, which values it takes, and when it has an
 effect."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping

@@ -1,7 +1,5 @@
 """Options of the model. One left at None keeps the model's own default."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """From words to options, for every command of `training`."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Recipes: YAML files with the options of a run, flat, by the names of the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import Field
 from pathlib import Path

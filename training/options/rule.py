@@ -1,8 +1,6 @@
 """The one rule about options that would do nothing: refused where they are asked for, dropped from a recipe where the
 command line has chosen something else."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import Field
 from typing import Any

@@ -1,7 +1,5 @@
 """Model cards: card.md.jinja filled from what a run's folder records; a field that the folder lacks stays blank."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,7 +161,7 @@ def recipe_of(record: RunRecord) -> list[tuple[str, Any]]:
     fields = fields_of([*own, ModelOptions, DataOptions])
     given = {name: value for name, value in record.options.items() if name in fields}
     told = {"task", *INCIDENTAL - {"seed"}, *idle(given, fields)}
-    names = [name for name in given if name in fields_of(own) and name not in told]
+    names = [name for name in fields_of(own) if name in given and name not in told]
     options = [(name, given[name]) for name in names if not is_off(fields[name], given[name])]
     processes = [("processes", machine.get("processes")) for machine in record.machines[-1:]]
     done = [("steps done", record.results.get("steps")), ("step of these weights", record.results.get("best_step"))]

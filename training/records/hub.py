@@ -1,7 +1,5 @@
 """Talking to the Hub: what the caller may do, what a repository holds, and in plain words what went wrong."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import tempfile

@@ -3,8 +3,6 @@
 Kronecker Recurrent Units (Jose, Cissé, Fleuret): arXiv 1705.10142, ICML 2018 (PMLR 80:2380-2389).
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ tokenizer, card and results at once, so nothing is ever half-published: after a 
 finishes. What is already there in the same form is not uploaded twice.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

@@ -1,7 +1,5 @@
 """RESULTS.md, the table of README.md and the rows beside a model in its card, all from runs.jsonl."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

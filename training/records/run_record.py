@@ -2,10 +2,8 @@
 
 `recipe.yaml` has every option resolved, so that `training.train RUN/recipe.yaml` repeats the run whatever defaults
 become; `run.json` the data, versions, machines, times and the command; `history.csv` one row per evaluation and at most
-100 of training.
+40 of training.
 """
-
-from __future__ import annotations
 
 import csv
 import io
@@ -14,10 +12,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import hf_hub_download
+from typing_extensions import Self
 
 from ..common.errors import UserError
 from ..common.files import check_fields, one_line, read, read_json
@@ -27,14 +26,11 @@ from ..models.heads import BY_CLASS, HEADS, Head
 from ..options.recipe import read_recipe
 from ..tasks import get_task
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 RECIPE, RUN, RESULTS, HISTORY = RECORD
 
 
 TRAINING = ("train_loss", "learning_rate")
-TRAINING_ROWS = 100
+TRAINING_ROWS = 40  # as many as a line of a picture shows
 MAPPING = dict[str, Any]
 # Types of the fields that are computed with; others are shown as they are.
 FIELDS: dict[str, dict[str, Any]] = {

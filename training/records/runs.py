@@ -4,8 +4,6 @@ A line holds all that pages, pictures and cards show of it, so the run's folder 
 setting that differ in their seed alone are one row.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

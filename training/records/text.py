@@ -1,7 +1,5 @@
 """How records are shown: values as text of Markdown, tables, and the templates beside this file."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence

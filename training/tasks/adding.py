@@ -5,8 +5,6 @@ of the first half is marked 1 and one of the second, all others 0; the target, r
 two marked numbers. Always answering 1 has a mean squared error of 1/6.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -26,8 +26,6 @@ hold different numbers of targets, `batch.loss_weight` = targets in the slot · 
 makes it the mean over all targets.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod

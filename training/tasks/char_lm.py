@@ -1,7 +1,5 @@
 """Character language modelling on contiguous streams of text, scored in bits per character."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,14 +137,13 @@ class CharLM(Task):
         targets = batch.inputs["labels"]  # (B, T)
         count = (targets != IGNORED).sum()
         config = getattr(model, "module", model).config
+        penalty = out.unitary_loss
         if model.training:  # the loss is at hand; the penalty in it is taken out again
-            penalty = out.unitary_loss
             nats = out.loss.detach().double()
             if penalty is not None:
                 nats = nats - config.unitary_loss_coef * penalty.detach().double()
             total = nats * count
         else:
-            penalty = out.unitary_loss
             logits = out.logits.float().flatten(0, 1)  # (B·T, V)
             total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none").double().sum()
         return TaskOutput(out.loss, {"loss": total, "count": count.double()}, out.past_key_values, penalty)

@@ -6,8 +6,6 @@ the symbols. The loss is the mean cross-entropy over all T + 20 steps in 9 class
 10 · ln 8 / (T + 20) at best. `accuracy` is that of the 10 recalled symbols alone (chance: 1/8).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

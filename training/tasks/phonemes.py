@@ -1,7 +1,5 @@
 """Framewise phonemes: the phone that is spoken, at every 10 ms of an utterance (TIMIT, or speech made by espeak-ng)."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

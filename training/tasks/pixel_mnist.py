@@ -3,8 +3,6 @@
 A step is one pixel in [0, 1], row by row or in a fixed permutation of the whole picture (see `training.data.pixels`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the tasks on finite sets of labelled sequences share: shuffled batches, evaluation in parts, sums of figures."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
