@@ -16,7 +16,7 @@ import numpy as np
 from transformers.audio_utils import mel_filter_bank, spectrogram
 
 from ..common.errors import UserError
-from .splits import SPLITS, Parts, assign, describe, spelling
+from .splits import IGNORED, SPLITS, Parts, assign, describe, spelling
 
 RATE = 16_000  # Hz
 WINDOW, HOP, FFT = 400, 160, 512  # samples: 25 ms, 10 ms
@@ -26,7 +26,6 @@ PRE_EMPHASIS = 0.97
 FLOOR = 1.0  # of filter and frame energies of 16-bit samples, before the logarithm
 DELTA_SPAN = 2  # frames on either side that a first derivative is fitted to
 SPHERE = b"NIST_1A\n"
-IGNORED = -100
 
 # TIMIT's 61 phones, and the folding to 39 of Lee & Hon 1989: closures and pauses are silence, the glottal stop q is
 # left out (its frames are not scored).

@@ -14,6 +14,7 @@ from ..common.errors import UserError, printable
 from ..common.files import one_line
 
 SPLITS = ("train", "validation", "test")
+IGNORED = -100  # label that is not scored
 EITHER = "eval"  # of validation and test the one that the data do not name otherwise, validation first
 SPELLINGS = {
     "train": ("train", "training"),

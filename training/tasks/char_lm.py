@@ -14,12 +14,11 @@ from kru_hf import build_char_tokenizer
 
 from ..common.errors import UserError
 from ..data.corpora import load_corpus
-from ..data.splits import SPLITS
+from ..data.splits import IGNORED, SPLITS
 from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch, Layout, Task, TaskOutput
 
 EVAL_WINDOW = 256  # characters of a row in one evaluation call where the state is carried; no effect on the figure
-IGNORED = -100  # label that is not scored
 
 
 @dataclass

@@ -12,10 +12,10 @@ from ..common.errors import UserError
 from ..common.files import fingerprint
 from ..data.espeak import load_espeak
 from ..data.speech import FEATURES, WINDOW, Utterance, features, frame_labels, load_timit, phone_classes
-from ..data.splits import SPLITS, DataSet, Parts
+from ..data.splits import IGNORED, SPLITS, DataSet, Parts
 from ..options.fields import AT_LEAST_1, Options, option
 from .base import Batch, Layout, TaskOutput
-from .sequences import IGNORED, SequenceTask, by_length
+from .sequences import SequenceTask, by_length
 
 ESPEAK = "espeak"
 LENGTH_NOISE = 0.1  # spread of the log lengths by which utterances are put together: other company in every pass

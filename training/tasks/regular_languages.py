@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.splits import IGNORED
 from ..options.fields import option
-from .sequences import IGNORED
 from .word_problem import TrackingOptions, TrackingTask
 
 MODULUS = 5

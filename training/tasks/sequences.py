@@ -13,11 +13,9 @@ from torch.nn import functional as F
 
 from ..common.errors import UserError
 from ..common.files import fingerprint
-from ..data.splits import SPLITS, DataSet
+from ..data.splits import IGNORED, SPLITS, DataSet
 from ..options.fields import AT_LEAST_0, AT_LEAST_1, Options, at_most, option
 from .base import Batch, Layout, Task, TaskOutput
-
-IGNORED = -100  # label that is not scored
 
 
 @dataclass

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError
-from ..data.splits import SPLITS
+from ..data.splits import IGNORED, SPLITS
 from ..options.fields import AT_LEAST_0, AT_LEAST_1, Options, at_most, option
 from .base import Batch, Layout
-from .sequences import IGNORED, GeneratedTask, classification_sums
+from .sequences import GeneratedTask, classification_sums
 
 MOST_ELEMENTS = 5040
 TOKENS_PER_CALL = 2**15  # of an evaluation; changes no figure
