@@ -187,7 +187,7 @@ def test_phoneme_batches(timit_folder):
     lengths = [len(task.dataset.splits["test"][i][0]) for i in task.eval_order("test")]
     assert batch.inputs["input_values"].shape == (2, max(lengths), 26) and batch.num_elements == sum(lengths)
     assert (batch.inputs["labels"][0, lengths[0] :] == IGNORED).all()
-    with pytest.raises(UserError, match="phone_set=48 is not valid: it must be 61 or 39"):
+    with pytest.raises(UserError, match="phone_set=48 is not valid: it must be one of 61, 39"):
         make("phonemes", phone_set=48)
     with pytest.raises(UserError, match="is not a folder"):
         make("phonemes", {"dataset": "nowhere"})

@@ -40,6 +40,11 @@ def at_most(high: int, low: int = 1) -> Allowed:
     return f"at most {high}, and {low} or more", lambda value: low <= value <= high
 
 
+def one_of(*values: Any) -> Allowed:
+    """One of these values."""
+    return f"one of {', '.join(map(str, values))}", values.__contains__
+
+
 SEED: Allowed = (f"between 0 and {MAX_SEED}", lambda value: 0 <= value <= MAX_SEED)
 
 

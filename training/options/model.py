@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kru_hf import KRUConfig
@@ -11,13 +11,12 @@ from kru_hf.cells import STARTS, TRANSITIONS
 from kru_hf.configuration_kru import GATED_TYPES
 
 from ..common.errors import UserError
-from .fields import AT_LEAST_1, Condition, Is, Options, option, require
+from .fields import AT_LEAST_1, FINITE, Condition, Is, Options, one_of, option, require
 from .rule import effective, is_off, refuse_idle
 
 KRONECKER, TORCH = ("kru", "unitary"), ("rnn", "lstm", "gru")
 BASELINES = (*TORCH, "orthogonal", "low_rank")
 ARCHITECTURES = (*KRONECKER, *BASELINES)
-OFF_AT_0 = ("positive, or 0 to turn it off", lambda value: value >= 0)
 
 KRU: Condition = {"architecture": KRONECKER}
 SOFT: Condition = {"architecture": ("kru",)}
@@ -36,6 +35,9 @@ def of_new(text: str, *only: Condition, default: Any = None, **metadata: Any) ->
     return option(default, text, "model", only=conditions, **metadata)
 
 
+size_or_0 = partial(of_new, off=0, allowed=("positive, or 0 to turn it off", lambda value: value >= 0))
+
+
 @dataclass
 class ModelOptions(Options):
     """What is trained."""
@@ -44,7 +46,7 @@ class ModelOptions(Options):
         f"Kind of network: {', '.join(ARCHITECTURES)}.",
         default="kru",
         replaces=("initializer_range",),
-        allowed=(f"one of {', '.join(ARCHITECTURES)}", ARCHITECTURES.__contains__),
+        allowed=one_of(*ARCHITECTURES),
     )
     model: str | None = option(
         None,
@@ -88,25 +90,18 @@ class ModelOptions(Options):
     bidirectional: bool | None = of_new(
         "Whether a kru model also reads from the end of the sequence: for tasks that classify.", KRU, off=False
     )
-    io_rank: int | None = of_new(
+    io_rank: int | None = size_or_0(
         "Rank of the input and readout maps of a residual kru model; 0: full.",
         {**RESIDUAL, "kronecker_terms": Is.OFF},
         replaces=("kronecker_terms",),
-        off=0,
-        allowed=OFF_AT_0,
     )
-    kronecker_terms: int | None = of_new(
+    kronecker_terms: int | None = size_or_0(
         "Kronecker products whose sum each map of a residual kru model is; 0: dense maps.",
         {**RESIDUAL, "io_rank": Is.OFF},
         replaces=("io_rank",),
-        off=0,
-        allowed=OFF_AT_0,
     )
-    intermediate_size: int | None = of_new(
-        "Width of the gated feed-forward block after each recurrence of a kru model; 0: none.",
-        RESIDUAL,
-        off=0,
-        allowed=OFF_AT_0,
+    intermediate_size: int | None = size_or_0(
+        "Width of the gated feed-forward block after each recurrence of a kru model; 0: none.", RESIDUAL
     )
     readout_norm: bool | None = of_new("Whether the state is normalised where it is read.", KRU, off=False)
     recurrent_rank: int | None = of_new(
@@ -119,12 +114,10 @@ class ModelOptions(Options):
         f"Start of the recurrence: {', '.join(STARTS)}; fourier too for kru_linear.", COMPLEX, FIXED
     )
     bias_init: float | None = of_new("Start value of the modReLU bias.", {**COMPLEX, "activation": ("modrelu",)})
-    chrono_max_length: int | None = of_new(
+    chrono_max_length: int | None = size_or_0(
         "Longest memory, in steps, that gates start with (chrono initialisation); 0: forget bias 1.",
         {**SOFT, "cell_type": GATED_TYPES},
         {"architecture": ("lstm", "gru")},
-        off=0,
-        allowed=OFF_AT_0,
     )
     activation: str | None = of_new("State activation of a kru model: modrelu or identity.", COMPLEX)
     state_dropout: float | None = of_new("Dropout on the states before they are read.", off=0)
@@ -146,7 +139,7 @@ class ModelOptions(Options):
         TRAINED,
         {**FIXED, "freeze_factors": Is.OFF},
         off=0,
-        allowed=("0 or more", lambda value: value >= 0),
+        allowed=FINITE,
     )
     max_recurrent_norm: float | None = option(
         None,
@@ -154,7 +147,7 @@ class ModelOptions(Options):
         "model",
         only=(TRAINED, {"model": Is.ON}),
         off=0,
-        allowed=("0 or more", lambda value: 0 <= value < math.inf),
+        allowed=FINITE,
     )
     layer_norm_epsilon: float | None = of_new("Epsilon of the RMS norms.", {**KRU, "readout_norm": (True,)}, RESIDUAL)
     initializer_range: float | None = of_new("Standard deviation of the output head's weights at the start.")

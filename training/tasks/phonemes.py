@@ -13,7 +13,7 @@ from ..common.files import fingerprint
 from ..data.espeak import load_espeak
 from ..data.speech import FEATURES, WINDOW, Utterance, features, frame_labels, load_timit, phone_classes
 from ..data.splits import IGNORED, SPLITS, DataSet, Parts
-from ..options.fields import AT_LEAST_1, Options, option
+from ..options.fields import AT_LEAST_1, Options, one_of, option
 from .base import Batch, Layout, TaskOutput
 from .sequences import SequenceTask, by_length
 
@@ -26,14 +26,10 @@ class PhonemeOptions(Options):
     """Options of framewise phoneme classification."""
 
     phone_set: int | None = option(
-        None,
-        "Classes of TIMIT: 61 (default), or 39 with its standard folding.",
-        allowed=("61 or 39", (61, 39).__contains__),
+        None, "Classes of TIMIT: 61 (default), or 39 with its standard folding.", allowed=one_of(61, 39)
     )
     test_split: str | None = option(
-        None,
-        "TIMIT's test speakers: core (24, the default) or complete (168).",
-        allowed=("core or complete", ("core", "complete").__contains__),
+        None, "TIMIT's test speakers: core (24, the default) or complete (168).", allowed=one_of("core", "complete")
     )
     eval_batch_size: int = option(8, "Utterances in one evaluation call; changes no figure.", allowed=AT_LEAST_1)
 
