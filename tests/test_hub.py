@@ -270,7 +270,7 @@ def test_without_a_network(trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--repo_id", "me/kru"], "required: --model"),
+        (["--repo_id", "me/kru"], "model is missing: pass --model"),
         (["--model", "run", "--repo_id", "me/kru", "--dryrun"], "unknown option '--dryrun' (did you mean 'dry_run'?)"),
     ],
 )

@@ -14,23 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
 from kru_hf import kroneckerize
 from kru_hf.kronecker import factorings
 
 from .common import processes
 from .common.errors import Interrupted, UserError
 from .common.lock import locked
-from .common.machine import keep_freed_memory, shown_command
+from .common.machine import shown_command
 from .common.run_folder import holds_run, is_within
 from .common.saving import write_json
 from .common.stopping import StopRequest
 from .evaluate import EvaluateOptions, load_task, recorded
-from .loop.accelerate_loop import TrainingLoop
 from .loop.arguments import Arguments
-from .loop.run import check_place, finish, open_folder, start_folder
+from .loop.run import build_accelerator, check_place, open_folder
+from .loop.run import run as fine_tune
 from .loop.scoring import evaluate
 from .models.baselines import TORCH_CELLS
 from .models.build import load_model
@@ -42,7 +39,6 @@ from .options.run import RunOptions
 from .records.results_page import table
 from .records.run_record import RECIPE, read_record
 from .records.runs import factors
-from .tasks import Task
 
 RESULT = "kroneckerize.json"
 
@@ -100,16 +96,12 @@ class Shrinker:
     def __init__(self, options: KroneckerizeOptions, data: DataOptions, command: str, stop: StopRequest) -> None:
         self.options, self.data, self.command, self.stop = options, data, command, stop
         self.record = read_record(options.model)
-        self.accelerator = Accelerator(
-            cpu=options.use_cpu or not torch.accelerator.is_available(),
-            mixed_precision=self.record.options.get("mixed_precision"),
-        )
         processes.share_cores(self.record.options.get("num_threads", 0))
-        keep_freed_memory()
         model, tokenizer = self.fresh()
         self.state_size = model.config.state_size
         self.dense = model.num_recurrent_parameters()
-        self.task: Task = load_task(EvaluateOptions(model=options.model), data, tokenizer, self.record)
+        self.task = load_task(EvaluateOptions(model=options.model), data, tokenizer, self.record)
+        self.accelerator = build_accelerator(self.arguments("dense"))
 
     def fresh(self) -> tuple[Any, Any]:
         """Model and tokenizer as they were trained."""
@@ -120,7 +112,7 @@ class Shrinker:
                 f"model={self.options.model!r} is not a dense {', '.join(TORCH_CELLS)}: its recurrent matrices cannot "
                 f"be kroneckerized (cell {cell!r}, factors {getattr(model.config, 'recurrent_factor_shapes', None)})"
             )
-        return model.to(self.accelerator.device), tokenizer
+        return model, tokenizer
 
     def plan(self) -> dict[str, list[list[int]] | None]:
         """Shapes of each row by its name, the dense model first; two ratios that give the same shapes are one row."""
@@ -135,7 +127,7 @@ class Shrinker:
 
     def row(self, name: str, shapes: list[list[int]] | None) -> dict[str, Any]:
         """Shrink, score, fine-tune, score."""
-        model, _ = self.fresh()
+        model = self.fresh()[0].to(self.accelerator.device)
         error = 0.0
         if shapes is not None:
             _, fit = kroneckerize(model.model.recurrent, shapes)
@@ -152,7 +144,7 @@ class Shrinker:
             **{f"{s}_bpc_before": evaluate(self.task, model, s, self.accelerator)["bpc"] for s in splits},
         }
         if self.options.max_steps:
-            figures = self.fine_tune(model, self.arguments(name))
+            figures = fine_tune(self.arguments(name), self.stop, prepare=lambda _: (self.task, model))
             row |= {f"{split}_bpc_after": figures[f"{split}_bpc"] for split in splits}
             row |= {name: figures[name] for name in ("steps", "train_runtime")}
         return row
@@ -166,7 +158,7 @@ class Shrinker:
             self.record.options,
             output_dir=str(Path(self.options.output_dir) / name),
             overwrite_output_dir=self.options.overwrite_output_dir,
-            max_steps=steps,
+            max_steps=steps or -1,
             **({"learning_rate": self.options.learning_rate} if self.options.learning_rate else {}),
             lr_scheduler_type="cosine",
             eval_steps=max(1, steps // 6),
@@ -175,16 +167,14 @@ class Shrinker:
             report_to="none",
             sample_length=0,
             evaluate_test=True,
+            use_cpu=self.options.use_cpu,
         )
         model = ModelOptions(architecture=self.record.options.get("architecture", "lstm"))
         return Arguments(run, model, self.data, self.task.options, self.command)
 
-    def open_folder(self, name: str, held: ExitStack) -> None:
-        """Lock the folder of a fine-tune for as long as `held` is open.
-
-        Raises:
-            UserError: it would replace the model, which every row starts from, or an earlier fine-tune, or is in use.
-        """
+    def check_folder(self, name: str) -> None:
+        """Before the first row, `UserError` if a fine-tune's folder would replace the model, or an earlier fine-tune,
+        or is in use."""
         arguments = self.arguments(name)
         if is_within(self.options.model, arguments.output_dir):
             raise UserError(f"output_dir={self.options.output_dir!r} would replace model={self.options.model!r}")
@@ -193,15 +183,8 @@ class Shrinker:
                 f"output_dir={self.options.output_dir!r} holds the fine-tune {name!r}, and rows are made from the "
                 "beginning: pass --overwrite_output_dir true to delete it, or another --output_dir"
             )
-        open_folder(arguments, held)
-
-    def fine_tune(self, model: Any, arguments: Arguments) -> dict[str, Any]:
-        """Train on with the run's loop; the folder then holds the weights that were best on validation."""
-        loop = TrainingLoop(arguments, self.task, model, self.accelerator, self.stop)
-        start_folder(loop)
-        with self.stop.deferred():
-            loop.run()
-        return finish(loop)
+        with ExitStack() as held:
+            open_folder(arguments, held)
 
 
 def render(rows: list[dict[str, Any]]) -> str:
@@ -223,13 +206,12 @@ def run(argv: list[str]) -> list[dict[str, Any]]:
     folder = Path(options.output_dir)
     rows: list[dict[str, Any]] = []
     check_place(folder)
-    with StopRequest() as stop, ExitStack() as held:
-        held.enter_context(locked(folder))
+    with StopRequest() as stop, locked(folder):
         command = shown_command(argv, "training.kroneckerize_lm")
         shrinker = Shrinker(options, data, command, stop)
         plan = shrinker.plan()
         for name in plan if options.max_steps else ():
-            shrinker.open_folder(name, held)
+            shrinker.check_folder(name)
         for name, shapes in plan.items():
             rows.append(shrinker.row(name, shapes))
             record = {"model": Path(options.model).name, "dataset": shrinker.task.dataset_record(), "rows": rows}

@@ -6,7 +6,6 @@ Without arguments: a character language model on the embedded text `python_docs`
 import signal
 import sys
 
-import torch
 import transformers
 
 from .common import processes
@@ -22,7 +21,6 @@ def main(argv: list[str] | None = None, driver: type[Driver] = TrainingLoop, pro
     """Command line of `program`; returns the exit code: 0, 1 for errors, 128 + the signal that stopped it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     transformers.utils.logging.disable_progress_bar()  # bars for single files would break the training's own
-    deterministic = torch.are_deterministic_algorithms_enabled()
     again = f"resume with: {processes.how_to_resume(argv, program)}"
     with StopRequest() as stop:  # while the reason is said too: launchers send a second signal
         try:
@@ -39,7 +37,6 @@ def main(argv: list[str] | None = None, driver: type[Driver] = TrainingLoop, pro
             processes.say(UserError(processes.what_was_lost(error)), again)
             return 1
         finally:
-            torch.use_deterministic_algorithms(deterministic)
             with processes.unheard():
                 sys.stdout.flush()
     return 0

@@ -8,11 +8,11 @@ import signal
 import pytest
 
 from kru_hf.kronecker import factorings
-from training import kroneckerize_lm
 from training.common.errors import Interrupted, UserError
 from training.common.lock import locked
 from training.evaluate import main as evaluate
 from training.kroneckerize_lm import main, nearest_shapes
+from training.loop.accelerate_loop import TrainingLoop
 from training.models.build import load_model
 from training.train import main as train
 
@@ -75,7 +75,7 @@ def test_an_interruption_says_what_is_kept(lstm, text_file, tmp_path, monkeypatc
     def stopped(*_):
         raise Interrupted("stopped at step 3; the checkpoint is written", signal.SIGTERM)
 
-    monkeypatch.setattr(kroneckerize_lm.TrainingLoop, "run", stopped)
+    monkeypatch.setattr(TrainingLoop, "run", stopped)
     words = [f"--model={lstm}", f"--dataset={text_file}", "--ratios=3", "--max_steps=6", "--use_cpu"]
     assert main([*words, f"--output_dir={tmp_path}"]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.strip().endswith("error: stopped; the rows so far are saved")

@@ -1,6 +1,7 @@
 """A run from its options to its results: folder, data, model, training, and what is said and written."""
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,17 @@ def start_folder(loop: Driver) -> None:
     write_text(folder / RECIPE, recipe_text(options))
 
 
-def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = TrainingLoop) -> dict[str, Any]:
-    """Train, evaluate and write the folder; returns the figures of `all_results.json`."""
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())  # costs nothing on a CPU
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+def run(
+    arguments: Arguments,
+    stop: StopRequest,
+    driver: type[Driver] = TrainingLoop,
+    prepare: Callable[[Arguments], tuple[Task, Any]] = prepare_task,
+) -> dict[str, Any]:
+    """Train, evaluate and write the folder; returns the figures of `all_results.json`.
+
+    Args:
+        prepare: makes task and model.
+    """
     processes.share_cores(arguments.run.num_threads)
     keep_freed_memory()
     if arguments.model.model is not None:
@@ -178,9 +186,12 @@ def run(arguments: Arguments, stop: StopRequest, driver: type[Driver] = Training
     accelerator = build_accelerator(arguments)
     is_main = accelerator.is_main_process
     with ExitStack() as held:
+        held.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(not torch.cuda.is_available())  # costs nothing on a CPU
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         found = processes.together(accelerator, lambda: open_folder(arguments, held) if is_main else None)
         (found,) = broadcast_object_list([found])
-        task, model = processes.together(accelerator, lambda: prepare_task(arguments))
+        task, model = processes.together(accelerator, lambda: prepare(arguments))
         engine = using_backend(arguments.run.backend, model, accelerator.device)
         processes.together(accelerator, lambda: held.enter_context(engine))
         processes.together(accelerator, lambda: check_publishing(arguments, task, model) if is_main else None)
