@@ -1,7 +1,5 @@
 """What a model costs besides its parameters: bytes of weights in 8 bits, multiply-adds of a step of the sequence."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -10,7 +8,7 @@ from torch import nn
 from kru_hf import KRULinearRecurrence, KRURecurrence
 from kru_hf.maps import KroneckerLinear
 
-from .structured import LowRankMatrix, OrthogonalMatrix
+from .structured import LowRank
 
 SCALE = VECTOR = 2  # bytes of a row's scale, and of a number of a bias or a norm: fp16
 EXACT = 4  # bytes of a number of the complex cell's factors: an error of its eigenvalues grows with every step
@@ -49,12 +47,11 @@ def multiply_adds(model: Any) -> int | None:
         elif isinstance(module, KroneckerLinear):
             total += module.in_features * module.out_features
         elif isinstance(module, nn.RNNBase):
-            names = (name for name in module._flat_weights_names if name.startswith("weight"))
-            total += sum(getattr(module, name).numel() for name in names)
-        elif isinstance(module, OrthogonalMatrix):
-            total += module.size**2
-        elif isinstance(module, LowRankMatrix):
-            total += module.left.numel() + module.right.numel()
+            groups: Any = getattr(module, "parametrizations", {})
+            for name in (name for name in module._flat_weights_names if name.startswith("weight")):
+                low_rank = name in groups and isinstance(groups[name][0], LowRank)
+                matrices = groups[name].parameters() if low_rank else [getattr(module, name)]
+                total += sum(matrix.numel() for matrix in matrices)
         elif isinstance(module, KRURecurrence):
             total += recurrent_multiply_adds(module)
     return total
