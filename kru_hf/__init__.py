@@ -14,6 +14,7 @@ from transformers import (
 from . import compiled  # noqa: F401  (registers operators)
 from .cache_kru import KRUCache
 from .configuration_kru import KRUConfig
+from .export import steps  # noqa: F401  (registers what generates on the CPU)
 from .heads_kru import KRUForSequenceClassification, KRUForTokenClassification
 from .kronecker import kron_apply, kron_dense, plan_factor_shapes, random_unitary, unitary_penalty
 from .layers import KRU, KRUGRU, KRUJANET, KRULSTM, KroneckerizeReport, KRULinear, dekroneckerize, kroneckerize, to_kru

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +32,12 @@ from .maps import (
 from .recurrence import KRUBidirectional, KRULinearRecurrence, KRURecurrence, Recurrence
 from .scan import can_look_at
 
+# What takes single steps of a language model on the CPU in torch's place while it generates: from a model to a function
+# of tokens (B, 1) and cache, or to None. Its result is the logits (B, 1, V), or None where torch has to do it. The
+# installed package fills it in, as it does ``scan.COMPILED``.
+Step = Callable[[Tensor, Any], Tensor | None]
+STEPS: dict[str, Callable[[Any], Step | None]] = {}
+_steps: ContextVar[tuple[Any, Step | None]] = ContextVar("steps", default=(None, None))  # of the model that generates
 INPUTS = ("input_ids", "inputs_embeds", "input_values")  # of which a call gets one: (B, T), (B, T, ·)
 
 
@@ -483,6 +491,30 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             generation_config.stop_strings = None
         return cast(Any, super())._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Small models on the CPU take their steps in the C runtime, where there is one.
+
+        Logits are then equal to 1e-5. Hooks, adapters, other types of weights, autocast, ``use_backend`` and all that
+        torch alone can do are honoured: it does the steps.
+        """
+        make = STEPS.get(self.device.type)
+        token = _steps.set((self, make and make(self)))
+        try:
+            return cast(Any, super()).generate(*args, **kwargs)
+        finally:
+            _steps.reset(token)
+
+    def _step(self, input_ids: Any, mask: Tensor | None, cache: Any, asked: dict[str, Any]) -> Tensor | None:
+        """Logits (B, 1, V) of a step of ``generate()`` that needs no torch, or None."""
+        config, step = self.config, _steps.get()[1]
+        if step is None or input_ids is None or cache is None or any(value is not None for value in asked.values()):
+            return None
+        if config.output_hidden_states or config.output_attentions:
+            return None
+        if mask is not None and not bool(mask[:, -1].all()):  # ones and zeros, as generate() has seen
+            return None
+        return step(input_ids, cache)
+
     def prepare_inputs_for_generation(  # type: ignore[override]  # generate() looks for the name inputs_embeds
         self,
         input_ids: Tensor,
@@ -517,6 +549,10 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         (B, T) in kwargs gives targets that are already aligned with the logits, for contiguous windows; all of them but
         -100 are scored. In training mode λ · unitary_loss is added to the loss.
         """
+        if not torch.compiler.is_compiling() and _steps.get()[0] is self and inputs_embeds is None and labels is None:
+            logits = self._step(input_ids, attention_mask, past_key_values, kwargs)
+            if logits is not None:
+                return KRUCausalLMOutput(logits=logits, past_key_values=past_key_values)
         outputs, _, starts = self.run_body(
             attention_mask,
             kwargs,

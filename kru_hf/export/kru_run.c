@@ -11,10 +11,10 @@
  *     of a chain over the keys: map input_size -> outputs of the frame before, rows w (keys, H), rows v (keys, H); its
  *     windows: rows (2 W, C), rows (C, H), numbers (C), rows (1, C)
  *     64 zero bytes: vectors may read past the end of a row
- * numbers   fp32: floats; else fp16
+ * numbers   fp32: floats; int8: fp16; int4: rows of them
  * rows      fp32: floats (rows, columns); else fp16 scales (rows), then int8 (rows, columns)
  * map       y = sum over i < n of (A_i x B_i) x, or dense (n = 1: no A): A as rows (n n, n); then
- *           fp32: B (n, in/n, out/n), inputs before outputs; else fp16 scales (n, out/n) and codes
+ *           fp32: B (n, in/n, out/n), inputs before outputs; else fp16 scales (out/n), of all terms alike, and codes
  *           (n, pairs, out/n, 2) of two inputs each: int8, or for 4 bits a byte, the first input's in the low half.
  *           A single input: its weights as rows (1, out)
  * The factors of the complex cell are floats whatever the dtype: an error of its eigenvalues grows with every step.
@@ -58,7 +58,7 @@ static const struct {
 } CELL[CELLS] = {{2, 1, 2, 2}, {4, 4, 2, 1}, {3, 4, 1, 1}, {2, 2, 1, 1}, {4, 7, 2, 1}};
 
 typedef struct {
-    uint32_t magic, bytes, crc; /* "KRU1", of the whole file, of all that follows this field */
+    uint32_t magic, bytes, crc; /* "KRU2", of the whole file, of all that follows this field */
     uint32_t dtype, head, vocabulary, input_size, outputs, embedding, hidden, state, cell, flags, layers, terms, factors;
     uint32_t map_terms, intermediate, rank; /* rank: 0, or r of low-rank maps */
     uint32_t channels;                      /* C of the windows of a chain */
@@ -72,7 +72,7 @@ typedef struct { /* y = W x, W (out, in) a sum of n Kronecker products */
     const float *mixing;  /* (n, n, n), NULL: dense */
     const float *weights; /* (in, out/n), in the file; or NULL and */
     const uint8_t *codes; /* (n, pairs, out/n, 2), in the file */
-    const float *scales;  /* (n, out/n) */
+    const float *scales;  /* (out/n) */
     const float *bias;    /* (out), or NULL */
 } map;
 
@@ -142,31 +142,26 @@ static float from_half(uint16_t h) {
     return value.f;
 }
 
-/* `rows` x `count` numbers, a row every `stride`. */
-static const float *numbers(reader *r, int dtype, uint64_t rows, uint64_t count, uint64_t stride) {
+/* A matrix (rows, count), a row every `stride`: floats, fp16, or codes of 8 bits with a scale for each row. */
+enum { FLOATS, HALVES, CODES };
+static const float *matrix(reader *r, int form, uint64_t rows, uint64_t count, uint64_t stride) {
     float *to = room(r, 4 * rows * stride);
-    const uint8_t *from = take(r, rows * count * (dtype == FP32 ? 4 : 2));
-    if (!to || !from) return to;
+    const uint16_t *scales = form == CODES ? (const uint16_t *)take(r, 2 * rows) : NULL;
+    const uint8_t *from = take(r, rows * count * (form == FLOATS ? 4 : form == HALVES ? 2 : 1));
+    if (!to || r->error) return to;
     for (uint64_t i = 0; i < rows; i++)
-        for (uint64_t j = 0; j < stride; j++)
+        for (uint64_t j = 0, at = i * count; j < stride; j++, at++)
             to[i * stride + j] = j >= count       ? 0.0f
-                                 : dtype == FP32 ? ((const float *)from)[i * count + j]
-                                                 : from_half(((const uint16_t *)from)[i * count + j]);
+                                 : form == FLOATS ? ((const float *)from)[at]
+                                 : form == HALVES ? from_half(((const uint16_t *)from)[at])
+                                                  : from_half(scales[i]) * (float)((const int8_t *)from)[at];
     return to;
 }
-
-/* A matrix whose rows have a scale each, as floats. */
-static float *rows(reader *r, int dtype, uint64_t count, uint64_t columns) {
-    float *to = room(r, 4 * count * columns);
-    const uint8_t *scales = dtype == FP32 ? NULL : take(r, 2 * count);
-    const uint8_t *from = take(r, count * columns * (dtype == FP32 ? 4 : 1));
-    if (!to || r->error) return to;
-    if (dtype == FP32)
-        memcpy(to, from, 4 * count * columns);
-    else
-        for (uint64_t i = 0; i < count * columns; i++)
-            to[i] = from_half(((const uint16_t *)scales)[i / columns]) * (float)((const int8_t *)from)[i];
-    return to;
+static const float *numbers(reader *r, int dtype, uint64_t rows, uint64_t count, uint64_t stride) {
+    return matrix(r, dtype == FP32 ? FLOATS : dtype == INT8 ? HALVES : CODES, rows, count, stride);
+}
+static const float *rows(reader *r, int dtype, uint64_t count, uint64_t columns) {
+    return matrix(r, dtype == FP32 ? FLOATS : CODES, count, columns, columns);
 }
 
 static map read_map(reader *r, kru *k, uint64_t in, uint64_t out, uint64_t n, int bias) {
@@ -183,10 +178,10 @@ static map read_map(reader *r, kru *k, uint64_t in, uint64_t out, uint64_t n, in
     else if (in == 1)
         m.weights = rows(r, dtype, 1, out);
     else {
-        m.scales = numbers(r, dtype, n, each, each);
+        m.scales = matrix(r, HALVES, 1, each, each);
         m.codes = take(r, n * pairs * each * (dtype == INT8 ? 2 : 1));
         m.pairs = (int)pairs;
-        m.level = 2147483647.0f / (128.0f * 2.0f * (float)pairs);
+        m.level = 2147483647.0f / ((dtype == INT8 ? 128.0f : 8.0f) * 2.0f * (float)(n * pairs));
         m.level = m.level > 32767.0f ? 32767.0f : (float)(int)m.level;
     }
     if (bias) m.bias = numbers(r, dtype, 1, out, out);
@@ -217,11 +212,12 @@ static const float *read_factor(reader *r, const kru *k, int f) {
 }
 
 static uint32_t crc32(const uint8_t *p, size_t n) {
-    uint32_t crc = ~0u;
-    while (n--) {
-        crc ^= *p++;
-        for (int i = 0; i < 8; i++) crc = crc >> 1 ^ (0xedb88320u & (0u - (crc & 1)));
+    uint32_t crc = ~0u, table[256];
+    for (uint32_t i = 0; i < 256; i++) {
+        table[i] = i;
+        for (int j = 0; j < 8; j++) table[i] = table[i] >> 1 ^ (0xedb88320u & (0u - (table[i] & 1)));
     }
+    while (n--) crc = crc >> 8 ^ table[(crc ^ *p++) & 255];
     return ~crc;
 }
 
@@ -230,7 +226,7 @@ static const char *check_header(const header *h, size_t bytes) {
                               h->terms,   h->factors,   h->map_terms, h->vocabulary, h->input_size,
                               h->intermediate, h->text_bytes, h->channels, h->rank};
     const int positive = 8;
-    if (h->magic != 0x3155524bu) return "not a weight file of this version: it does not begin with KRU1";
+    if (h->magic != 0x3255524bu) return "not a weight file of this version: it does not begin with KRU2";
     if (h->bytes != bytes) return "the file is not as long as its header says";
     for (int i = 0; i < (int)(sizeof sizes / sizeof *sizes); i++)
         if (sizes[i] > LIMIT || (i < positive && !sizes[i])) return "a size in the header is out of range";
@@ -650,10 +646,10 @@ int kru_generate(kru *k, int count, float temperature, float top_p, uint64_t *se
     return 0;
 }
 
-/* The state lies in planes of padded N floats; outside it has none in between. */
-static void move_state(const kru *k, float *to, const float *from) {
+/* The state lies in planes of padded N floats; outside it has none in between, but `skip` floats after each layer. */
+static void move_state(const kru *k, float *to, const float *from, size_t skip) {
     size_t N = k->h.state;
-    for (uint32_t i = 0; i < k->h.layers; i++)
+    for (uint32_t i = 0; i < k->h.layers; i++, to = to ? to + skip : to, from = from ? from + skip : from)
         for (int s = 0; s < CELL[k->h.cell].states; s++) {
             float *plane = k->layers[i].state + s * k->padded;
             if (to) memcpy(to, plane, 4 * N), to += N;
@@ -661,10 +657,22 @@ static void move_state(const kru *k, float *to, const float *from) {
             if (!to && !from) memset(plane, 0, 4 * (size_t)k->padded);
         }
 }
-void kru_reset(kru *k) { move_state(k, NULL, NULL); }
+void kru_reset(kru *k) { move_state(k, NULL, NULL, 0); }
 int kru_state_size(const kru *k) { return (int)(k->h.layers * k->h.state) * CELL[k->h.cell].states; }
-void kru_get_state(const kru *k, float *state) { move_state(k, state, NULL); }
-void kru_set_state(kru *k, const float *state) { move_state(k, NULL, state); }
+void kru_get_state(const kru *k, float *state) { move_state(k, state, NULL, 0); }
+void kru_set_state(kru *k, const float *state) { move_state(k, NULL, state, 0); }
+
+int kru_rows(kru *k, int rows, const int64_t *tokens, float *states, float *outputs) {
+    const size_t width = k->h.outputs, each = (size_t)CELL[k->h.cell].states * k->h.state, skip = (size_t)(rows - 1) * each;
+    for (int i = 0; i < rows; i++)
+        if (!k->table || tokens[i] < 0 || tokens[i] >= (int64_t)k->h.vocabulary) return -1;
+    for (int i = 0; i < rows; i++) {
+        move_state(k, NULL, states + i * each, skip);
+        memcpy(outputs + i * width, kru_step(k, (int)tokens[i]), 4 * width);
+        move_state(k, states + i * each, NULL, skip);
+    }
+    return 0;
+}
 
 const char *kru_text(const kru *k, int token, int *bytes) {
     const char *at = k->texts;

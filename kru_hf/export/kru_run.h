@@ -52,6 +52,9 @@ KRU_API void kru_reset(kru *k); /* back to the state before the first step */
 KRU_API int kru_state_size(const kru *k); /* floats: layers * S * N */
 KRU_API void kru_get_state(const kru *k, float *state);
 KRU_API void kru_set_state(kru *k, const float *state);
+/* One step of several streams whose states the caller keeps: tokens (rows), states (layers, rows, S, N), which are
+ * replaced, to outputs (rows, kru_outputs). k is left with the last one's. 0, or -1 as above: nothing is read then. */
+KRU_API int kru_rows(kru *k, int rows, const int64_t *tokens, float *states, float *outputs);
 
 /* A draw from softmax(logits / temperature), of the most probable entries that have top_p of it together; temperature 0:
  * the largest. `seed` is the state of the generator, any number at first. */

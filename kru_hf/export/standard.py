@@ -7,6 +7,8 @@ state of a model starts at zeros, also where the linear cell has learned a first
 Letters as in ``cells``; L layers, E and D widths of an embedding and of the hidden states, W width of a frame.
 """
 
+from __future__ import annotations  # torch.export is a second to import: only what uses it does
+
 import copy
 import importlib.util
 import math

@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
+from ..heads_kru import KRUForSequenceClassification, KRUForTokenClassification
+from ..modeling_kru import KRUForCausalLM
+from ..piano_roll_head import KRUForPianoRoll
 from .weight_file import HEADS, weight_file
 
+_CLASSES = (KRUForCausalLM, KRUForSequenceClassification, KRUForTokenClassification, KRUForPianoRoll)  # as HEADS
 _KINDS = ("text", "sequence", "steps", "roll", "chain")  # enum kru_head
 
 
@@ -39,6 +43,7 @@ def library() -> ctypes.CDLL:
         ("kru_state_size", count, [pointer]),
         ("kru_get_state", None, [pointer, pointer]),
         ("kru_set_state", None, [pointer, pointer]),
+        ("kru_rows", count, [pointer, count, pointer, pointer, pointer]),
         ("kru_generate", count, [pointer, count, real, real, pointer, pointer]),
         ("kru_draw", count, [pointer, real, real, count, count, pointer, pointer]),
         ("kru_nats", real, [pointer, pointer]),
@@ -64,13 +69,12 @@ def load_model(source: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: the config names no class that the runtime knows.
     """
-    import kru_hf
-
     config = AutoConfig.from_pretrained(source, **kwargs)
     kind = (getattr(config, "architectures", None) or [None])[0]
     if kind not in HEADS:
         raise ValueError(f"model must be one of {', '.join(HEADS)}, {source} holds {kind}")
-    model = getattr(kru_hf, kind).from_pretrained(source, config=config, **kwargs).eval()
+    made: Any = _CLASSES[HEADS.index(kind)]
+    model = made.from_pretrained(source, config=config, **kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs) if config.input_size is None else None
     return model, tokenizer
 
@@ -165,6 +169,23 @@ class StreamingModel:
         outputs = np.empty((len(steps), self.num_outputs), np.float32)
         self._library.kru_sequence(self._k, *given, len(steps), outputs.ctypes.data)
         self._steps += len(steps)
+        return outputs
+
+    def step_rows(self, tokens: np.ndarray, states: np.ndarray) -> np.ndarray:
+        """One step of several streams whose states the caller keeps: the outputs (B, num_outputs) float32.
+
+        Args:
+            tokens: (B,) int64. states: (L, B, S, N) float32, contiguous; they are replaced. The model's own state is
+                then that of the last stream.
+
+        Raises:
+            ValueError: a token that the model does not have; nothing is read then.
+        """
+        outputs = np.empty((len(tokens), self.num_outputs), np.float32)
+        given = (np.ascontiguousarray(tokens).ctypes.data, states.ctypes.data, outputs.ctypes.data)
+        if self._library.kru_rows(self._k, len(tokens), *given):
+            raise ValueError(f"tokens must be at least 0 and below {self.vocab_size}, got {tokens!r}")
+        self._steps += 1
         return outputs
 
     def reset(self) -> None:

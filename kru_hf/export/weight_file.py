@@ -16,13 +16,26 @@ CELL_ORDER = ("kru", "lstm", "gru", "janet", "peephole")  # the enum in kru_run.
 HEADS = ("KRUForCausalLM", "KRUForSequenceClassification", "KRUForTokenClassification", "KRUForPianoRoll")
 CHAIN = len(HEADS)  # the number of a KRUForPianoRoll with a chain
 PLAIN, READOUT_NORM, IDENTITY, HEAD_BIAS = 1, 2, 4, 8
-MAGIC, SLACK = b"KRU1", 64
+MAGIC, SLACK = b"KRU2", 64
+MOST = {"int8": 127, "int4": 7}  # the largest code of a map
+SHARES = {127: (1.0,), 7: (1.0, 0.9, 0.8, 0.7, 0.6)}  # of its largest weight that a row's largest code stands for
 
 
 def round_rows(matrix: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes -most … most, with a scale in fp16 for each row of a matrix (…, columns): int8 (…, columns), fp16 (…)."""
+    """Codes -most … most, with a scale in fp16 for each row of a matrix (…, columns): int8 (…, columns), fp16 (…).
+
+    With 4 bits a row's largest weights may be cut off, where that makes the sum of its squared errors smaller.
+    """
     largest = np.abs(matrix).max(-1)  # (…)
-    scales = (largest / most).astype(np.float16)  # (…)
+    found = [_round_to(matrix, (share * largest / most).astype(np.float16), most) for share in SHARES[most]]
+    errors = [np.square(codes * scales[..., None].astype(np.float32) - matrix).sum(-1) for codes, scales in found]
+    best = np.argmin(errors, 0)  # (…): the first of equals, so that rounding what is rounded changes nothing
+    codes, scales = (np.stack(each) for each in zip(*found, strict=True))  # (shares, …, columns), (shares, …)
+    codes = np.take_along_axis(codes, best[None, ..., None], 0)[0]
+    return codes, np.take_along_axis(scales, best[None], 0)[0]
+
+
+def _round_to(matrix: np.ndarray, scales: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     # A scale below fp16's smallest number stands for a row of zeros.
     safe = np.where(scales == 0, 1, scales).astype(np.float32)[..., None]
     return np.clip(np.rint(matrix / safe), -most, most).astype(np.int8), scales
@@ -41,7 +54,7 @@ def rounded_weights(model: KRUPreTrainedModel, dtype: str) -> dict[str, Tensor]:
         if dtype == "fp32" or ("factors" in path and not model.config.gated):
             weight = parameter.detach().clone()
         elif path[-1] == "bias" or "norm" in name:
-            weight = parameter.detach().half().float()
+            weight = parameter.detach().half().float() if dtype == "int8" else rows(parameter)
         elif path[-2:] == ["lower", "weight"]:
             weight = rows(parameter.mT).mT  # of a chain: stored key by key
         elif {"embed_tokens", "factors", "mixing", "keys", "windows"} & set(path):
@@ -49,7 +62,9 @@ def rounded_weights(model: KRUPreTrainedModel, dtype: str) -> dict[str, Tensor]:
         elif path[-1] == "weight" and parameter.shape[-1] == 1:
             weight = rows(parameter.mT).mT  # a single input
         else:
-            weight = rows(parameter, 127 if dtype == "int8" else 7)
+            blocks = parameter if path[-1] == "blocks" else parameter[None]  # (n, out/n, in/n)
+            flat = blocks.swapaxes(0, 1)  # (out/n, n, in/n)
+            weight = rows(flat.flatten(1), MOST[dtype]).view(flat.shape).swapaxes(0, 1).reshape(parameter.shape)
         found[name] = weight.to(parameter.device, parameter.dtype)
     return found
 
@@ -69,7 +84,11 @@ class _Writer:
             self.raw(np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
 
     def numbers(self, tensor: Tensor) -> None:
-        self.array(_numpy(tensor), np.float32 if self.dtype == "fp32" else np.float16)
+        """Biases and norms: (columns,), or rows of them."""
+        if self.dtype == "int4":
+            self.rows(np.atleast_2d(_numpy(tensor)))
+        else:
+            self.array(_numpy(tensor), np.float32 if self.dtype == "fp32" else np.float16)
 
     def rows(self, values: np.ndarray) -> None:
         """(…, columns), with a scale for each row."""
@@ -92,8 +111,9 @@ class _Writer:
         elif blocks.shape[0] * blocks.shape[2] == 1:
             self.rows(blocks.reshape(1, -1))  # a single input: one scale, not one for each number
         else:
-            codes, scales = round_rows(blocks, 127 if self.dtype == "int8" else 7)
+            codes, scales = round_rows(blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1), MOST[self.dtype])
             self.array(scales, np.float16)
+            codes = codes.reshape(blocks.shape[1], len(blocks), -1).swapaxes(0, 1)  # (n, out/n, in/n)
             if codes.shape[2] % 2:
                 codes = np.concatenate((codes, np.zeros_like(codes[..., :1])), -1)
             n, outputs, inputs = codes.shape
@@ -124,7 +144,8 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
 
     Args:
         tokenizer: whose tokens the texts of the file are, for a language model; None: none.
-        dtype: "fp32"; "int8", a scale for each row of a matrix; or "int4", the maps in 4 bits and the rest in 8.
+        dtype: "fp32"; "int8", a scale for each row of a matrix (of a map's terms together); or "int4", the maps in 4
+            bits and the rest in 8.
 
     Raises:
         ValueError: a model that cannot be run step by step (bidirectional, without a head, or with a chain over keys),

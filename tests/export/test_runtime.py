@@ -242,7 +242,7 @@ def test_files_that_are_not_whole(data, tmp_path, change):
             "cut": data[:-4],
             "longer": data + bytes(4),
             "altered": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
-            "magic": b"KRU2" + data[4:],
+            "magic": b"KRU1" + data[4:],
         }[change]
     )
     with pytest.raises(ValueError, match=str(path)):
