@@ -39,6 +39,9 @@ Step = Callable[[Tensor, Any], Tensor | None]
 STEPS: dict[str, Callable[[Any], Step | None]] = {}
 _steps: ContextVar[tuple[Any, Step | None]] = ContextVar("steps", default=(None, None))  # of the model that generates
 INPUTS = ("input_ids", "inputs_embeds", "input_values")  # of which a call gets one: (B, T), (B, T, ·)
+# Multiply-adds of the maps of a call (about 0.02 ns each) below which waking other threads costs more than it saves;
+# where another process has their core they are waited for, a time slice at each product.
+THREADS_FROM = 10_000_000
 
 
 def build_recurrence(config: KRUConfig) -> Recurrence | KRUBidirectional:
@@ -195,9 +198,32 @@ class KRUPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["recurrence"]
     _can_record_outputs = {"hidden_states": [KRUPlainLayer, KRUResidualLayer]}
 
+    _counted: int | None = None  # what _products has found
+
     def __init__(self, config: KRUConfig, *args: Any, **kwargs: Any) -> None:
         config.validate_kru_options()  # a field may have been assigned since it was made
         super().__init__(config, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module. A call that computes little, as a step of one stream, takes one thread of the CPU."""
+        if torch.compiler.is_compiling() or (threads := torch.get_num_threads()) == 1:
+            return super().__call__(*args, **kwargs)
+        given = next((x for x in (*args, *map(kwargs.get, INPUTS)) if isinstance(x, Tensor)), None)
+        steps = math.inf if given is None or given.device.type != "cpu" else math.prod(given.shape[:2])
+        if steps * self._products() >= THREADS_FROM:
+            return super().__call__(*args, **kwargs)
+        torch.set_num_threads(1)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _products(self) -> int:
+        """Multiply-adds of the maps for a step; counted once, for what is put in a map's place changes little."""
+        if self._counted is None:
+            maps = [m for m in self.modules() if isinstance(m, (nn.Linear, KroneckerLinear))]
+            self._counted = sum(module.in_features * module.out_features for module in maps)
+        return self._counted
 
     def make_body(self, config: KRUConfig) -> "KRUModel":
         """What a head reads: here a :class:`KRUModel`; a head on another network gives another body."""
