@@ -1,5 +1,10 @@
 """How many threads a call of a model takes: a rule of sizes, whatever else the machine does."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
@@ -8,6 +13,7 @@ from kru_hf import KRUForSequenceClassification
 from kru_hf.modeling_kru import THREADS_FROM
 
 THREADS = 2
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +50,13 @@ def test_much_work_takes_all_threads():
     frames = KRUForSequenceClassification(tiny_config(input_size=3, num_labels=2))
     assert threads_of(frames, input_values=torch.ones(2, 4, 3)) == [1, 1]
     assert torch.get_num_threads() == THREADS
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_of_training_sleep_while_they_wait_unless_told_otherwise(given):
+    """The variable is there before torch, which reads it when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    code = "import os, sys, training; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    said = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.strip() == (given or "PASSIVE"), said.stderr
