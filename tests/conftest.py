@@ -1,5 +1,7 @@
 """Shared settings of the tests."""
 
+import os
+
 import pytest
 import torch
 from paper_data import pictures_folder, timit_folder  # noqa: F401  (fixtures)
@@ -7,7 +9,12 @@ from tiny_run import pieces, text_file  # noqa: F401  (fixtures)
 
 from kru_hf import use_backend
 
-# Test workers run side by side: a thread pool in each would make them fight for the cores.
+# Test workers run side by side: each has a core of its own. Training takes as many threads as it finds cores, here and
+# in the processes that tests start, and threads that share a core double the time of tiny steps.
+if hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    worker = os.environ.get("PYTEST_XDIST_WORKER", f"gw{os.getpid()}").removeprefix("gw")
+    os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 torch.set_num_threads(1)
 
 
