@@ -1,10 +1,11 @@
-"""A training program in several processes, forked from one that has loaded the libraries: saves seconds."""
+"""Processes forked from one that has loaded the libraries: saves seconds. Several of them train together."""
 
 import importlib
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -36,20 +37,21 @@ def one_rank(program: str, rank: int, ranks: int, port: int, words: list[str], l
     sys.exit(code)
 
 
-def start(words: list[list[str]], log: Path, program: str = "training.train") -> list[BaseProcess]:
-    """One process for each list of options."""
+def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process that calls this function of a module."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks"])
-    port = free_port()
-    children = [
-        context.Process(target=one_rank, args=(program, rank, len(words), port, own, log))
-        for rank, own in enumerate(words)
-    ]
+    context.set_forkserver_preload(["ranks", "tiny_run"])
+    child = context.Process(target=function, args=arguments)
     with pytest.MonkeyPatch.context() as patch:  # the server looks for what it loads there, not in sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
-        for child in children:
-            child.start()
-    return list(children)
+        child.start()
+    return child
+
+
+def start(words: list[list[str]], log: Path, program: str = "training.train") -> list[BaseProcess]:
+    """One process for each list of options."""
+    port = free_port()
+    return [fork(one_rank, program, rank, len(words), port, own, log) for rank, own in enumerate(words)]
 
 
 def finish(children: list[BaseProcess], log: Path) -> list[tuple[int | None, str]]:

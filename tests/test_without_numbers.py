@@ -66,22 +66,11 @@ def masks():
     return mask(), left, right
 
 
-@pytest.mark.parametrize(("head", "options"), TRACED, ids=str)
-def test_make_fx_keeps_the_mask(head, options):
-    model, x, labels = build(head, options)
-    run = run_with(model.eval().requires_grad_(False), labels)
-    graph = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, mask())
-    for other in masks():
-        for found, expected in zip(graph(x, other), run(x, other), strict=True):
-            assert_near(found, expected, LOGITS)
+def by_make_fx(model, run, x):
+    return make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, mask())
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(("head", "options"), TRACED, ids=str)
-def test_jit_trace_keeps_the_mask(head, options):
-    model, x, labels = build(head, options)
-    run = run_with(model.eval(), labels)
-
+def by_jit(model, run, x):
     class Wrapped(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -90,7 +79,16 @@ def test_jit_trace_keeps_the_mask(head, options):
         def forward(self, x, attention_mask):
             return run(x, attention_mask)
 
-    traced = torch.jit.trace(Wrapped(), (x, mask()), check_trace=False)
+    return torch.jit.trace(Wrapped(), (x, mask()), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("trace", [by_make_fx, by_jit])
+@pytest.mark.parametrize(("head", "options"), TRACED, ids=str)
+def test_traces_keep_the_mask(head, options, trace):
+    model, x, labels = build(head, options)
+    run = run_with(model.eval().requires_grad_(False), labels)
+    traced = trace(model, run, x)
     for other in masks():
         for found, expected in zip(traced(x, other), run(x, other), strict=True):
             assert_near(found, expected, LOGITS)

@@ -1,8 +1,11 @@
 """Tiny runs of a training program for several test files: their options, their processes, and how two are compared."""
 
+import itertools
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from datasets import Dataset
 from ranks import HANG
 from safetensors.torch import load_file
 
+from training.common import saving
 from training.common.run_folder import WEIGHTS
 from training.loop.driver import Driver
 from training.records.run_record import read_history
@@ -98,23 +102,20 @@ def at_step(monkeypatch, step: int, change) -> None:
     monkeypatch.setattr(Driver, "finish_step", finish_step)
 
 
-# Dies at the `at`-th sync, rename or removal of a file.
-CRASH = """
-import os, signal, sys
-from training.common import saving
-from {program} import main
-calls = 0
-def dying(function):
-    def wrapped(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == {at}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
-saving.sync, os.replace, saving.shutil.rmtree = dying(saving.sync), dying(os.replace), dying(saving.shutil.rmtree)
-main(sys.argv[1:])
-"""
+def dying(at: int, program: str, words: list[str]) -> None:
+    """Body of a process that trains and dies at the `at`-th sync, rename or removal of a file."""
+    calls = itertools.count(1)
+
+    def counted(function):
+        def wrapped(*args, **kwargs):
+            if next(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    saving.sync, os.replace, shutil.rmtree = map(counted, (saving.sync, os.replace, shutil.rmtree))
+    PROGRAMS[program](words)
 
 
 def results_of(folder: Path) -> dict:

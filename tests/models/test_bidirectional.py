@@ -89,10 +89,8 @@ def test_mixed_directions_are_read_at_both_ends():
 
 
 @EVERY_CELL
-def test_every_parameter_is_trained_and_both_directions_count(cell):
-    model = both_ways(KRUForTokenClassification, cell_type=cell, num_labels=3).train()
-    model(IDS, labels=IDS % 3).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters())
+def test_both_directions_count(cell):
+    model = both_ways(KRUForTokenClassification, cell_type=cell, num_labels=3)
     single = KRUForTokenClassification(tiny_config(cell_type=cell, num_labels=3))
     assert model.num_recurrent_parameters() == 2 * single.num_recurrent_parameters()
     cells = [layer.recurrence for layer in model.model.layers]

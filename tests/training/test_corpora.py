@@ -1,6 +1,5 @@
-"""Corpora, streams and options of training."""
+"""Corpora and streams of text."""
 
-import dataclasses
 import hashlib
 import random
 from pathlib import Path
@@ -10,14 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kru_hf import KRUConfig
 from training.common.errors import UserError
 from training.data.corpora import load_corpus, python_docs
 from training.loop.arguments import parse_arguments
 from training.models.build import build_model
-from training.models.optimization import learning_rate, parameter_groups
+from training.models.optimization import parameter_groups
 from training.options.data import DataOptions
-from training.options.model import ModelOptions, parse_factor_shapes
+from training.options.model import ModelOptions
 from training.tasks import Layout, get_task
 from training.tasks.char_lm import IGNORED, CharLM, CharOptions
 from training.train import main
@@ -129,143 +127,6 @@ def test_evaluation_counts_every_character_once(text_file, streams, slots, carry
     expected = task.ids["test"][1:]
     assert count == len(expected)
     assert sorted(t for group in targets.values() for t in group) == sorted(expected.tolist())
-
-
-def test_every_config_field_is_an_option():
-    fixed = {"vocab_size", "input_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"}
-    own = {name for name in KRUConfig.__annotations__ if name not in ("model_type", "keys_to_ignore_at_inference")}
-    assert own - fixed <= {f.name for f in dataclasses.fields(ModelOptions)}
-
-
-def test_every_option_has_a_help_sentence():
-    arguments = parse_arguments([])
-    for part in (arguments.run, arguments.model, arguments.data, arguments.task):
-        for field in dataclasses.fields(part):
-            assert field.metadata["help"].endswith("."), field.name
-
-
-def test_recipe_and_command_line(tmp_path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("learning_rate: 1e-2\nstate_size: 36\nfactor_shapes: [[6, 6], [6, 6]]\nreadout_norm: false\n")
-    arguments = parse_arguments([str(recipe), "--learning_rate", "0.5"])
-    assert arguments.run.learning_rate == 0.5
-    assert arguments.model.config_values() == {
-        "state_size": 36,
-        "factor_shapes": [[6, 6], [6, 6]],
-        "readout_norm": False,
-    }
-    assert parse_arguments([str(recipe)]).run.learning_rate == 1e-2
-    assert parse_arguments([str(recipe), "--architecture", "lstm"]).model.config_values() == {"state_size": 36}
-    recipe.write_text("sequnce_length: 3\n")
-    with pytest.raises(UserError, match="unknown key 'sequnce_length' .did you mean 'sequence_length'"):
-        parse_arguments([str(recipe)])
-
-
-@pytest.mark.parametrize(
-    ("line", "name", "value"),
-    [
-        ("mixed_precision: no", "mixed_precision", "no"),
-        ("mixed_precision: 'no'", "mixed_precision", "no"),
-        ("mixed_precision: null", "mixed_precision", None),
-        ("mixed_precision:", "mixed_precision", None),
-        ("use_cpu: no", "use_cpu", False),
-        ("use_cpu: NO", "use_cpu", False),
-        ("use_cpu: Yes", "use_cpu", True),
-        ("use_cpu: on", "use_cpu", True),
-        ("readout_norm: OFF", "readout_norm", False),
-        ("data_license: no", "data_license", "no"),
-        ("data_license: on", "data_license", "on"),
-        ("data_license: 2020-01-01", "data_license", "2020-01-01"),
-        ("data_license: 1:30", "data_license", "1:30"),
-        ("data_license: 1_0", "data_license", "1_0"),
-        ("data_license: 'null'", "data_license", "null"),
-        ("max_steps: 010", "max_steps", 10),
-        ("learning_rate: 1e-3", "learning_rate", 1e-3),
-        ("learning_rate: .5", "learning_rate", 0.5),
-        ("output_dir: 0x10", "output_dir", "0x10"),
-        ("factor_shapes: 2x3,4x5", "factor_shapes", "2x3,4x5"),
-    ],
-)
-def test_a_recipe_says_what_the_command_line_would(tmp_path, line, name, value):
-    (tmp_path / "r.yaml").write_text(f"\ufeff{line}\n", encoding="utf-8")
-    assert parse_arguments([str(tmp_path / "r.yaml")]).flat()[name] == value
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("max_steps: 5\nseed: 1\nmax_steps: 5\n", "'max_steps' is given twice, in lines 1 and 3"),
-        ("seed: 1\n'seed': 2\n", "'seed' is given twice, in lines 1 and 2"),
-        ("factor_shapes: [[2, 03]]", "factor_shapes=.*03.* is not valid"),
-        ("max_steps: 0x10\n", "max_steps.*invalid int value: '0x10'"),
-        ("max_steps: {a: 1}\n", "line 1: max_steps must be a value or a list of pairs"),
-        ("max_steps: !!python/name:os.system\n", "line 1: max_steps has the tag"),
-        ("seed: 1\n? [a]\n: 2\n", "line 2: a key must be the name of an option"),
-        ("seed: 1\n---\nseed: 2\n", "is not valid YAML: expected a single document"),
-        ("- seed\n", "must be a mapping of option names to values"),
-    ],
-)
-def test_a_recipe_that_cannot_be_meant_is_refused_in_one_line(tmp_path, text, message):
-    (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(UserError, match=message) as error:
-        parse_arguments([str(tmp_path / "r.yaml")])
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--lerning_rate", "1"], "unknown option '--lerning_rate' .did you mean 'learning_rate'"),
-        (["--state_siz=3"], "did you mean 'state_size'"),
-        (["--learning_rate", "fast"], "learning_rate.*invalid float value"),
-        (["--learning_rate", "-1"], "learning_rate=-1.0 is not valid"),
-        (["--adam_beta1", "1"], "adam_beta1=1.0 is not valid"),
-        (["--adam_beta2", "1"], "adam_beta2=1.0 is not valid"),
-        (["--unitary_loss_coef", "-1"], "unitary_loss_coef=-1.0 is not valid"),
-        (["--architecture", "transformer"], "architecture='transformer' is not valid"),
-        (["--task", "chess"], "task='chess'"),
-        (["--sequence_length", "0"], "sequence_length=0"),
-        (["--max_steps", "0"], "max_steps=0"),
-        (["nowhere.yaml"], "recipe 'nowhere.yaml' does not exist"),
-        (["--factor_shapes", "7x"], "factor_shapes='7x'"),
-    ],
-)
-def test_bad_options(words, message):
-    with pytest.raises(UserError, match=message):
-        parse_arguments(words)
-
-
-def test_factor_shapes_are_read_in_both_notations():
-    assert parse_factor_shapes("2x3,4X4") == parse_factor_shapes("[[2, 3], [4, 4]]") == [[2, 3], [4, 4]]
-
-
-def test_learning_rate_schedule():
-    run = parse_arguments(["--learning_rate", "1", "--warmup_steps", "10", "--lr_scheduler_type", "cosine"]).run
-    rates = [learning_rate(step, 200, run) for step in range(200)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == 1
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(200, 200, run) == pytest.approx(0.02)
-    run.lr_scheduler_type = "plateau"
-    assert learning_rate(150, 200, run, plateau_scale=0.3) == pytest.approx(0.3)
-
-
-def test_factors_have_their_own_rate_and_no_decay():
-    model = build_model("causal_lm", ModelOptions(state_size=24, block_type="plain"), vocab_size=10)
-    run = parse_arguments(["--weight_decay", "0.1", "--factor_learning_rate_scale", "0.2"]).run
-    groups = parameter_groups(model, run)
-    factors = {id(p) for _, p in model.recurrent_parameters()}
-    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    assert {id(p) for p in groups[-1]["params"]} == factors
-    assert (groups[-1]["scale"], groups[-1]["weight_decay"]) == (0.2, 0.0)
-    assert all(p.ndim == 1 for p in groups[1]["params"])
-    assert groups[1]["weight_decay"] == 0.0
-    assert groups[0]["weight_decay"] == 0.1
-    gated = build_model(
-        "causal_lm", ModelOptions(cell_type="kru_lstm", state_size=24, block_type="plain"), vocab_size=10
-    )
-    bias = gated.model.layers[0].recurrence.bias
-    assert bias.ndim == 2 and any(bias is p for p in parameter_groups(gated, run)[1]["params"])
 
 
 @pytest.mark.parametrize(

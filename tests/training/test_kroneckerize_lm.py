@@ -2,10 +2,10 @@
 
 import json
 import math
-import random
 import signal
 
 import pytest
+from tiny_run import options
 
 from kru_hf.kronecker import factorings
 from training.common.errors import Interrupted, UserError
@@ -16,22 +16,12 @@ from training.loop.accelerate_loop import TrainingLoop
 from training.models.build import load_model
 from training.train import main as train
 
-TINY = ["--max_steps=8", "--eval_steps=4", "--save_steps=4", "--per_device_train_batch_size=2", "--sequence_length=16"]
-TINY += ["--sample_length=5", "--report_to=none", "--use_cpu", "--task=char_lm", "--num_threads=1"]
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(random.Random(0).choices(["the ", "state ", "of a ", "unit.\n"], k=500)))
-    return path
-
 
 @pytest.fixture(scope="module")
 def lstm(text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "lstm"
-    words = [f"--dataset={text_file}", f"--output_dir={folder}", "--architecture=lstm", "--state_size=24"]
-    assert train([*words, "--hidden_size=5", "--num_hidden_layers=2", *TINY]) == 0
+    lstm = {"architecture": "lstm", "hidden_size": 5, "num_hidden_layers": 2, "factor_shapes": None, "block_type": None}
+    assert train(options(text_file, folder, max_steps=8, per_device_train_batch_size=2, state_dropout=0, **lstm)) == 0
     return folder
 
 

@@ -233,19 +233,6 @@ def test_a_killed_process_ends_those_of_the_other_machine(text_file, tmp_path):
         load_file(path / WEIGHTS)
 
 
-@pytest.mark.processes
-@pytest.mark.slow
-def test_the_launchers_two_processes_train_as_one(text_file, tmp_path):
-    words = [*TEXT, f"--dataset={text_file}"]
-    assert main([*words, f"--output_dir={tmp_path / 'one'}", "--per_device_train_batch_size=4"]) == 0
-    config = ["--config_file", str(CONFIGS / "two_cpu_processes.yaml")]
-    child = launch(config, [*words, f"--output_dir={tmp_path / 'two'}", "--per_device_train_batch_size=2"])
-    said = ended(child)
-    assert child.returncode == 0, said
-    for name in ("test_bpc", "validation_bpc"):
-        assert abs(results_of(tmp_path / "one")[name] - results_of(tmp_path / "two")[name]) < FIGURE
-
-
 @pytest.mark.slow
 def test_what_the_launcher_would_do_wrong_is_refused(text_file, tmp_path):
     words = [*TEXT, f"--dataset={text_file}", f"--output_dir={tmp_path / 'run'}"]

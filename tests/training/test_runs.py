@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 import signal
 import time
@@ -10,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ranks import HANG
+from ranks import HANG, fork
 from safetensors.torch import load_file
 from tiny_run import (
-    CRASH,
     PROGRAMS,
     STEPS,
     at_step,
+    dying,
     figures_of,
     options,
     results_of,
     same_end,
     same_weights,
-    spawn,
     wait_for,
 )
 
@@ -210,9 +210,9 @@ def test_a_new_run_is_trained_as_the_record_of_its_model_says(text_file, tmp_pat
 )
 def test_kill_while_saving_then_resume(text_file, tmp_path, whole, program, at):
     """The process dies at the `at`-th sync, rename or removal of a file."""
-    child = spawn(["-c", CRASH.format(at=at, program=program)], options(text_file, tmp_path, logging_steps=1))
-    child.communicate(timeout=HANG)
-    assert child.returncode == -signal.SIGKILL
+    child = fork(dying, at, program, options(text_file, tmp_path, logging_steps=1))
+    child.join(HANG)
+    assert child.exitcode == -signal.SIGKILL
     for path in checkpoints(tmp_path):
         assert (path / STATE).exists()
         load_file(path / WEIGHTS)
@@ -222,11 +222,11 @@ def test_kill_while_saving_then_resume(text_file, tmp_path, whole, program, at):
 
 @pytest.mark.slow
 def test_kill_at_a_random_moment_then_resume(text_file, tmp_path, whole):
-    child = spawn(["-m", "training.train"], options(text_file, tmp_path, logging_steps=1))
-    wait_for(lambda: (tmp_path / "recipe.yaml").exists(), child)
+    child = fork(main, options(text_file, tmp_path, logging_steps=1))
+    wait_for(lambda: (tmp_path / "recipe.yaml").exists())
     time.sleep(random.uniform(0, 0.5))
     child.kill()
-    child.communicate()
+    child.join()
     assert main(resumed(text_file, tmp_path)) == 0
     same_end(whole, tmp_path)
 
@@ -377,22 +377,16 @@ def test_what_cannot_be_done_is_said_first(text_file, tmp_path, capsys, changes,
     assert not (tmp_path / "run").exists()
 
 
-FULL = """
-import resource, sys
-from training.train import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_disk_full_leaves_nothing_half_written(text_file, tmp_path):
+def test_disk_full_leaves_nothing_half_written(text_file, tmp_path, capsys):
     """A limit on the size of files stands in for a full disk."""
-    child = spawn(["-c", FULL], options(text_file, tmp_path, state_size=24 * 8, factor_shapes="4x4,6x6,8x8"))
-    _, errors = child.communicate(timeout=HANG)
-    assert child.returncode == 1, errors.decode()
-    assert "could not save" in errors.decode()
-    assert "Is the disk full?" in errors.decode()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
+    try:
+        assert main(options(text_file, tmp_path, state_size=24 * 8, factor_shapes="4x4,6x6,8x8")) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "could not save" in said and "Is the disk full?" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "run.json"]
 
 
