@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_config
-from tiny_run import STEPS, options, spawn
+from tiny_run import STEPS, options
 
 from kru_hf import KRUForCausalLM, scan, scan_triton
 from kru_hf.cells import CELLS
@@ -17,14 +17,12 @@ from training.records.run_record import read_options
 from training.train import main
 
 
-@pytest.mark.slow
-def test_launcher_recipe_and_last_lines(text_file, tmp_path):
+def test_recipe_and_last_lines(text_file, tmp_path, capsys):
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text("learning_rate: 1e-2\nseed: 3\n")
     words = [str(recipe), *options(text_file, run, learning_rate=None, seed=4, report_to="tensorboard")]
-    child = spawn(["-m", "accelerate.commands.launch", "--cpu", "-m", "training.train"], words, text=True)
-    said, errors = child.communicate()
-    assert child.returncode == 0, errors
+    assert main(words) == 0
+    said, errors = capsys.readouterr()
     lines = said.splitlines()
     assert lines[-1] == f"folder: {run}" and "sample:" in lines
     for split in ("validation", "test"):
