@@ -124,9 +124,10 @@ def count_parameters(head: str, config: PreTrainedConfig) -> int:
 
 def in_memory(head: str, config: PreTrainedConfig, options: ModelOptions) -> PreTrainedModel:
     """The model of a config; `UserError` if its weights do not fit into this machine's memory."""
-    num_parameters = count_parameters(head, config)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    num_parameters = 0
     try:
+        num_parameters = count_parameters(head, config)  # a parametrized matrix is built for it
         if 4 * num_parameters > memory:
             raise MemoryError
         return model_class(head, config)(config)
@@ -135,10 +136,9 @@ def in_memory(head: str, config: PreTrainedConfig, options: ModelOptions) -> Pre
             raise
         given = {**options.config_values(), "parameter_budget": options.parameter_budget}
         sizes = ", ".join(f"{name}={value}" for name, value in given.items() if isinstance(value, int) and value > 1)
-        raise UserError(
-            f"{sizes}: the model has {num_parameters:,} parameters, and their {4 * num_parameters / 2**30:,.1f} GiB do "
-            "not fit into this machine's memory"
-        ) from error
+        counted = f"has {num_parameters:,} parameters, and their {4 * num_parameters / 2**30:,.1f} GiB"
+        counted = counted if num_parameters else "has matrices that"
+        raise UserError(f"{sizes}: the model {counted} do not fit into this machine's memory") from error
 
 
 def within_budget(head: str, config_type: Any, options: ModelOptions, values: dict[str, Any]) -> dict[str, Any]:
