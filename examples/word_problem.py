@@ -1,4 +1,4 @@
-"""A linear recurrence learns to multiply in A5, a group that does not commute, in about a minute on one core.
+"""A linear recurrence learns to multiply in A5, a group that does not commute, in half a minute on one core.
 
     python examples/word_problem.py
 
@@ -41,7 +41,7 @@ def accuracy(model: nn.Module, table: Tensor, length: int, batch: int = 50) -> f
     return right[:, length // 2 :].float().mean().item()
 
 
-def train(steps: int = 1200, longest: int = 32, batch: int = 64, rate: float = 0.02, things: int = 5) -> float:
+def train(steps: int = 700, longest: int = 32, batch: int = 64, rate: float = 0.05, things: int = 5) -> float:
     """Train on products of 2 to `longest` elements, which grow; print accuracies and return that at 128 elements."""
     torch.manual_seed(0)
     table = even_permutations(things)
@@ -53,10 +53,19 @@ def train(steps: int = 1200, longest: int = 32, batch: int = 64, rate: float = 0
         transition="selective",
         factor_shapes=[[6, 6]],
         block_type="plain",
+        initializer_range=0.3,
     )
     model = KRUForTokenClassification(config)
     print(f"{size} elements, {model.num_parameters():,} parameters")
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.98))
+    # The readout alone has weight decay: large logits would hide that the matrices are not exact yet.
+    groups = [
+        {
+            "params": [p for name, p in model.named_parameters() if (name == "score.weight") == decayed],
+            "weight_decay": wd,
+        }
+        for decayed, wd in ((True, 0.3), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         length = round(2 * (longest / 2) ** min(1.0, step / (0.8 * steps)))  # the images of two elements come first

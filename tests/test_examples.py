@@ -47,3 +47,8 @@ def test_the_minimal_network_is_the_model(sizes):
 @pytest.mark.slow
 def test_the_minimal_network_recalls():
     assert load("kru_minimal").train(steps=120, delay=5, batch=16) > 0.6
+
+
+def test_products_of_a_group_are_followed_beyond_the_training_lengths():
+    """A4 here, 12 elements, which takes seconds."""
+    assert load("word_problem").train(steps=300, longest=24, things=4) > 0.95
