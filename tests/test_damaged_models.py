@@ -1,11 +1,9 @@
 """Damaged files of a run's or model's folder: each command names the file on one line, or takes no harm."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from finished_run import make_run
 
 from training import evaluate, publish, report
 from training.common.errors import UserError
@@ -14,18 +12,6 @@ from training.models.build import load_model
 JSON_FILES = ("config", "generation_config", "tokenizer", "tokenizer_config", "all_results", "run")
 NOT_JSON = (b"", b"{", b"3", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000)
 OTHERS = (None, [], {}, "x", -3, True, [None], 10**30)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run's folder."""
-    return make_run(tmp_path_factory.mktemp("runs") / "run")
-
-
-@pytest.fixture
-def folder(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may break."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -77,6 +63,8 @@ def test_fields_that_are_wrong_are_named(folder: Path, capsys: pytest.CaptureFix
     for name, field, value in (
         ("config", "architectures", ["kronecker"]),
         ("config", "factor_shapes", [[1]]),
+        ("config", "cell_type", []),
+        ("config", "num_heads", "two"),
         ("all_results", "test_bpc", "x | y"),
         ("all_results", "test_bpc", float("nan")),
         ("run", "command", 3),

@@ -37,7 +37,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "config.json": {
         **dict.fromkeys(("factor_shapes", "recurrent_factor_shapes"), list[list[int]] | None),
         "architectures": list[str] | None,
-        "num_hidden_layers": int | None,
+        **dict.fromkeys(("num_hidden_layers", "num_heads"), int | None),
+        **dict.fromkeys(("model_type", "cell_type", "cell"), str | None),
     },
     RUN: {
         **dict.fromkeys(("data", "versions"), MAPPING),

@@ -147,10 +147,10 @@ def label_of(record: RunRecord) -> str:
         return f"{record.options.get('architecture') or 'model'} {record.options.get('state_size') or ''}"
     unitary = config.get("model_type") == "kru_unitary"
     if unitary or record.is_kru:
-        kind = "strictly unitary " * unitary + CELLS.get(config.get("cell_type", "kru"), "KRU")
+        kind = "strictly unitary " * unitary + CELLS.get(config.get("cell_type") or "kru", "KRU")
         shapes = config.get("factor_shapes") or []
     else:
-        kind, shapes = NAMES.get(config.get("cell", ""), "model"), config.get("recurrent_factor_shapes")
+        kind, shapes = NAMES.get(config.get("cell") or "", "model"), config.get("recurrent_factor_shapes")
     layers = config.get("num_hidden_layers") or 1
     parts = [
         f"{kind} {config.get('state_size', '')}",
@@ -159,7 +159,7 @@ def label_of(record: RunRecord) -> str:
         f", rank-{config['io_rank']} maps" if config.get("io_rank") else "",
         f", maps of {config['kronecker_terms']} terms" if config.get("kronecker_terms") else "",
         f", feed-forward {config['intermediate_size']}" if config.get("intermediate_size") else "",
-        f", {config['num_heads']} heads" if config.get("num_heads", 1) > 1 else "",
+        f", {config['num_heads']} heads" if (config.get("num_heads") or 1) > 1 else "",
         ", frozen factors" if record.options.get("freeze_factors") else "",
         f", {layers} layers" if layers > 1 else "",
     ]
