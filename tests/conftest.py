@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from finished_run import folder, trained  # noqa: F401  (fixtures)
 from paper_data import pictures_folder, timit_folder  # noqa: F401  (fixtures)
 from tiny_run import pieces, text_file  # noqa: F401  (fixtures)
 

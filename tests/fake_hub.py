@@ -29,6 +29,7 @@ import yaml
 from huggingface_hub import HfApi
 
 ROOT = Path(__file__).parent.parent
+LFS = (".safetensors", ".png")  # what is uploaded through LFS, as by .gitattributes on the real Hub
 DATE = "2024-01-01T00:00:00.000Z"
 # Accounts by token: name, and role of the token.
 USERS = {
@@ -53,8 +54,7 @@ ROUTES = {
     "commit": f"{REPO}/commit/{REVISION}",
     "tag": f"{REPO}/tag/{REVISION}",
     "lfs_batch": f"{PAGE}[.]git/info/lfs/objects/batch",
-    "lfs_put": "PUT /lfs/(?P<oid>.+)",
-    "lfs_get": "/lfs/(?P<oid>.+)",
+    "lfs_put": "/lfs/(?P<oid>.+)",
     "resolve": f"{PAGE}/resolve/{REVISION}/(?P<name>.+)",
 }
 
@@ -91,16 +91,13 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server and what it holds. Names that end in `lfs` go through LFS, as by .gitattributes on the real Hub."""
+    """The server and what it holds."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        # Another host for the client, which drops its token there, as on the real Hub.
-        self.store = f"http://localhost:{self.server_address[1]}/lfs"
-        self.lfs: tuple[str, ...] = (".safetensors", ".png")
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.fail: dict[str, int] = {}
@@ -156,10 +153,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, path: str) -> Any:
         for step, pattern in ROUTES.items():
-            found = re.fullmatch(
-                pattern, f"PUT {path}" if pattern.startswith("PUT") and self.command == "PUT" else path
-            )
-            if found:
+            if found := re.fullmatch(pattern, path):
                 words = {name: unquote(value) if value else None for name, value in found.groupdict().items()}
                 if "kind" in words:
                     words["kind"] = "dataset" if (words["kind"] or "").startswith("dataset") else "model"
@@ -210,8 +204,9 @@ class Handler(BaseHTTPRequestHandler):
         if name is None:
             raise Refused(401, "Invalid username or password.")
         scope = {"entity": {"type": "user", "name": name}, "permissions": ["repo.content.read"]}
-        token = {"displayName": "test", "role": role, "fineGrained": {"global": [], "scoped": [scope]}}
-        token = token if role == "fineGrained" else {"displayName": "test", "role": role}
+        token = {"displayName": "test", "role": role}
+        if role == "fineGrained":
+            token["fineGrained"] = {"global": [], "scoped": [scope]}
         orgs = [{"name": other, "roleInOrg": role} for other in MEMBERS[name] if other != name]
         return {"type": "user", "name": name, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
 
@@ -238,7 +233,7 @@ class Handler(BaseHTTPRequestHandler):
         """A file as listings show it."""
         lfs = {"lfs": {"oid": oid_of(data, True), "size": len(data), "pointerSize": 128}}
         common = {"type": "file", "path": name, "size": len(data), "oid": oid_of(data)}
-        return common | (lfs if name.endswith(self.server.lfs) else {})
+        return common | (lfs if name.endswith(LFS) else {})
 
     def info(self, kind: str, repo_id: str, revision: str | None) -> Any:
         repo = self.repo(kind, repo_id)
@@ -277,21 +272,15 @@ class Handler(BaseHTTPRequestHandler):
         ]  # fmt: skip
         return {"discussions": found, "count": len(found), "start": 0}
 
-    def resolve(self, kind: str, repo_id: str, revision: str, name: str) -> Any:
-        """A file: regular ones come at once, LFS ones by a redirection to the store, as on the real Hub."""
+    def resolve(self, kind: str, repo_id: str, revision: str, name: str) -> bytes:
         repo = self.repo(kind, repo_id)
         sha = repo.resolve(revision)
         self.extra = {"X-Repo-Commit": sha}
         if name not in repo.commits[sha]:
             raise Refused(404, "Entry not found", "EntryNotFound")
-        data, lfs = repo.commits[sha][name], name.endswith(self.server.lfs)
-        oid = oid_of(data, lfs)
-        self.extra |= {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
-        if lfs:
-            self.status, self.server.objects[oid] = 302, data
-            self.extra |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
-            self.extra |= {"Location": f"{self.server.store}/{oid}"}
-        return b"" if lfs else data
+        data = repo.commits[sha][name]
+        self.extra |= {"ETag": f'"{oid_of(data, name.endswith(LFS))}"', "Accept-Ranges": "bytes"}
+        return data
 
     # Writing
 
@@ -299,28 +288,21 @@ class Handler(BaseHTTPRequestHandler):
         repo, answers = self.repo(kind, repo_id, revision), []
         there = repo.commits[repo.resolve(revision)]
         for name in (wanted["path"] for wanted in json.loads(self.body)["files"]):
-            lfs = name.endswith(self.server.lfs)
-            oid = oid_of(there[name], lfs) if name in there else None
-            mode = "lfs" if lfs else "regular"
+            oid = oid_of(there[name], name.endswith(LFS)) if name in there else None
+            mode = "lfs" if name.endswith(LFS) else "regular"
             answers.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answers}
 
     def lfs_batch(self, kind: str, repo_id: str) -> Any:
-        wanted = json.loads(self.body)["objects"]
-        upload = [{"upload": {"href": f"{self.server.store}/{one['oid']}", "header": {}}} for one in wanted]
-        answers = [
-            {"oid": one["oid"], "size": one["size"], "actions": a} for one, a in zip(wanted, upload, strict=True)
-        ]
-        return {"transfer": "basic", "objects": answers}
+        objects = json.loads(self.body)["objects"]
+        for wanted in objects:
+            wanted["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}", "header": {}}}
+        return {"transfer": "basic", "objects": objects}
 
     def lfs_put(self, oid: str) -> bytes:
         assert oid_of(self.body, True) == oid
         self.server.objects[oid] = self.body
         return b""
-
-    def lfs_get(self, oid: str) -> bytes:
-        self.extra = {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
-        return self.server.objects[oid]
 
     def commit(self, kind: str, repo_id: str, revision: str) -> Any:
         """All or nothing: the new tree is built first, and becomes a commit when every line of it is good."""

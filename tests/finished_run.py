@@ -1,8 +1,10 @@
-"""A finished run's folder for tests, with made-up results: and edits of it."""
+"""A finished run's folder for tests, with made-up results, and edits of it."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -50,3 +52,15 @@ def edit(path: Path, **values: object) -> None:
     content = {**(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)), **values}
     content = {name: value for name, value in content.items() if value is not None}
     path.write_text(yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder, for tests that only read it."""
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may break."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from finished_run import edit, make_run
+from finished_run import edit
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_imports
 
@@ -18,12 +18,6 @@ from training.tasks import get_task, task_names
 
 # What the pushed files may import beside Python's own library: what `from_pretrained` itself cannot do without.
 ALLOWED_IMPORTS = {"torch", "transformers", "huggingface_hub"}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A finished run's folder."""
-    return make_run(tmp_path / "run")
 
 
 def test_card_of_a_baseline_has_no_word_of_kronecker_factors(folder: Path) -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import tiny_config
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from kru_hf import (
-    KRUConfig,
     KRUForCausalLM,
     KRUForPianoRoll,
     KRUForSequenceClassification,
@@ -15,15 +15,11 @@ from kru_hf import (
 HEADS = [KRUForSequenceClassification, KRUForTokenClassification]
 
 
-def config(**options):
-    return KRUConfig(**({"vocab_size": 11, "state_size": 12, "factor_size": 3, "pad_token_id": 0} | options))
-
-
 @pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
 @pytest.mark.parametrize("head", HEADS)
 def test_losses_are_torchs_and_training_adds_the_penalty(head, problem):
     torch.manual_seed(0)
-    model = head(config(num_labels=3, problem_type=problem, unitary_loss_coef=0.5)).eval()
+    model = head(tiny_config(num_labels=3, problem_type=problem, unitary_loss_coef=0.5)).eval()
     ids = torch.randint(1, 11, (4, 5))
     lead = (4,) if head is KRUForSequenceClassification else (4, 5)
     if problem == "single_label_classification":
@@ -51,7 +47,7 @@ def test_losses_are_torchs_and_training_adds_the_penalty(head, problem):
 @pytest.mark.parametrize("head", [*HEADS, KRUForCausalLM])
 def test_a_call_without_targets_costs_nothing(head, num_items):
     """As the last window of a text may be: a single character, alone in its optimizer step. 0 / 0 would be no error."""
-    model = head(config(num_labels=3)).train()
+    model = head(tiny_config(num_labels=3)).train()
     lead = (2,) if head is KRUForSequenceClassification else (2, 1)
     labels = torch.full(lead, -100)
     out = model(torch.tensor([[3], [4]]), labels=labels, num_items_in_batch=num_items)
@@ -63,7 +59,7 @@ def test_a_call_without_targets_costs_nothing(head, num_items):
 
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
 def test_minus_100_is_no_target_of_any_problem(problem_type):
-    model = KRUForTokenClassification(config(num_labels=2, problem_type=problem_type)).eval()
+    model = KRUForTokenClassification(tiny_config(num_labels=2, problem_type=problem_type)).eval()
     ids, labels = torch.randint(1, 11, (2, 6)), torch.randint(2, (2, 6, 2)).float()
     expected = model(ids[:, :3], labels=labels[:, :3]).loss
     labels[:, 3:] = -100
@@ -74,24 +70,24 @@ def test_minus_100_is_no_target_of_any_problem(problem_type):
 
 
 def test_a_config_serves_several_heads():
-    shared = config()
+    shared = tiny_config()
     assert KRUForPianoRoll(shared).config.input_size == 88
     assert shared.input_size is None
     KRUForCausalLM(shared)
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(StrictDataclassClassValidationError, match="hidden_size of .* must be 12, got 24"):
-        config(cell_type="kru_lstm", block_type="plain", hidden_size=24)
-    model = KRUForSequenceClassification(config(num_labels=3))
+    with pytest.raises(StrictDataclassClassValidationError, match="hidden_size of .* must be 6, got 24"):
+        tiny_config(cell_type="kru_lstm", block_type="plain", hidden_size=24)
+    model = KRUForSequenceClassification(tiny_config(num_labels=3))
     with pytest.raises(ValueError, match="input_values needs"):
         model(input_values=torch.zeros(1, 2, 4))
     with pytest.raises(ValueError, match="labels must have the shape"):
         model(torch.ones(2, 3, dtype=torch.long), labels=torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="takes input_values"):
-        KRUForTokenClassification(config(input_size=4))(torch.ones(2, 3, dtype=torch.long))
+        KRUForTokenClassification(tiny_config(input_size=4))(torch.ones(2, 3, dtype=torch.long))
 
 
 def test_a_model_without_tokens_has_no_embedding_to_resize():
     with pytest.raises(ValueError, match="input_size must be None, got 4"):
-        KRUForSequenceClassification(config(input_size=4)).resize_token_embeddings(12)
+        KRUForSequenceClassification(tiny_config(input_size=4)).resize_token_embeddings(12)

@@ -8,14 +8,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from fake_hub import ROOT, Hub, client, module, python, served_hub
-from finished_run import edit, make_run
+from fake_hub import Hub, client, module, python, served_hub
+from finished_run import edit
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from kru_hf import KRUForCausalLM
-from kru_hf.scan_cpu import is_available as native_engine
 from training.common.errors import UserError
 from training.publish import main
 from training.records.hub import check_tag
@@ -26,83 +25,33 @@ PROMPT = "The lazy fox "
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run's folder, for tests that only read it."""
-    return make_run(tmp_path_factory.mktemp("runs") / "run")
-
-
-@pytest.fixture
-def folder(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the run's folder that a test may break."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
 @pytest.fixture(name="hub")
 def hub_fixture():
     with served_hub() as server:
         yield server
 
 
-ELSEWHERE = """
-import sys
-sys.modules["kru_hf"] = None  # import kru_hf fails from here on
-import json, torch, transformers
-repo, revision, prompt = {arguments!r}
-options = dict(revision=revision, trust_remote_code=True)
-config = transformers.AutoConfig.from_pretrained(repo, **options)
-tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
-autos = [auto for auto in config.auto_map if auto != "AutoConfig"]
-heads = {{auto: getattr(transformers, auto).from_pretrained(repo, **options) for auto in autos}}
-model = heads["AutoModelForCausalLM"]
-inputs = tokenizer(prompt, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-scan = sys.modules[type(model).__module__.replace("modeling_kru", "scan")]
-print(json.dumps({{
-    "ids": output[0].tolist(),
-    "heads": {{auto: type(head).__name__ for auto, head in heads.items()}},
-    "report": scan.backend_report(),
-}}))
-"""
-
-
 @pytest.mark.slow
-def test_published_model_generates_elsewhere_without_the_package(trained: Path, hub: Hub, tmp_path: Path) -> None:
-    done = publish_folder(trained, "me/kru", revision_tag="v1", private=True, api=client(hub))
-    assert hub.repos[("model", "me/kru")].private
-    assert any(request.startswith("PUT /lfs/") for request in hub.requests)
-    model = KRUForCausalLM.from_pretrained(trained)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained)
-    expected = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=20, do_sample=False)[0].tolist()
-
-    code = ELSEWHERE.format(arguments=("me/kru", done.commit, PROMPT))
-    seen = json.loads(python(code, hub, tmp_path, HF_TOKEN="hf_me").splitlines()[-1])
-    assert seen["ids"] == expected
-    config = json.loads(hub.files("me/kru")["config.json"])
-    assert config["auto_map"] == auto_map(config)
-    assert seen["heads"].items() >= {"AutoModel": "KRUModel", "AutoModelForCausalLM": "KRUForCausalLM"}.items()
-    assert "cpu: not available" in seen["report"]
-    assert any(request.startswith("GET /lfs/") for request in hub.requests)
-
-
-@pytest.mark.slow
-def test_snippet_of_the_card_runs_and_uses_an_installed_native_engine(folder: Path, hub: Hub, tmp_path: Path) -> None:
-    hub.lfs = ()  # everything as regular files
-    options = ["--model", str(folder), "--repo_id", "lab/kru", "--revision_tag", "v1"]
+def test_the_snippet_of_a_published_card_runs_without_the_package(trained: Path, hub: Hub, tmp_path: Path) -> None:
+    options = ["--model", str(trained), "--repo_id", "lab/kru", "--revision_tag", "v1", "--private"]
     done = module("training.publish", options, hub, tmp_path, HF_TOKEN="hf_me")
     assert done.returncode == 0, done.stdout + done.stderr
-    commit = hub.repos[("model", "lab/kru")].tags["v1"]
-    assert f'pin it with revision="{commit}"' in done.stdout
+    repo, files = hub.repos[("model", "lab/kru")], hub.files("lab/kru")
+    assert repo.private and any(request.startswith("PUT /lfs/") for request in hub.requests)
+    assert f'pin it with revision="{repo.tags["v1"]}"' in done.stdout
     assert f"address: {hub.url}/lab/kru" in done.stdout
-    assert not any("/lfs/" in request for request in hub.requests)
-
-    card = ModelCard(hub.files("lab/kru")["README.md"].decode())
-    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    config = json.loads(files["config.json"])
+    assert config["auto_map"] == auto_map(config)
+    (snippet,) = re.findall(r"```python\n(.*?)```", ModelCard(files["README.md"].decode()).text, flags=re.DOTALL)
     assert 'revision = "v1"' in snippet
-    report = "import sys\nprint(sys.modules[type(model).__module__.replace('modeling_kru', 'scan')].backend_report())"
-    said = python(f"{snippet}\n{report}", hub, tmp_path, PYTHONPATH=str(ROOT))
-    assert said.startswith("The ")
-    assert ("cpu: available" in said) == native_engine()
+
+    model, tokenizer = KRUForCausalLM.from_pretrained(trained), PreTrainedTokenizerFast.from_pretrained(trained)
+    greedy = {"max_new_tokens": 20, "do_sample": False}
+    again = f"print(model.generate(**tokenizer({PROMPT!r}, return_tensors='pt'), **{greedy})[0].tolist())"
+    alone = "import sys\nsys.modules['kru_hf'] = None  # import kru_hf fails from here on\n"
+    said = python(f"{alone}{snippet}\n{again}", hub, tmp_path, HF_TOKEN="hf_me")
+    ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), **greedy)[0].tolist()
+    assert said.startswith("The ") and json.loads(said.splitlines()[-1]) == ids
 
 
 # Once more, and other versions
