@@ -3,8 +3,6 @@
 The text appears while it is written, by the C runtime; on standard error stands how fast that was.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Stopping in order: the signals that end jobs become a request that the loop answers with a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator
@@ -33,7 +31,7 @@ class StopRequest:
         self.in_loop = False
         self.launched, self.parent = launched(), os.getppid()
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         """Take over the signals. One that is ignored stays so, as `nohup` wants it of SIGHUP.
 
         SIGINT is the exception: a script's shell has every job in the background ignore it, asked or not.

@@ -1,7 +1,5 @@
 """Options of training, saving and sharing. Names follow transformers' TrainingArguments."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal

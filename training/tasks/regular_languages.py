@@ -8,8 +8,6 @@
 Training sequences have 3 to 40 symbols. `accuracy_<L>` is the share of the positions beyond L / 2 that are right.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -5,8 +5,6 @@ grow with the length (Merrill et al. 2024). Token i is element i of the group (o
 element g_t ⋯ g_1. `accuracy_<L>` of sequences of length L is the share of the positions beyond L / 2 that are right.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
