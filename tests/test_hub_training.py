@@ -12,6 +12,7 @@ from fake_hub import ROOT, Hub, client, module, python, served_hub
 from finished_run import TEXT
 from huggingface_hub import HfApi, ModelCard
 
+from training.publish import main as publish
 from training.records import publishing
 from training.records.publishing import publish_folder
 from training.train import main
@@ -76,18 +77,21 @@ def test_music_by_hub_id_there_and_back(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("other/notes", files, kind="dataset")
     words = ["--task", "piano_roll", "--dataset", "other/notes", "--output_dir", str(tmp_path / "run"), *SMALL]
     words += ["--dataset_revision", "main", *push("--data_license", "CC0-1.0")]
-    done = module("training.train", words, hub, tmp_path, HF_TOKEN="hf_me")
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = tmp_path / "new.mid"
+    commands = {
+        "train": words,
+        "evaluate": ["--model", "me/kru", "--use_cpu"],
+        "compose": ["--model", "me/kru", "--num_frames", "4", "--output", str(output)],
+    }
+    code = "".join(
+        f"import training.{name}\nassert training.{name}.main({given!r}) == 0\nprint('done: {name}')\n"
+        for name, given in commands.items()
+    )
+    said = python(code, hub, tmp_path, PYTHONPATH=str(ROOT), HF_TOKEN="hf_me").splitlines()
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert "| Version of the data | main |" in hub.files("me/kru")["README.md"].decode()
-    scored = module("training.evaluate", ["--model", "me/kru", "--use_cpu"], hub, tmp_path)
-    assert scored.returncode == 0, scored.stderr
-    assert json.loads(scored.stdout.splitlines()[-1])["nll_per_frame"] == results["test_nll_per_frame"]
-    output = tmp_path / "new.mid"
-    composed = module(
-        "training.compose", ["--model", "me/kru", "--num_frames", "4", "--output", str(output)], hub, tmp_path
-    )
-    assert composed.returncode == 0, composed.stderr
+    scored = json.loads(said[said.index("done: evaluate") - 1])
+    assert scored["nll_per_frame"] == results["test_nll_per_frame"]
     assert output.read_bytes().startswith(b"MThd")
 
 
@@ -118,24 +122,23 @@ def test_parts_of_a_hub_data_set_are_what_they_are_called(hub: Hub, tmp_path: Pa
     assert lines[6:] == [lines[0], str(["not used: other.parquet", notes.format("validation")])]
 
 
-@pytest.mark.slow
-def test_push_that_fails_at_the_end_names_the_command_that_finishes(hub: Hub, text_file: Path, tmp_path: Path) -> None:
+def test_push_that_fails_at_the_end_names_the_command_that_finishes(
+    hub: Hub, text_file: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(publishing, "HfApi", partial(HfApi, endpoint=hub.url, token="hf_me"))
     hub.fail["commit"] = 500
     words = [*SMALL, "--dataset", str(text_file), "--output_dir", str(tmp_path / "run"), *push("--data_license", "own")]
-    done = module("training.train", words, hub, tmp_path, HF_TOKEN="hf_me")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "has not been published: cannot publish (uploading): the Hub answered 500" in done.stderr
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "has not been published: cannot publish (uploading): the Hub answered 500" in said
     assert (tmp_path / "run" / "all_results.json").exists()
     assert set(hub.files("me/kru")) == {".gitattributes"}
-    command = shlex.split(done.stderr.split("publish it with: ")[1].splitlines()[0])
+    command = shlex.split(said.split("publish it with: ")[1].splitlines()[0])
     assert command[:3] == ["python", "-m", "training.publish"]
-    finished = module(command[2], command[3:], hub, tmp_path, HF_TOKEN="hf_me")
-    assert finished.returncode == 0, finished.stderr
+    assert publish(command[3:]) == 0
     assert "model.safetensors" in hub.files("me/kru")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "repo_id", "words", "message"),
     [
