@@ -3,8 +3,9 @@
     python tests/benchmarks/train_step.py [RECIPE] [--option value …] [--rounds 15] [--threads 1] [--precisions no,bf16]
 
 RECIPE and options are those of `training.train`, by default the released Kronecker-LSTM of 123K parameters on the
-embedded text. Its rivals are language models of one `nn.LSTM` with as many parameters and an embedding of 32 in place
-of our width, as it is usual, and with our width and as many units, parameters, or multiply-adds. Each contender is the
+embedded text. Its rivals are language models of one `nn.LSTM` with as many parameters and inputs 32 wide, as it is
+usual, and with inputs as wide as ours and as many units, parameters, or multiply-adds. (Plain blocks, whose embedding
+is the input map, have no width: theirs are 32 wide.) Each contender is the
 training loop itself (batch, forward, backward, clipping, AdamW); steps take turns, medians are printed. `--profile`
 says where the time of our step goes.
 """
@@ -77,20 +78,20 @@ def as_many(count, wanted: int, width: int, symbols: int) -> int:
 def rivals(loop: TrainingLoop) -> dict[str, list[str]]:
     """Options of the LSTMs beside our model."""
     config, size, symbols = loop.model.config, loop.model.num_parameters(), loop.model.config.vocab_size
-    width = config.hidden_size if config.block_type == "residual" else config.state_size
+    width = config.hidden_size if config.block_type == "residual" else NATURAL
     sizes = {
-        "parameters, embedding of 32": (as_many(parameters, size, NATURAL, symbols), NATURAL),
-        "parameters": (as_many(parameters, size, width, symbols), width),
-        "multiply-adds": (as_many(products, multiply_adds(loop.model), width, symbols), width),
-        "units": (config.state_size, width),
+        ("parameters", NATURAL): as_many(parameters, size, NATURAL, symbols),
+        ("parameters", width): as_many(parameters, size, width, symbols),
+        ("multiply-adds", width): as_many(products, multiply_adds(loop.model), width, symbols),
+        ("units", width): config.state_size,
     }
     run, data = loop.options, loop.arguments.task
     batch = ["--per_device_train_batch_size", str(run.per_device_train_batch_size)]
     shared = ["--architecture", "lstm", "--num_hidden_layers", "1", "--sequence_length", str(data.sequence_length)]
     shared += ["--dataset", loop.arguments.data.dataset, *batch]
     return {
-        f"LSTM {units}, as many {same}": [*shared, "--state_size", str(units), "--hidden_size", str(width)]
-        for same, (units, width) in sizes.items()
+        f"LSTM {units}, input {width}, as many {same}": [*shared, f"--state_size={units}", f"--hidden_size={width}"]
+        for (same, width), units in sizes.items()
     }
 
 
