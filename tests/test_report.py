@@ -9,7 +9,7 @@ import yaml
 
 from training.common.errors import UserError
 from training.records.paper_figures import FIGURES, PTB_LARGE, PTB_SMALL
-from training.records.results_page import BEGIN, END, overview, tables
+from training.records.results_page import BEGIN, END, curve, overview, tables
 from training.records.runs import entry_of, factors, find_runs, read_runs, settings
 from training.report import main
 
@@ -235,3 +235,18 @@ def test_what_is_no_run_and_no_line_is_named(tmp_path, capsys):
         assert main([page]) == 1
         said = capsys.readouterr().err
         assert "runs.jsonl, line 2" in said and said.count("\n") == 1, text
+
+
+def test_pictures_go_over_steps_or_minutes(tmp_path):
+    """3,600 seconds for 100 steps; a run whose time was not recorded has no curve over it."""
+    known, unknown = (
+        entry_of(write_run(tmp_path / name, **more), tmp_path)
+        for name, more in (("a", {}), ("b", {"train_runtime": None}))
+    )
+    assert [curve(entry, "step") for entry in (known, unknown)] == [[[50, 1.9], [100, 1.65]]] * 2
+    assert curve(known, "minute") == [[30, 1.9], [60, 1.65]] and curve(unknown, "minute") is None
+    pictures = []
+    for over in ("step", "minute"):
+        report(tmp_path / "a", f"--over={over}", tmp_path / "out")
+        pictures.append(next((tmp_path / "out").glob("results-*.png")).read_bytes())
+    assert pictures[0] != pictures[1]

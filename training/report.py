@@ -20,7 +20,7 @@ from .records.runs import add, entry_of, find_runs, read_runs, write_runs
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 
 
-def report(runs: list[str], folder: Path, only_runs: bool) -> str:
+def report(runs: list[str], folder: Path, only_runs: bool, over: str) -> str:
     """Add runs to a folder's runs.jsonl and make everything anew; returns the table of one line a task."""
     with locked(folder, "folder"):
         entries = read_runs(folder)
@@ -30,7 +30,7 @@ def report(runs: list[str], folder: Path, only_runs: bool) -> str:
             raise UserError(f"folder={str(folder)!r} has no runs.jsonl: name a RUN")
         found = tables(entries, only_runs)
         write_runs(folder, entries)
-        write_page(folder, found)
+        write_page(folder, found, over)
         for place in [folder / entry.released for entry in entries if entry.released]:
             if place.is_dir():
                 write_text(place / "README.md", render_card(place))
@@ -45,8 +45,9 @@ def run(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="Folder of a run, or folder that holds runs.")
     parser.add_argument("--folder", type=Path, default=MODEL_CARDS, help=f"Where runs.jsonl and {PAGE} are.")
     parser.add_argument("--only_runs", action="store_true", help="Leave out the paper's tasks that nobody ran.")
+    parser.add_argument("--over", choices=("step", "minute"), default="step", help="What the pictures go over.")
     options = parser.parse_args(argv)
-    print(report(options.runs, options.folder, options.only_runs))
+    print(report(options.runs, options.folder, options.only_runs, options.over))
 
 
 def main(argv: list[str] | None = None) -> int:

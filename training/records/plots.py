@@ -22,11 +22,13 @@ def learning_curve(history: list[dict[str, Any]], metric: str, path: Path) -> No
     figure.savefig(path, dpi=120)
 
 
-def validation_curves(title: str, metric: str, rows: Sequence[tuple[str, list[list[list[float]]]]], path: Path) -> None:
+def validation_curves(
+    title: str, metric: str, rows: Sequence[tuple[str, list[list[list[float]]]]], path: Path, over: str = "step"
+) -> None:
     """Validation figures of several models: a colour a model, a line a run.
 
     Args:
-        rows: name of a model, and of each of its runs the pairs of step and figure.
+        rows: name of a model, and of each of its runs the pairs of step, or whatever it is drawn over, and figure.
     """
     from matplotlib.figure import Figure
 
@@ -40,7 +42,7 @@ def validation_curves(title: str, metric: str, rows: Sequence[tuple[str, list[li
             line.set_label("_again" if number else name.replace("$", r"\$"))
     if metric in ("loss", "mse") and min(value for _, curves in rows for points in curves for _, value in points) > 0:
         axes.set_yscale("log")
-    axes.set_xlabel("step")
+    axes.set_xlabel(over)
     axes.set_ylabel(f"validation {metric}")
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)

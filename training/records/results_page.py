@@ -147,10 +147,20 @@ def length_table(rows: list[Row]) -> Markup:
     return table(head, [[*size, *share] for size, share in zip(sizes, shares, strict=True)])
 
 
-def section(setting: str, rows: list[Row]) -> dict[str, Any]:
+def curve(entry: Entry, over: str) -> list[list[float | int]] | None:
+    """Pairs of step, or of minutes of training at the run's mean speed, and validation figure; None if not recorded."""
+    if over == "step" or entry.history is None:
+        return entry.history
+    seconds, steps = entry.results.get("train_runtime"), entry.results.get("steps")
+    if isinstance(seconds, list) or isinstance(steps, list) or not seconds or not steps:
+        return None
+    return [[step * seconds / steps / 60, figure] for step, figure in entry.history]
+
+
+def section(setting: str, rows: list[Row], over: str) -> dict[str, Any]:
     """What the page shows of a setting; `lengths`, or else `curves`, are those of its picture."""
     metric = metric_of(setting, rows)
-    curves = [(row.label, [entry.history for entry in row.entries if entry.history]) for row in rows]
+    curves = [(row.label, [points for entry in row.entries if (points := curve(entry, over))]) for row in rows]
     tracking = [row for row in rows if row.lengths]
     return {
         "setting": setting,
@@ -165,9 +175,9 @@ def section(setting: str, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def write_page(folder: Path, found: dict[str, list[Row]]) -> None:
-    """RESULTS.md and its pictures, `results-<setting>.png`, in the folder of runs.jsonl."""
-    sections = [section(setting, rows) for setting, rows in found.items()]
+def write_page(folder: Path, found: dict[str, list[Row]], over: str = "step") -> None:
+    """RESULTS.md and its pictures over steps or minutes, `results-<setting>.png`, in the folder of runs.jsonl."""
+    sections = [section(setting, rows, over) for setting, rows in found.items()]
     drawn = [one for one in sections if one["lengths"] or one["curves"]]
     text = TEMPLATES.get_template("results.md.jinja").render(overview=overview(found), sections=sections)
 
@@ -176,7 +186,7 @@ def write_page(folder: Path, found: dict[str, list[Row]]) -> None:
             if one["lengths"]:
                 accuracy_by_length(one["setting"], one["lengths"], temporary / one["picture"])
                 continue
-            validation_curves(one["setting"], one["metric"], one["curves"], temporary / one["picture"])
+            validation_curves(one["setting"], one["metric"], one["curves"], temporary / one["picture"], over)
         (temporary / PAGE).write_text(text, encoding="utf-8")
 
     write_files(folder, fill)
