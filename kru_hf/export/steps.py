@@ -100,7 +100,7 @@ class Steps:
 def steps_of(model: KRUForCausalLM) -> Steps | None:
     """For ``modeling_kru.STEPS``; None for a model that the runtime cannot run, or without a compiled runtime."""
     config = model.config
-    if config.linear or config.bidirectional or type(model) is not KRUForCausalLM:
+    if type(model) is not KRUForCausalLM or config.linear or config.bidirectional:
         return None
     try:
         library()
