@@ -142,6 +142,7 @@ class KRUConfig(PreTrainedConfig):
         frame_head: of a model of piano rolls: "independent" keys given the state, or a "chain" from low to high, where
             each key is drawn given the lower ones.
         frame_head_size: H, hidden units of the chain. frame_head_dropout: on them.
+        frame_onsets: with a chain, a frame has a second plane: the keys that begin to sound. ``input_size`` is doubled.
         frame_head_channels: C, hidden units with which the chain reads the keys around each key, alike for all keys.
         layer_norm_epsilon: of every RMS norm.
         initializer_range: standard deviation of the output head's weights at the start.
@@ -182,6 +183,7 @@ class KRUConfig(PreTrainedConfig):
     unitary_loss_coef: float | int = 0.1
     input_size: int | None = None
     frame_head: str = "independent"
+    frame_onsets: bool = False
     frame_head_size: int = CHAIN_SIZE
     frame_head_channels: int = CHAIN_CHANNELS
     frame_head_dropout: float | int = 0.0

@@ -1,4 +1,4 @@
-"""A chain of probabilities over the keys of a frame, and drawing a frame from it or from independent keys."""
+"""Probabilities over the keys of a frame, a chain or independent ones, and over their onsets; drawing a frame."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,8 @@ WINDOW = 2 * OCTAVE + 1
 BLOCK = 8  # keys that are computed together; no effect on what is computed
 FRAME_HEADS = ("independent", "chain")
 MOST_DRAWS = 64  # free draws of a frame before limits on its voices are built into the draw
+ONSET_SIZE = 16  # hidden units of the context from which onsets are read
+CERTAIN = 1e4  # logit of what follows from the rest of a frame: 0 nats exactly
 SURE = 1e-4  # a temperature at which a key of independent ones is all but certain
 
 
@@ -28,6 +30,8 @@ def check_frame_head(config: Any) -> None:
         raise ValueError(f"frame_head_dropout must be in [0, 1), got {config.frame_head_dropout}")
     values = {"frame_head_size": CHAIN_SIZE, "frame_head_channels": CHAIN_CHANNELS, "frame_head_dropout": 0}
     for name, unused in values.items():
+        if config.frame_onsets and config.frame_head != "chain":
+            raise ValueError("frame_onsets needs frame_head='chain', got frame_head='independent'")
         if config.frame_head != "chain" and getattr(config, name) != unused:
             raise ValueError(f"{name} of independent keys must stay {unused} (unused), got {getattr(config, name)}")
 
@@ -96,6 +100,57 @@ class KeyChain(nn.Module):
         """
         hidden = F.relu(hidden + self.lower(lower.to(hidden.dtype)))  # (M, H)
         return self.keys(self.dropout(hidden))  # (M, width)
+
+
+class KeyOnsets(nn.Module):
+    """Which of the keys that go on sounding are struck again: from low to high, each given what begins below it.
+
+    A key that sounds and did not before begins; one that is silent does not. Both are certain.
+
+    Args:
+        width: keys of a frame. channels: of the windows, which read the keys around each key and the lower onsets.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.begun = nn.Linear(width, ONSET_SIZE, bias=False)  # of the keys that begin to sound
+        self.windows = KeyWindows(ONSET_SIZE, channels)
+
+    def forward(self, hidden: Tensor, before: Tensor, keys: Tensor, onsets: Tensor) -> Tensor:
+        """The logit of an onset of each key: (M, width).
+
+        Args:
+            hidden: (M, ONSET_SIZE), from the features. before, keys: the frame before and the frame, of zeros and ones,
+                (M, width). onsets: of the frame, of which each key sees the lower ones, (M, width).
+        """
+        held = keys * before  # (M, width)
+        begun = keys - held  # (M, width)
+        logits = self.windows(hidden + self.begun(begun), keys, onsets)  # (M, width)
+        return torch.where(held > 0, logits, CERTAIN * (2 * begun - 1))
+
+
+def draw_onsets(
+    head: KeyOnsets,
+    hidden: Tensor,
+    before: Tensor,
+    keys: Tensor,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Onsets (B, width) of zeros and ones of frames that are drawn already; arguments as of :class:`KeyOnsets`.
+
+    Args:
+        temperature: divides the logits; 0: the more probable.
+    """
+    before, keys = before.to(hidden.dtype), keys.to(hidden)  # (B, width)
+    held = keys * before  # (B, width)
+    onsets = keys - held  # (B, width)
+    for key in held.any(0).nonzero().flatten().tolist():
+        logits = head(hidden, before, keys, onsets)[:, key].float().cpu()  # (B,)
+        chance = (logits / max(temperature, SURE)).sigmoid() if temperature else (logits > 0).float()  # (B,)
+        drawn = torch.rand(len(chance), generator=generator) < chance  # (B,)
+        onsets[:, key] = torch.where(held[:, key] > 0, drawn.to(onsets), onsets[:, key])
+    return onsets
 
 
 def chain_logits(chain: KeyChain, context: Tensor, before: Tensor, targets: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_kru import KRUCache, refuse_bidirectional
 from .configuration_kru import KRUConfig
-from .frame_heads import MOST_DRAWS, KeyChain, KeyWindows, chain_logits, draw_frame
+from .frame_heads import MOST_DRAWS, ONSET_SIZE, KeyChain, KeyOnsets, KeyWindows, chain_logits, draw_frame, draw_onsets
 from .modeling_kru import KRUPreTrainedModel
 from .scan import can_look_at
 
@@ -34,8 +34,11 @@ class KRUPianoRollOutput(ModelOutput):
     logits: (B, T, width), row t for frame t+1. past_key_values: the state after the last frame.
     hidden_states: embeddings and each layer's output. unitary_loss: the penalty without λ, in
     training mode and beside a loss; else None.
-    frame_context: what a frame is drawn from, (B, T, width + H + width) with a chain, else the logits.
+    frame_context: what a frame is drawn from, (B, T, width + H + width) with a chain, and 16 more for onsets; else the
+    logits.
 
+    With onsets the width of frames and logits is twice the keys: what sounds, then what begins; an onset that follows
+    from the rest of the frame has a logit of ±10,000.
     With a chain a logit is of a key given the lower keys of the target frame; in the last row, whose target is not
     known without ``shift_labels``, given that they are silent.
     """
@@ -72,14 +75,21 @@ def check_targets(targets: Tensor) -> None:
             raise ValueError(f"frames that a chain scores must hold 0 and 1 alone, got {wrong}")
 
 
+def check_onsets(keys: Tensor, onsets: Tensor) -> None:
+    """A ValueError for an onset of a key (B, T, width) that does not sound; looked at on the CPU alone."""
+    if keys.device.type == "cpu" and can_look_at(keys) and bool((onsets > keys).any()):
+        raise ValueError("onsets, the second half of a frame, must be 0 where the key, in the first half, is silent")
+
+
 class KRUForPianoRoll(KRUPreTrainedModel):
     """Polyphonic music: frame t+1 from the frames up to t.
 
     The keys of a frame are independent given the state, or with ``frame_head="chain"`` a chain, each given the lower
-    ones. The width of a frame is ``config.input_size``, 88 keys where it is None.
+    ones. The width of a frame is ``config.input_size``, 88 keys where it is None; with ``frame_onsets`` a second half
+    says which of the keys begin to sound, and p(frame) = p(keys) · p(onsets | keys, frame before).
 
     Raises:
-        ValueError: the config is ``bidirectional``.
+        ValueError: the config is ``bidirectional``, or has onsets and an odd width.
     """
 
     main_input_name = "input_values"
@@ -88,14 +98,19 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         refuse_bidirectional(config, "a model of piano rolls")
         if config.input_size is None:
             config = copy.deepcopy(config)  # the caller's may be for other heads, too
-            config.input_size = PIANO_KEYS
+            config.input_size = PIANO_KEYS * (1 + config.frame_onsets)
+        width, odd = divmod(config.input_size, 1 + config.frame_onsets)
+        if odd:
+            raise ValueError(f"input_size must be twice the keys with frame_onsets, got {config.input_size}")
         super().__init__(config)
-        self.width = config.input_size
+        self.frame_width, self.width = config.input_size, width  # of frames; keys
         self.model = self.make_body(config)
         size = config.frame_head_size if config.frame_head == "chain" else 0  # H
-        self.key_head = nn.Linear(config.feature_size, self.width + size)
+        extra = ONSET_SIZE * config.frame_onsets
+        self.key_head = nn.Linear(config.feature_size, self.width + size + extra)
         self.key_head.silent_keys = self.width  # type: ignore[assignment]
         self.chain = KeyChain(self.width, size, config.frame_head_channels, config.frame_head_dropout) if size else None
+        self.onsets = KeyOnsets(self.width, config.frame_head_channels) if extra else None
         self.post_init()
 
     @torch.no_grad()
@@ -108,22 +123,32 @@ class KRUForPianoRoll(KRUPreTrainedModel):
             init.normal_(module.before.weight, std=CHAIN_STD)  # (width + H, width)
             init.normal_(module.lower.weight, std=CHAIN_STD)  # (H, width)
             init.normal_(module.keys.weight, std=module.size**-0.5)  # (width, H)
+        if isinstance(module, KeyOnsets):
+            init.normal_(module.begun.weight, std=CHAIN_STD)  # (ONSET_SIZE, width)
         if isinstance(module, KeyWindows):
             init.normal_(module.near, std=2 * CHAIN_STD)  # (2, 25, C)
             init.normal_(module.out.weight, std=CHAIN_STD)  # (1, C)
 
     def read_frames(self, context: Tensor, input_values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, width) of the targets and the context of each frame.
+        """Logits of the targets and the context of each frame.
 
         Args:
-            context: (B, T, width + H) or (B, T, width), from the features. input_values: the frames before the targets.
+            context: from the features, (B, T, width + H), with onsets 16 wider; without a chain (B, T, width).
+            input_values: the frames before the targets, both (B, T, width), with onsets twice as wide.
         """
         if self.chain is None:
             return context, context
         check_targets(targets)
-        before = input_values.to(context.dtype)  # (B, T, width)
+        context, hidden = context.tensor_split([self.width + self.chain.size], -1)  # (B, T, width + H), (B, T, 16 or 0)
+        before = input_values[..., : self.width].to(context.dtype)  # (B, T, width)
+        keys, onsets = targets.tensor_split([self.width], -1)  # (B, T, width), (B, T, width or 0)
         context = context + self.chain.before(before)  # (B, T, width + H)
-        return chain_logits(self.chain, context, before, targets), torch.cat([context, before], -1)
+        logits = chain_logits(self.chain, context, before, keys)  # (B, T, width)
+        if self.onsets is not None:
+            check_onsets(keys, onsets)
+            flat = (part.flatten(0, -2).to(context.dtype) for part in (hidden, before, keys, onsets))  # (M, ·)
+            logits = torch.cat([logits, self.onsets(*flat).view_as(onsets)], -1)  # (B, T, 2·width)
+        return logits, torch.cat([context, before, hidden], -1)
 
     @can_return_tuple
     def forward(
@@ -139,7 +164,7 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         """Frames (B, T, width) of zeros and ones to logits of the next frames, and the loss.
 
         Args:
-            input_values: frames (B, T, width).
+            input_values: frames (B, T, width), the width being ``config.input_size`` here.
             attention_mask: (B, T), 0 for padding before or after a piece: the state holds, the frame is not scored.
             past_key_values: the state that an earlier call returned.
             shift_mask: (B, T), which rows of ``shift_labels`` are scored; None: all.
@@ -154,7 +179,7 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         Raises:
             ValueError: frames of another shape, outside [0, 1], or where a chain scores them neither 0 nor 1.
         """
-        check_frames(input_values, self.width)
+        check_frames(input_values, self.frame_width)
         outputs, mask, starts = self.run_body(
             attention_mask, kwargs, input_values=input_values, past_key_values=past_key_values, use_cache=use_cache
         )
@@ -211,7 +236,8 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         """Sample frame after frame with the carried state: each step costs the same, however long the piece is.
 
         Args:
-            prime: frames (T, width) or (B, T, width) that the piece begins with; None: a silent frame.
+            prime: frames (T, width) or (B, T, width) that the piece begins with, of ``config.input_size``; None: a
+                silent frame.
             num_frames: how many frames are yielded, after the prime.
             temperature: 1 draws what the model has learnt. Of a chain it divides the logarithms of the probabilities
                 of which key sounds next, of independent keys their logits; 0: the most probable.
@@ -241,17 +267,22 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
         if prime is None:
-            prime = torch.zeros(batch_size, 1, self.width)  # (B, 1, width)
+            prime = torch.zeros(batch_size, 1, self.frame_width)  # (B, 1, width)
         prime = prime[None] if prime.ndim == 2 else prime  # (B, T, width)
-        check_frames(prime, self.width)
+        check_frames(prime, self.frame_width)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        draw = partial(
-            draw_frame, temperature=temperature, top_p=top_p, voices=(min_voices, max_voices), generator=generator
-        )
-        return self._stream(prime.float(), num_frames, draw)
+        heat = {"temperature": temperature, "generator": generator}
+        draw = partial(draw_frame, **heat, top_p=top_p, voices=(min_voices, max_voices))  # type: ignore[arg-type]
+        return self._stream(prime.float(), num_frames, draw, partial(draw_onsets, **heat))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _stream(self, frames: Tensor, num_frames: int, draw: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    def _stream(
+        self,
+        frames: Tensor,
+        num_frames: int,
+        draw: Callable[..., tuple[Tensor, Tensor]],
+        begin: Callable[..., Tensor],
+    ) -> Iterator[Tensor]:
         device: torch.device = self.device
         device = torch.device("cpu") if device.type == "meta" else device  # weights that are brought in for each call
         training = self.training
@@ -261,8 +292,14 @@ class KRUForPianoRoll(KRUPreTrainedModel):
             for _ in range(num_frames):
                 out = self(input_values=frames.to(device), past_key_values=state, use_cache=True, return_loss=False)
                 state = out.past_key_values
-                frame, forced = draw(out.frame_context[:, -1], self.chain)  # (B, width), (B,)
+                context = out.frame_context[:, -1]  # (B, ·)
+                if self.onsets is not None:
+                    context, hidden = context.tensor_split([-ONSET_SIZE], -1)  # (B, ·), (B, 16)
+                frame, forced = draw(context, self.chain)  # (B, keys), (B,)
                 limited += int(forced.sum())
+                if self.onsets is not None:
+                    begun = begin(self.onsets, hidden, context[:, -self.width :], frame)  # (B, keys)
+                    frame = torch.cat([frame, begun.to(frame)], -1)  # (B, 2·keys)
                 yield frame
                 frames = frame[:, None]  # (B, 1, width)
             if limited:

@@ -10,6 +10,7 @@ from finished_run import edit
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_imports
 
+from kru_hf.music import FIGURES as MUSIC_FIGURES
 from training.records.cards import DATA_SOURCES, missing_fields, render_card
 from training.records.paper_figures import FIGURES, PTB_SMALL
 from training.records.publishing import auto_map, code_files
@@ -45,13 +46,19 @@ def test_card_has_the_results_of_the_run_and_no_invented_field(folder: Path) -> 
     (folder / "composition.mid").write_bytes(b"piece")
     assert "composition" not in render_card(folder)  # a link to a picture that is not there
     (folder / "composition.png").write_bytes(b"picture")
-    bands = {"density_band": [3.5, 4.25], "lowest_band": [36.0, 45.0], "highest_band": [73.65, 79.0]}
-    report = {"density": 4.5, "lowest": 40.0, "highest": 75.0, **bands, "within": False}
-    made = {"command": "python -m training.compose --seed 3", "prime_frames": 32, "num_frames": 96, "report": report}
+    found = (
+        {f"{name}_band": [3.5, 4.25] for name in MUSIC_FIGURES} | dict.fromkeys(MUSIC_FIGURES, 4.5) | {"within": False}
+    )
+    made = {"command": "python -m training.compose --seed 3", "prime": "bwv1.6 (test)", "prime_frames": 32}
+    made |= {"num_frames": 96, "statistics": found}
     (folder / "composition.json").write_text(json.dumps(made))
     text = render_card(folder)
-    assert "](composition.png)" in text and "](composition.mid); the first 32 frames were given. Made by" in text
-    assert "--seed 3" in text and "which they leave: keys per frame 4.5 (training pieces: 3.5 to 4.25), lowest" in text
+    assert (
+        "](composition.png)" in text
+        and "](composition.mid); the first 32 frames, the opening of bwv1.6 (test), were given. Made by" in text
+    )
+    assert "--seed 3" in text and "The composed 96 frames leave the" in text
+    assert "| keys per frame | 4.5 | 3.5 | 4.25 |" in text
 
     (folder / "run.json").unlink()
     (folder / "recipe.yaml").unlink()

@@ -66,6 +66,61 @@ def test_the_probabilities_of_all_frames_sum_to_one(kind):
     assert (probabilities - apart).abs().max() > 0.01  # the keys are not independent
 
 
+def onset_model() -> tuple[KRUForPianoRoll, torch.Tensor]:
+    """A model of four keys with onsets, and a piece of five frames (1, 5, 8)."""
+    model = chain_model(input_size=8, frame_onsets=True)
+    with torch.no_grad():
+        for part in (model.onsets.begun.weight, model.onsets.windows.near, model.onsets.windows.out.weight):
+            part.normal_()
+    keys = random_roll(1, 5, 4)
+    keys[0, 2] = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    before = torch.cat([torch.zeros(1, 1, 4), keys[:, :-1]], 1)
+    return model, torch.cat([keys, keys * (1 - before)], -1)
+
+
+def frames_after(keys: torch.Tensor) -> torch.Tensor:
+    """All frames with their onsets (M, 8) that can follow one (4,): what begins has an onset, what is silent none."""
+    found = [frame for frame in ALL_FRAMES if (frame[4:] <= frame[:4]).all() and (frame[4:] >= frame[:4] - keys).all()]
+    return torch.stack(found)
+
+
+def test_the_probabilities_of_all_frames_and_onsets_sum_to_one_and_are_those_of_the_draws():
+    model, piece = onset_model()
+    past, frames = piece[:, :3], frames_after(piece[0, 2, :4])
+    targets = torch.cat([past[:, 1:].expand(len(frames), -1, -1), frames[:, None]], 1)
+    with torch.no_grad():
+        logits = model(input_values=past.expand(len(frames), -1, -1), shift_labels=targets).logits[:, -1]
+    probabilities = (-frame_nats(logits, frames)).exp()
+    assert len(frames) == 54 and abs(probabilities.sum().item() - 1) < FLOAT32_TOLERANCE
+    keys = (-frame_nats(logits[:, :4], frames[:, :4])).exp()
+    for first in range(16):  # onsets given the keys sum to one
+        chosen = (frames[:, :4] == ALL_FRAMES[16 * first, :4]).all(-1)
+        assert abs((probabilities[chosen] / keys[chosen]).sum().item() - 1) < FLOAT32_TOLERANCE
+    drawn = model.generate_piano_roll(past.expand(40_000, -1, -1), num_frames=1, seed=0)[:, 0]
+    expected = torch.zeros(256).scatter(0, (frames @ 2.0 ** torch.arange(7, -1, -1)).long(), probabilities)
+    check_shares(drawn, expected)
+
+
+def test_an_onset_sees_lower_onsets_and_every_key_but_no_higher_onset():
+    model, piece = onset_model()
+    past, frame = piece[:, :3], torch.tensor([1.0, 1, 0, 1, 0, 0, 0, 0])
+    logits = []
+    for onsets in ([0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]):
+        frame[4:] = torch.tensor(onsets)
+        logits.append(model(input_values=past, shift_labels=frame.expand(1, 3, 8)).logits[0, -1, 4:])
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0][:2], logits[2][:2]) and logits[0][3] != logits[2][3]
+    assert logits[0][2] == -10_000  # a silent key
+
+
+def test_onsets_without_a_sounding_key_or_an_even_width_are_an_error():
+    model, piece = onset_model()
+    with pytest.raises(ValueError, match="must be 0 where the key, in the first half, is silent"):
+        model(input_values=piece, shift_labels=torch.tensor([0.0] * 7 + [1]).expand(1, 5, 8))
+    with pytest.raises(ValueError, match="input_size must be twice the keys with frame_onsets, got 7"):
+        chain_model(input_size=7, frame_onsets=True)
+
+
 def test_the_nats_of_a_frame_are_those_summed_by_hand():
     model, x = chain_model(), random_roll(1, 4, KEYS)
     out = model(input_values=x)
@@ -212,6 +267,7 @@ def test_frames_that_are_no_frames_are_an_error():
     ("options", "message"),
     [
         ({"frame_head": "coin"}, "frame_head.*'coin'"),
+        ({"frame_onsets": True}, "frame_onsets needs frame_head='chain', got frame_head='independent'"),
         ({"frame_head": "chain", "frame_head_size": 0}, "frame_head_size must be at least 1, got 0"),
         ({"frame_head": "chain", "frame_head_dropout": 1.0}, r"frame_head_dropout must be in \[0, 1\), got 1\.0"),
         ({"frame_head_size": 32}, r"frame_head_size of independent keys must stay 64 \(unused\), got 32"),

@@ -392,13 +392,15 @@ def programs(model: KRUPreTrainedModel | KroneckerLayer) -> list[Program]:
     Of a layer in place of torch's: ``sequence``.
 
     Raises:
-        ValueError: a model without a head.
+        ValueError: a model without a head, or of music with onsets.
     """
     if isinstance(model, KroneckerLayer):
         return [layer_program(model)]
     config, body, chain = cast(Any, model.config), getattr(model, "model", None), getattr(model, "chain", None)
     if body is None:
         raise ValueError(f"model must have a head, got {type(model).__name__}")
+    if config.frame_onsets:
+        raise ValueError("onsets cannot be exported: frame_onsets must be False, got True")
     states = ("batch", config.num_hidden_layers, len(config.recurrent_cell.states), config.state_size)  # (B, L, S, N)
     context = {} if chain is None else {"context": (2 * chain.width + chain.size,)}
     found = []

@@ -161,6 +161,8 @@ def weight_file(model: KRUPreTrainedModel, tokenizer: Any = None, dtype: str = "
         raise ValueError("a model that is run step by step must have bidirectional = False, got True")
     if config.linear:
         raise ValueError("the C runtime has no linear recurrence: cell_type must not be 'kru_linear'")
+    if getattr(config, "frame_onsets", False):
+        raise ValueError("the C runtime has no onsets: frame_onsets must be False, got True")
     body, cell, plain = model.model, BY_TYPE[config.cell_type], config.block_type == "plain"
     head = {"KRUForCausalLM": "lm_head", "KRUForPianoRoll": "key_head"}.get(kind, "score")
     output = getattr(model, head)

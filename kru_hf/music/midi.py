@@ -15,6 +15,7 @@ DEFAULT_TEMPO = 120.0  # quarter notes per minute, where the file has none
 PERCUSSION = 9  # channel 10 as people count
 SUSTAIN, SOSTENUTO, SOUND_OFF, RESET = 64, 66, 120, 121  # controllers that make notes longer or shorter
 NOTES_OFF = range(123, 128)  # the changes of mode behind "all notes off" mean it too
+TEMPO, METER = 0x51, 0x58  # events of the file itself
 FRAME_RATES = {24: 24.0, 25: 25.0, 29: 30 / 1.001, 30: 30.0}  # of SMPTE, frames a second
 
 
@@ -30,12 +31,14 @@ class Score:
         ticks_per_quarter: ticks in a quarter note.
         notes: (start, end, pitch) of every note that ends, without drums; a note held by a pedal ends with the pedal.
         tempos: (tick, quarter notes per minute).
+        meters: (tick, beats in a bar, what part of a whole note a beat is).
         report: counts of what was changed or dropped, by the names of ``rolls.PROBLEMS``.
     """
 
     ticks_per_quarter: float
     notes: list[tuple[int, int, int]]
     tempos: list[tuple[int, float]]
+    meters: list[tuple[int, int, int]]
     report: Counter[str]
 
 
@@ -118,20 +121,25 @@ def read_score(data: bytes) -> Score:
     if not ticks_per_quarter:
         raise MidiError(f"is damaged: its unit of time, {division:#06x}, is neither ticks in a quarter note nor SMPTE")
     channels: dict[int, Channel] = defaultdict(Channel)
-    tempos, tick = [], 0
+    tempos, meters, velocities, tick = [], [], set(), 0
     for tick, code, first, second in sorted((event for part in played for event in part), key=lambda event: event[0]):
-        if code == 0xFF and not report["smpte_time"]:
+        if code == TEMPO and not report["smpte_time"]:
             tempos.append((tick, 6e7 / first if first else float("inf")))
-        elif code < 0xF0:
+        elif code == METER and first and not report["smpte_time"]:
+            meters.append((tick, first, 1 << second))
+        elif code >= 0x80:
             channels[code & 0xF].play(tick, code >> 4, first, second)
+            if code >> 4 == 0x9 and second and code & 0xF != PERCUSSION:
+                velocities.add(second)
     for channel in channels.values():
         channel.control(tick, RESET, False)  # pedals that stay down hold until the last event
     drums = channels.pop(PERCUSSION, Channel())
     report["drum_notes"] = len(drums.notes) + sum(map(len, drums.keys.values()))
     report["unended_notes"] = sum(len(starts) for channel in channels.values() for starts in channel.keys.values())
+    report["velocities"] = len(velocities) if len(velocities) > 1 else 0
     report["pedal_notes"] = sum(channel.num_held for channel in channels.values())
     notes = [note for channel in channels.values() for note in channel.notes]
-    return Score(ticks_per_quarter, notes, tempos, report)
+    return Score(ticks_per_quarter, notes, tempos, meters, report)
 
 
 def split_tracks(data: bytes) -> tuple[int, int, int, list[bytes]]:
@@ -168,7 +176,10 @@ def chunks(data: bytes, order: str) -> Iterator[tuple[bytes, bytes]]:
 
 
 def track_events(track: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """(tick, status byte, first and second data byte) of a track's channel events; 0xFF: a tempo, in microseconds."""
+    """(tick, status byte, first and second data byte) of a track's channel events, and its tempos and meters.
+
+    Those are (tick, TEMPO, microseconds of a quarter, 0) and (tick, METER, beats in a bar, 2 for quarters, 3 eighths).
+    """
     place = tick = status = 0
     try:
         while place < len(track):
@@ -194,8 +205,10 @@ def track_events(track: bytes) -> Iterator[tuple[int, int, int, int]]:
                 if max(content) >= 0x80:
                     raise MidiError(f"is damaged: an event of a track has the data bytes {content.hex(' ')}")
                 yield tick, code, content[0], content[-1]
-            elif kind == 0x51 and size == 3:
-                yield tick, code, int.from_bytes(content, "big"), 0
+            elif kind == TEMPO and size == 3:
+                yield tick, kind, int.from_bytes(content, "big"), 0
+            elif kind == METER and size >= 2 and content[1] < 8:
+                yield tick, kind, content[0], content[1]
     except IndexError as error:
         raise MidiError("is damaged: a track ends within an event") from error
 

@@ -1,16 +1,22 @@
-"""What a piano roll looks and sounds like: a picture by matplotlib, and a synthesizer of a few lines."""
+"""What a piano roll looks and sounds like: a picture, a sampled piano, and a synthesizer of a few lines."""
 
 from __future__ import annotations
 
 import wave
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .midi import MidiError
-from .rolls import LOWEST_PITCH, PianoRoll
+from .rolls import LOWEST_PITCH, PianoRoll, midi_score
 
 SAMPLE_RATE = 22_050
+PEAK = 0.8  # of a sound, in 1
+SOUND_FONT = "TimGM6mb.sf2"
+NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+COLORS = ("tab:red", "tab:green", "tab:purple", "tab:blue", "tab:gray")  # of the voices, from the highest down
 MAX_SECONDS = 3600  # of sound: 160 MB
 RINGING = 10.0  # seconds after which a string is silent in 16 bits
 
@@ -48,38 +54,85 @@ def synthesize(piece: PianoRoll, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
         release = np.clip(1 - (time - held) / tail, 0.0, 1.0) ** 2
         sound[first : first + len(time)] += (tone * attack * release).astype(np.float32)
     peak = max(float(sound.max()), -float(sound.min()))
-    sound *= 0.8 / peak if peak > 0 else 1.0
+    sound *= PEAK / peak if peak > 0 else 1.0
     return sound
 
 
+def sampled(piece: PianoRoll, sample_rate: int = SAMPLE_RATE) -> np.ndarray | None:
+    """A piano as it was recorded: symusic's synthesizer with the sound font that comes with pretty_midi.
+
+    Samples (L,), float32, peak below 1; None where the two are not there (extra ``music``), or cannot (symusic 0.6.0
+    does not return its samples).
+    """
+    check_length(piece.frame_seconds()[-1], sample_rate)
+    found = find_spec("pretty_midi")
+    font = Path(str(found.origin)).with_name(SOUND_FONT) if found else None
+    if font is None or not font.is_file() or find_spec("symusic") is None:
+        return None
+    from symusic import Synthesizer
+
+    try:
+        channels = Synthesizer(str(font), sample_rate, 0).render(midi_score(piece), stereo=True)
+    except TypeError:
+        return None
+    sound = np.asarray(channels, dtype=np.float32).mean(0)  # (L,)
+    end = min(len(sound), sample_rate // 20)  # it stops with the last note: no click there
+    sound[len(sound) - end :] *= np.linspace(1, 0, end, dtype=np.float32)
+    return sound * (PEAK / max(float(np.abs(sound).max(initial=0.0)), 1e-9))
+
+
 def write_wav(piece: PianoRoll, path: str | Path, sample_rate: int = SAMPLE_RATE) -> None:
-    """Write what :func:`synthesize` gives as a mono 16-bit WAV file."""
-    sound = synthesize(piece, sample_rate)  # (L,)
-    sound *= 32767
+    """Write what :func:`sampled` gives, or else :func:`synthesize`, as a mono 16-bit WAV file."""
+    sound = sampled(piece, sample_rate)  # (L,)
+    if sound is None:
+        sound = synthesize(piece, sample_rate)  # (L,)
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(sample_rate)
-        file.writeframes(sound.astype("<i2").tobytes())
+        file.writeframes((sound * 32767).astype("<i2").tobytes())
+
+
+def note_name(pitch: int) -> str:
+    """C4 for MIDI pitch 60, and so on."""
+    return f"{NAMES[pitch % 12]}{pitch // 12 - 1}"
 
 
 def draw_roll(piece: PianoRoll, path: str | Path, prime_frames: int = 0, title: str = "") -> None:
-    """Write a picture of a piece; its first ``prime_frames`` frames have another colour, and a line marks their end."""
+    """Write a picture of a piece: a colour for each voice, lines and numbers of bars, names of notes.
+
+    Rows of black keys are darker, and so is the ground of the first ``prime_frames`` frames.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(min(max(6.0, len(piece.roll) / 16), 24.0), 4), layout="constrained")
+    length = max(1, len(piece.roll))
+    figure = Figure(figsize=(min(max(6.0, length / 12), 24.0), 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for label, color, wanted in (("prime", "tab:gray", True), ("continuation", "tab:blue", False)):
-        bars = [note for note in piece.notes() if (note[0] < prime_frames) == wanted]
-        if bars:
-            starts, lengths, pitches = zip(*bars, strict=True)
-            axes.barh(pitches, lengths, left=starts, height=0.8, color=color, label=label)
-    if prime_frames:
-        axes.axvline(prime_frames, color="tab:red", linewidth=1)
-        figure.legend(loc="outside upper right", ncols=2, frameon=False)  # over the axes it would hide notes
     sounding = np.flatnonzero(piece.roll.any(0)) + LOWEST_PITCH
-    low, high = (sounding[0], sounding[-1]) if len(sounding) else (48, 72)
-    axes.set(xlim=(0, max(1, len(piece.roll))), ylim=(low - 2, high + 2), title=title)
-    axes.set(xlabel=f"frame ({piece.frames_per_quarter} per quarter note)", ylabel="MIDI pitch")
-    axes.grid(alpha=0.3)
+    low, high = (int(sounding[0]) - 2, int(sounding[-1]) + 2) if len(sounding) else (48, 72)
+    if prime_frames:
+        axes.axvspan(0, prime_frames, color="tab:orange", alpha=0.15, label="prime", linewidth=0)
+    for pitch in range(low, high + 1):
+        if "#" in note_name(pitch):
+            axes.axhspan(pitch - 0.5, pitch + 0.5, color="black", alpha=0.06, linewidth=0)
+    voices: dict[int, list[tuple[int, int, int]]] = {}
+    for note in piece.notes():
+        voices.setdefault(min(piece.voice(note), len(COLORS) - 1), []).append(note)
+    for voice, notes in sorted(voices.items()):
+        starts, lengths, pitches = zip(*notes, strict=True)
+        label = f"voice {voice + 1}" + (" (highest)" if not voice else " and lower" if voice == len(COLORS) - 1 else "")
+        look: Any = {"color": COLORS[voice], "edgecolor": "white", "linewidth": 0.6}
+        axes.barh(pitches, lengths, left=starts, height=0.9, label=label, **look)
+    bars = np.arange(piece.upbeat, length + 1e-9, piece.bar)
+    for bar in bars:
+        axes.axvline(bar, color="black", alpha=0.35, linewidth=0.7, zorder=0)
+    every = max(1, len(bars) // 24)
+    axes.set_xticks(bars[::every], [str(number + 1) for number in range(len(bars))][::every])
+    named = [pitch for pitch in range(low, high + 1) if note_name(pitch)[0] in ("CEG" if high - low < 50 else "C")]
+    named = [pitch for pitch in named if "#" not in note_name(pitch)]
+    axes.set_yticks(named, [note_name(pitch) for pitch in named], fontsize=8)
+    axes.set(xlim=(0, length), ylim=(low - 0.5, high + 0.5), title=title)
+    axes.set(xlabel=f"bar ({piece.meter[0]}/{piece.meter[1]})")
+    if prime_frames or voices:
+        figure.legend(loc="outside upper right", ncols=len(COLORS) + 1, frameon=False, fontsize=8)
     figure.savefig(str(path), dpi=120)

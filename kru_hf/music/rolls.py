@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ PROBLEMS = {
     "short_notes": "notes shorter than the grid given one frame",
     "overlapping_notes": "notes that start where the same pitch starts on the grid, merged",
     "pedal_notes": "notes that a pedal holds on",
+    "velocities": "different velocities made one",
     "merged_tracks": "tracks merged into one",
     "missing_tracks": "tracks that the header counts and the file lacks",
     "smpte_time": f"files timed in seconds (SMPTE), read at {DEFAULT_TEMPO:g} quarter notes per minute",
+    "meter_changes": "changes of the meter that bar lines do not follow",
     "absurd_tempos": f"tempo changes outside {SLOWEST:g}..{FASTEST:g} quarter notes per minute ignored",
 }
 
@@ -50,13 +53,18 @@ class PianoRoll:
         onsets: (T, 88) bool, where a note begins; None: where a pitch sounds that did not before.
         frames_per_quarter: frames in a quarter note.
         tempos: (frame, quarter notes per minute), ascending; the first at frame 0.
+        meter: beats in a bar, and what part of a whole note a beat is. upbeat: frames before the first whole bar.
+        name: of the piece, for people.
         report: counts of what was changed or dropped on the way, by the names of ``PROBLEMS``.
     """
 
     roll: np.ndarray
-    onsets: np.ndarray | None = None
+    onsets: Any = None
     frames_per_quarter: int = 4
     tempos: list[tuple[int, float]] = field(default_factory=lambda: [(0, DEFAULT_TEMPO)])
+    meter: tuple[int, int] = (4, 4)
+    upbeat: int = 0
+    name: str = ""
     report: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,8 +75,8 @@ class PianoRoll:
             raise MidiError(f"the piece has {len(roll)} frames, more than {MAX_FRAMES}")
         check_grid(self.frames_per_quarter)
         self.roll = roll > 0.5  # (T, 88)
-        if self.onsets is None:
-            self.onsets = self.roll & ~np.vstack([np.zeros_like(self.roll[:1]), self.roll[:-1]])  # (T, 88)
+        begins = self.roll & ~np.vstack([np.zeros_like(self.roll[:1]), self.roll[:-1]])  # (T, 88)
+        self.onsets = begins if self.onsets is None else self.roll & (self.onsets | begins)  # (T, 88)
 
     @property
     def problems(self) -> str:
@@ -77,12 +85,30 @@ class PianoRoll:
 
     def notes(self) -> list[tuple[int, int, int]]:
         """(start frame, frames, pitch) of every note, in that order."""
-        assert self.onsets is not None
-        before = np.vstack([np.zeros_like(self.roll[:1]), self.roll[:-1]])  # (T, 88)
-        begins = self.roll & (self.onsets | ~before)  # (T, 88)
-        ends = self.roll & np.vstack([(begins | ~self.roll)[1:], np.ones_like(self.roll[:1])])  # (T, 88): last frames
-        pairs = zip(np.argwhere(begins.T).tolist(), np.argwhere(ends.T).tolist(), strict=True)
+        over = np.vstack([(self.onsets | ~self.roll)[1:], np.ones_like(self.roll[:1])])  # (T, 88): nothing is held on
+        ends = self.roll & over  # (T, 88): last frames
+        pairs = zip(np.argwhere(self.onsets.T).tolist(), np.argwhere(ends.T).tolist(), strict=True)
         return sorted((start, last + 1 - start, key + LOWEST_PITCH) for (key, start), (_, last) in pairs)
+
+    def voice(self, note: tuple[int, int, int]) -> int:
+        """The voice of one of :meth:`notes`: 0 for the highest key that sounds where it begins, and so on downwards."""
+        start, _, pitch = note
+        return int(self.roll[start, pitch - LOWEST_PITCH + 1 :].sum())
+
+    @property
+    def bar(self) -> float:
+        """Frames in a bar."""
+        return 4 * self.frames_per_quarter * self.meter[0] / self.meter[1]
+
+    def planes(self, onsets: bool = False) -> np.ndarray:
+        """What sounds, and in a second plane what begins: (T, 1, 88) or (T, 2, 88) bool."""
+        return np.stack([self.roll, self.onsets][: 1 + onsets], 1)
+
+    def part(self, first: int, end: int) -> PianoRoll:
+        """The frames [first, end) as a piece."""
+        tempos = [(max(0, frame - first), tempo) for frame, tempo in self.tempos if frame < end]
+        roll, onsets = self.roll[first:end], self.onsets[first:end]
+        return replace(self, roll=roll, onsets=onsets, tempos=tempos, upbeat=max(0, self.upbeat - first), report={})
 
     def frame_seconds(self) -> np.ndarray:
         """When each frame begins, and when the last one ends, in seconds: (T + 1,).
@@ -195,14 +221,40 @@ def read_midi(path: str | Path, frames_per_quarter: int = 4) -> PianoRoll:
             report["absurd_tempos"] = report.get("absurd_tempos", 0) + 1
         elif frame < len(piece.roll):
             tempos[frame] = tempo
+    meters = [(tick / ticks * frames_per_quarter, (beats, part)) for tick, beats, part in score.meters]
+    report["meter_changes"] = set_meter(piece, [found for found in meters if found[0] < len(piece.roll)])
     changes = sorted(tempos.items())
     piece.tempos = [changes[0], *(now for before, now in pairwise(changes) if now[1] != before[1])]
     piece.report = {name: count for name, count in report.items() if count}
     return piece
 
 
+def set_meter(piece: PianoRoll, meters: list[tuple[float, tuple[int, int]]]) -> int:
+    """Give a piece the first of its file's meters (frame, meter), and return how many changes follow.
+
+    A first meter that holds for one bar, shorter than that of the next, is an upbeat.
+    """
+    if not meters:
+        return 0
+    (_, piece.meter), *others = meters
+    if others and others[0][0] == piece.bar:
+        short, (first, later), *rest = piece.bar, *others
+        if 4 * piece.frames_per_quarter * later[0] / later[1] > short:
+            piece.meter, piece.upbeat, others = later, int(first), rest
+    return sum(now[1] != before[1] for before, now in pairwise([(0, piece.meter), *others]))
+
+
 def write_midi(piece: PianoRoll, path: str | Path, velocity: int = 80) -> None:
-    """Write a piece as a MIDI file with one piano track; :func:`read_midi` with the same grid gives the piece again."""
+    """Write a piece as a MIDI file with one piano track; :func:`read_midi` with the same grid gives the piece again.
+
+    Raises:
+        MidiError: symusic is not there.
+    """
+    midi_score(piece, velocity).dump_midi(str(path))
+
+
+def midi_score(piece: PianoRoll, velocity: int = 80) -> Any:
+    """A piece as symusic's score: notes, bars and tempo."""
     try:
         import symusic
     except ImportError as error:
@@ -213,6 +265,10 @@ def write_midi(piece: PianoRoll, path: str | Path, velocity: int = 80) -> None:
     for start, length, pitch in piece.notes():
         track.notes.append(symusic.Note(start * ticks, length * ticks, pitch, velocity))
     score.tracks.append(track)
+    upbeat = Fraction(piece.upbeat, 4 * piece.frames_per_quarter)  # of a whole note
+    if upbeat and upbeat.denominator.bit_count() == 1:  # else no meter has its length
+        score.time_signatures.append(symusic.TimeSignature(0, *upbeat.as_integer_ratio()))
+    score.time_signatures.append(symusic.TimeSignature(piece.upbeat * ticks, *piece.meter))
     for frame, tempo in piece.tempos:
         score.tempos.append(symusic.Tempo(frame * ticks, tempo))
-    score.dump_midi(str(path))
+    return score

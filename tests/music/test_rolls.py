@@ -17,6 +17,7 @@ from kru_hf.music import (
     quantise,
     read_midi,
     roll_to_frames,
+    sampled,
     synthesize,
     write_midi,
     write_wav,
@@ -152,7 +153,7 @@ def test_the_legend_of_a_picture_hides_no_note(tmp_path, monkeypatch):
     draw_roll(quantise([(0, 1, 69), (3, 1, 72)], 2), tmp_path / "a.png", prime_frames=4)
     drawn[0].draw_without_rendering()
     (axes,), legends = drawn[0].axes, [*drawn[0].legends, *filter(None, [drawn[0].axes[0].get_legend()])]
-    assert [text.get_text() for text in legends[0].get_texts()] == ["prime", "continuation"]
+    assert [text.get_text() for text in legends[0].get_texts()] == ["prime", "voice 1 (highest)"]
     assert not legends[0].get_window_extent().overlaps(axes.get_window_extent())
 
 
@@ -164,7 +165,7 @@ def test_picture_and_sound(tmp_path):
     with wave.open(str(tmp_path / "a.wav")) as file:
         seconds = file.getnframes() / file.getframerate()
         samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
-    assert seconds == pytest.approx(2.3, abs=0.01)
+    assert seconds == pytest.approx(2.0 if sampled(piece) is not None else 2.3, abs=0.01)
     assert 20_000 < np.abs(samples).max() < 32_767
     spectrum = np.abs(np.fft.rfft(synthesize(piece)[:11_025]))  # the first half second: A at 440 Hz
     assert abs(int(spectrum.argmax()) * 2 - 440) <= 2

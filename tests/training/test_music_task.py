@@ -13,12 +13,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kru_hf.music import frames_to_roll, quantise, read_midi, write_midi
+from kru_hf.music import FIGURES, frames_to_roll, quantise, read_midi, write_midi
 from training import compose, evaluate, train
 from training.common.errors import UserError
+from training.common.run_folder import COMPANIONS
 from training.data import music_data
 from training.data.cache import cache_folder
-from training.data.music_data import load_pieces, piece_figures
+from training.data.music_data import load_pieces, on_grid
 from training.data.splits import SPLITS
 from training.models.build import build_model, load_model
 from training.options.data import DataOptions
@@ -28,6 +29,7 @@ from training.tasks.piano_roll import TASK, PianoRollOptions, roll_batch
 
 pytest.importorskip("symusic")
 
+METERS = [("bwv10.7", (4, 4), 0), ("bwv121.6", (4, 4), 2), ("bwv227.7", (4, 4), 0), ("bwv28.6", (4, 4), 2)]
 FLOAT32_TOLERANCE = 1e-4  # nats a frame, fp32 logits of a few hundred frames in batches of another size
 SMALL = [
     "--block_type",
@@ -171,7 +173,7 @@ def test_a_pass_has_every_target_once_and_never_mixes_pieces(folder, rows, windo
                     assert torch.equal(history[row][-1], x[row, t])
                     history[row].append(y[row, t])
     seen += [torch.stack(frames) for frames in history if frames]
-    expected = [roll.astype(np.float32).tobytes() for roll in task.dataset.splits["train"]]
+    expected = [piece.roll.astype(np.float32).tobytes() for piece in task.dataset.splits["train"]]
     assert sorted(piece.numpy().tobytes() for piece in seen) == sorted(expected)
 
 
@@ -217,22 +219,22 @@ def test_windows_with_carried_state_give_the_loss_of_the_whole_piece(folder, mon
 
 def test_transposition_moves_whole_pieces_within_the_keyboard(folder):
     task = make_task(folder, transpose=5)
-    roll = task.dataset.splits["train"][0]
+    frames = task.frames["train"][0]
     shifts = set()
     for epoch in range(60):
-        shift = task.shift(roll, epoch, 0)
-        moved = roll_batch([roll, None], 1, 5, [shift, 0]).inputs["input_values"]
-        assert np.array_equal(moved[0], np.roll(roll[1:6], shift, 1)) and not moved[1].any()
+        shift = task.shift(frames, epoch, 0)
+        moved = roll_batch([frames, None], 1, 5, [shift, 0]).inputs["input_values"]
+        assert np.array_equal(moved[0], np.roll(frames[1:6, 0], shift, 1)) and not moved[1].any()
         shifts.add(shift)
     assert shifts == set(range(-4, 6))
-    edges = np.zeros((2, 88), dtype=bool)
-    edges[:, [0, 87]] = True
+    edges = np.zeros((2, 1, 88), dtype=bool)
+    edges[..., [0, 87]] = True
     assert task.shift(edges, 0, 0) == 0
 
 
 def test_every_key_is_as_likely_where_pieces_move_by_up_to_six_semitones(folder):
     task = make_task(folder, transpose=6)
-    shifts = [task.shift(np.eye(2, 88, 40, dtype=bool), epoch, 0) for epoch in range(1200)]
+    shifts = [task.shift(np.eye(2, 88, 40, dtype=bool)[:, None], epoch, 0) for epoch in range(1200)]
     counts = np.bincount([shift % 12 for shift in shifts])
     assert set(shifts) == set(range(-5, 7)) and counts.min() > 60
 
@@ -246,7 +248,7 @@ def test_record_names_the_data_without_its_path(folder):
     assert record["train_pieces"] == 11
     assert str(folder.parent) not in json.dumps(record)
     assert record["sha256"] == make_task(folder).dataset_record()["sha256"]
-    assert record["lowest_low"] >= 40
+    assert record["onsets"] is False
 
 
 def test_a_folder_of_midi_files_is_split_by_piece_and_bad_files_are_counted(tmp_path, capsys):
@@ -291,17 +293,24 @@ def test_folders_of_midi_files_are_the_parts_that_they_are_called(tmp_path, name
     own = "test" if name == "test" else "validation"
     other = "validation" if name == "test" else "test"
     assert {split: len(rolls) for split, rolls in found.splits.items()} == {"train": 9, own: 3, other: 1}
-    high = {split: sum(bool(roll[:, 70 - 21 :].any()) for roll in rolls) for split, rolls in found.splits.items()}
+    high = {split: sum(piece.roll[:, 70 - 21 :].any() for piece in pieces) for split, pieces in found.splits.items()}
     assert high == {"train": 0, own: 3, other: 0}
     assert "not used: loose.mid" in found.notes
     assert f"the data have no {other} part: it is cut from train" in found.notes
 
 
-def test_a_sample_does_not_need_the_test_pieces(trained, folder):
+def test_a_sample_is_a_piece_in_the_folder_and_does_not_need_the_test_pieces(trained, folder, tmp_path):
     task = make_task(folder)
     task.dataset.splits["test"].clear()
     model, _ = load_model(str(trained / "kru"), "piano_roll")
-    assert task.sample(model, 3, 0).count("|") == 2
+    prime = task.dataset.splits["validation"][0]
+    given = min(16, len(prime.roll) // 2)
+    said = task.sample(model, 3, 0, tmp_path)
+    assert f"{given} frames of validation-1 (validation), then 3 composed frames" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(COMPANIONS)
+    piece = read_midi(tmp_path / "composition.mid", 4)
+    assert np.array_equal(piece.roll[:given], prime.roll[:given]) and len(piece.roll) <= given + 3
+    assert task.sample(model, 0, 0, tmp_path) is None
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -325,12 +334,15 @@ def test_chorales_are_parsed_once_for_every_grid_and_anew_when_what_decides_them
             warnings.simplefilter("ignore")
             return music_data.music21_chorales(grid), len(parsed)
 
-    rolls, count = again()
-    assert count == 6 and len(rolls) >= 3
+    pieces, count = again()
+    assert count == 6 and len(pieces) >= 3
     same, count = again()
-    assert count == 0 and all(np.array_equal(a, b) for a, b in zip(rolls, same, strict=True))
+    assert count == 0
+    for one, other in zip(pieces, same, strict=True):
+        assert np.array_equal(one.planes(True), other.planes(True))
+        assert (one.name, one.meter, one.upbeat) == (other.name, other.meter, other.upbeat)
     finer, count = again(4)
-    assert count == 0 and [len(roll) for roll in finer] == [2 * len(roll) for roll in rolls]
+    assert count == 0 and [len(piece.roll) for piece in finer] == [2 * len(piece.roll) for piece in pieces]
     monkeypatch.setattr(music_data.inspect, "getsource", lambda parser: "another parser")
     assert again()[1] == 6
     monkeypatch.setattr(music_data, "version", lambda name: "0")
@@ -346,9 +358,6 @@ def test_chorales_are_parsed_once_for_every_grid_and_anew_when_what_decides_them
         assert again()[1] == 5
     with pytest.raises(UserError, match="frames_per_quarter=481 is not valid"):
         again(481)
-    figures = piece_figures(rolls[0])
-    assert 2 < figures["density"] <= 5
-    assert 30 <= figures["lowest"] < figures["highest"] <= 84
 
 
 def test_chorales_are_what_the_released_model_was_trained_on():
@@ -358,9 +367,10 @@ def test_chorales_are_what_the_released_model_was_trained_on():
     paths = [path for path in sorted(map(Path, corpus.getComposer("bach")), key=str) if path.name in names]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rolls = [quantise(music_data.parse_chorale(path), 2).roll for path in paths]
-    assert [len(roll) for roll in rolls] == [176, 130, 104, 96]
-    assert [int(roll.sum()) for roll in rolls] == [672, 504, 402, 372]
+        pieces = [on_grid(music_data.parse_chorale(path), 2) for path in paths]
+    assert [len(piece.roll) for piece in pieces] == [176, 130, 104, 96]
+    assert [int(piece.roll.sum()) for piece in pieces] == [672, 504, 402, 372]
+    assert [(piece.name, piece.meter, piece.upbeat) for piece in pieces] == METERS
 
 
 @pytest.mark.parametrize("name", ["sequence_length", "frames_per_quarter", "transpose"])
@@ -373,15 +383,16 @@ def test_bad_options_name_themselves(name):
     ("change", "message"),
     [
         ({"num_frames": 99_985}, "num_frames=99985 is not valid: it must be at most 99984 after this prime"),
-        ({"num_frames": 585, "tempo": 10.0}, "after 16 of the prime: a sound of 3,606 seconds is too long"),
+        ({"num_frames": 2385, "tempo": 10.0}, "after 16 of the prime: a sound of 3,602 seconds is too long"),
     ],
 )
-def test_pieces_that_would_be_too_long_are_not_begun(change, message):
-    prime = quantise([(0, 16, 60)], 1)
-    options = compose.ComposeOptions(model="x", output="a.mid", **change)
-    with pytest.raises(UserError) as caught:
-        compose.compose(None, prime, options, 1)
-    assert message in str(caught.value)
+def test_pieces_that_would_be_too_long_are_not_begun(trained, tmp_path, capsys, change, message):
+    write_midi(quantise([(0, 4, 60)], 4), tmp_path / "prime.mid")
+    words = ["--model", str(trained / "kru"), "--prime", str(tmp_path / "prime.mid")]
+    words += ["--output", str(tmp_path / "a.mid"), *(f"--{name}={value}" for name, value in change.items())]
+    assert compose.main(words) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a.mid").exists()
 
 
 # ---- composing ----------------------------------------------------------------------------------------------------
@@ -392,14 +403,15 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
     write_midi(quantise([(0, 1, 60), (1, 1, 64), (2, 2, 67)], 4), tmp_path / "prime.mid")
     words = ["--model", str(trained / architecture), "--prime", str(tmp_path / "prime.mid"), "--num_frames", "12"]
     for name in ("a", "b"):
-        assert compose.main([*words, "--output", str(tmp_path / f"{name}.mid"), "--report", "true"]) == 0
+        assert compose.main([*words, "--output", str(tmp_path / f"{name}.mid"), "--statistics"]) == 0
     for ending in (".mid", ".wav"):
         assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"b{ending}").read_bytes()
     assert (tmp_path / "a.png").stat().st_size > 1000
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["within"] == all(report[f"{k}_within"] for k in ("density", "lowest", "highest"))
     made = json.loads((tmp_path / "a.json").read_text())
-    assert made["report"] == report and (made["prime_frames"], made["num_frames"]) == (16, 12)
+    assert made["sentence"] == capsys.readouterr().out.splitlines()[-1]
+    found = made["statistics"]
+    assert found["within"] == all(found[f"{name}_within"] for name in FIGURES)
+    assert (made["prime"], made["prime_frames"], made["num_frames"]) == ("prime", 16, 12)
     assert "training.compose" in made["command"] and "--num_frames 12" in made["command"]
     piece = read_midi(tmp_path / "a.mid", 4)
     assert piece.notes()[:3] == [(0, 4, 60), (4, 4, 64), (8, 8, 67)]
@@ -413,6 +425,10 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
     assert (tmp_path / "c.json").read_text() == "mine, and no JSON"
     assert compose.main([*words, "--prime_frames", "17", "--output", str(tmp_path / "d.mid")]) == 1
     assert "prime_frames=17 is more than the 16 frames of prime" in capsys.readouterr().err
+    assert (
+        compose.main([*words[:2], "--prime", "test-2", "--num_frames", "5", "--output", str(tmp_path / "e.mid")]) == 0
+    )
+    assert "of test-2 (test), then 5 composed frames" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -423,7 +439,9 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
         (["--model", "MODEL", "--output", "a.wav"], "must be a file that ends in .mid"),
         (["--model", "MODEL", "--output", "a.mid", "--num_frames", "0"], "num_frames=0"),
         (["--model", "MODEL", "--output", "a.mid", "--prime", "none.mid"], "none.mid' does not exist"),
-        (["--model", "MODEL", "--output", "run.mid", "--report"], "output='run.mid' is not valid"),
+        (["--model", "MODEL", "--output", "run.mid", "--statistics"], "output='run.mid' is not valid"),
+        (["--model", "MODEL", "--output", "a.mid", "--prime", "bwv1"], "prime='bwv1' is neither a file nor a held-out"),
+        (["--model", "MODEL", "--output", "a.mid", "--dataset", "gone", "--statistics"], "gone"),
         (["--model", "MODEL", "--output", "learning_curve.mid"], "output='learning_curve.mid' is not valid"),
         (["--model", "MODEL", "--output", "p.mid", "--prime", "p.mid"], "must be another file than prime"),
         (["--model", "MODEL", "--output", "a.mid", "--prime_frames", "3"], "has no effect here: it works with prime"),

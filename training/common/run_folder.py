@@ -10,7 +10,7 @@ from .saving import OLD, TEMPORARY
 WEIGHTS, STATE = "model.safetensors", "trainer_state.json"
 RECORD = ("recipe.yaml", "run.json", "all_results.json", "history.csv")  # see records/run_record.py
 # What `training.compose` may have put beside them.
-COMPANIONS = ("composition.mid", "composition.png", "composition.json")
+COMPANIONS = tuple(f"composition.{ending}" for ending in ("mid", "png", "json", "wav", "mxl"))
 # What describes a model, and its tokenizer if it has one.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)

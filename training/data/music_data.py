@@ -7,15 +7,16 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from kru_hf.music import MidiError, frames_to_roll, quantise, read_midi, roll_to_frames
-from kru_hf.music.rolls import LOWEST_PITCH, PROBLEMS
+from kru_hf.music import MidiError, PianoRoll, frames_to_roll, quantise, read_midi, roll_to_frames
+from kru_hf.music.rolls import PROBLEMS
 
 from ..common.errors import UserError
 from ..options.data import DataOptions
@@ -30,6 +31,8 @@ MIDI_ENDINGS = (".mid", ".midi", ".rmi", ".kar")
 IN_FILES = {
     "pedal_notes": "files with notes that a pedal holds on",
     "merged_tracks": "files whose tracks are laid over each other",
+    "velocities": "files whose velocities are made one",
+    "meter_changes": "files with changes of meter",
     "tempo_changes": "files with changes of tempo, which the grid leaves out",
 }
 WORDS = {
@@ -40,35 +43,21 @@ WORDS = {
 }
 
 
-def piece_figures(roll: np.ndarray) -> dict[str, float]:
-    """Notes that sound in a frame on average, and the lowest and highest MIDI pitch, of a roll (T, 88)."""
-    sounding = np.flatnonzero(roll.any(0)) + LOWEST_PITCH
-    low, high = (float(sounding[0]), float(sounding[-1])) if len(sounding) else (float("nan"), float("nan"))
-    return {"density": float(roll.sum(1).mean()), "lowest": low, "highest": high}
-
-
-def bands(rolls: Sequence[np.ndarray]) -> dict[str, float]:
-    """The 5 % and 95 % quantiles over pieces of each of :func:`piece_figures`."""
-    figures = [piece_figures(roll) for roll in rolls if roll.any()]
-    found: dict[str, float] = {}
-    for name in ("density", "lowest", "highest"):
-        low, high = np.quantile([figure[name] for figure in figures], [0.05, 0.95])
-        found |= {f"{name}_low": round(float(low), 4), f"{name}_high": round(float(high), 4)}
-    return found
-
-
 def load_pieces(data: DataOptions, frames_per_quarter: int) -> DataSet:
-    """The pieces that the options name, as rolls (T, 88) bool; the record has the bands of the training pieces.
+    """The pieces that the options name; `extra["onsets"]`: whether the data say where notes begin.
 
     Raises:
         UserError: nothing there, damaged, no column `notes`, no usable piece, too few pieces.
     """
     report = Counter[str]()
+    tables: list[str] = []
 
-    def reader(part: Any, name: str, notes: list[str]) -> list[np.ndarray]:
+    def reader(part: Any, name: str, notes: list[str]) -> list[PianoRoll]:
         if isinstance(part, list) and part[0].suffix.lower() in MIDI_ENDINGS:
             return read_midi_files(part, frames_per_quarter, report)
-        return [roll for rows, where in read_tables(part, name) for roll in read_rows(rows, where, report)]
+        tables.append(name)
+        found = [roll for rows, where in read_tables(part, name) for roll in read_rows(rows, where, report)]
+        return [PianoRoll(roll, None, frames_per_quarter) for roll in found]
 
     if data.dataset in (None, CHORALES):
         data.refuse_hub_options()
@@ -76,29 +65,33 @@ def load_pieces(data: DataOptions, frames_per_quarter: int) -> DataSet:
     else:
         kinds = (MIDI_ENDINGS, *TABLE_KINDS)
         parts = open_data(data, CHORALES, kinds, reader, whole=MIDI_ENDINGS, columns="its column notes")
-    splits = {split: [roll for roll in rolls if len(roll) > 1] for split, rolls in parts.found.items()}
-    report["short_pieces"] = sum(len(parts.found[split]) - len(rolls) for split, rolls in splits.items())
+    for split, pieces in parts.found.items():
+        for number, piece in enumerate(pieces, 1):
+            piece.name = piece.name or f"{split}-{number}"
+    splits = {split: [piece for piece in pieces if len(piece.roll) > 1] for split, pieces in parts.found.items()}
+    report["short_pieces"] = sum(len(parts.found[split]) - len(pieces) for split, pieces in splits.items())
     if parts.missing:
-        rolls = splits["train"]
-        if len(rolls) <= len(parts.missing):
+        pieces = splits["train"]
+        if len(pieces) <= len(parts.missing):
             raise UserError(
-                f"dataset={parts.name!r} has {len(rolls)} usable pieces; splits need at least {len(parts.missing) + 1}"
+                f"dataset={parts.name!r} has {len(pieces)} usable pieces; splits need at least {len(parts.missing) + 1}"
             )
-        order = np.random.default_rng(0).permutation(len(rolls))
-        cuts = parts.cuts(len(rolls), max(1, round(len(rolls) * HELD_OUT)))
-        splits |= {split: [rolls[i] for i in order[place]] for split, place in cuts.items()}
+        order = np.random.default_rng(0).permutation(len(pieces))
+        cuts = parts.cuts(len(pieces), max(1, round(len(pieces) * HELD_OUT)))
+        splits |= {split: [pieces[i] for i in order[place]] for split, place in cuts.items()}
     for split in SPLITS:
-        if not any(roll.any() for roll in splits[split]):
+        if not any(piece.roll.any() for piece in splits[split]):
             raise UserError(f"dataset={parts.name!r}: the {split} part holds no piece of two frames with notes")
     counts = "; ".join(f"{count} {WORDS[name]}" for name, count in report.items() if count)
     notes = [*parts.notes, *([counts] if counts else [])]
     digest = hashlib.sha256()
     for split in SPLITS:
-        for roll in splits[split]:
-            digest.update(json.dumps(roll_to_frames(roll)).encode())
+        for piece in splits[split]:
+            for plane in [piece.roll] if tables else [piece.roll, piece.onsets]:
+                digest.update(json.dumps(roll_to_frames(plane)).encode())
         digest.update(split.encode())
-    frames = {f"{split}_frames": sum(map(len, splits[split])) for split in SPLITS}
-    return DataSet(parts.name, splits, "pieces", digest.hexdigest(), notes, {**frames, **bands(splits["train"])})
+    extra: dict[str, Any] = {f"{split}_frames": sum(len(piece.roll) for piece in splits[split]) for split in SPLITS}
+    return DataSet(parts.name, splits, "pieces", digest.hexdigest(), notes, {**extra, "onsets": not tables})
 
 
 def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
@@ -121,9 +114,9 @@ def read_rows(rows: Any, name: str, report: Counter[str]) -> list[np.ndarray]:
     return rolls
 
 
-def read_midi_files(paths: list[Path], frames_per_quarter: int, report: Counter[str]) -> list[np.ndarray]:
+def read_midi_files(paths: list[Path], frames_per_quarter: int, report: Counter[str]) -> list[PianoRoll]:
     """The pieces of MIDI files; unusable ones are counted and named."""
-    rolls, bad = [], []
+    pieces, bad = [], []
     for path in tqdm(paths, desc="reading MIDI", unit="file", disable=len(paths) < 20):
         try:
             piece = read_midi(path, frames_per_quarter)
@@ -132,36 +125,50 @@ def read_midi_files(paths: list[Path], frames_per_quarter: int, report: Counter[
             continue
         counts = {**piece.report, "tempo_changes": len(piece.tempos) - 1}
         report.update({name: min(count, 1) if name in IN_FILES else count for name, count in counts.items()})
-        rolls.append(piece.roll)
+        piece.name = path.stem
+        pieces.append(piece)
     report["unusable_files"] += len(bad)
     for message in bad[:5]:
         tqdm.write(f"left out: {message}")
-    if not rolls:
+    if not pieces:
         raise UserError(f"dataset: none of the {len(paths)} MIDI files is usable: {bad[0]}")
-    return rolls
+    return pieces
 
 
 # ---- the chorales that come with music21 ----------------------------------------------------------------------------
 
 
-def music21_chorales(frames_per_quarter: int) -> list[np.ndarray]:
+def music21_chorales(frames_per_quarter: int) -> list[PianoRoll]:
     """The four-part Bach chorales of music21's corpus on a grid: parsed once (a minute), then read from the cache."""
     try:
         from music21 import corpus
     except ImportError as error:
         raise UserError(f"dataset={CHORALES!r} needs music21: pip install 'kru-hf[music]'") from error
-    pieces = chorale_notes(sorted(map(Path, corpus.getComposer("bach")), key=str))
+    found = parsed_chorales(sorted(map(Path, corpus.getComposer("bach")), key=str))
     try:
-        return [
-            quantise([(start, length, int(pitch)) for start, length, pitch in notes], frames_per_quarter).roll
-            for notes in pieces
-        ]
+        return [on_grid(Chorale(*values), frames_per_quarter) for values in zip(*found.values(), strict=True)]
     except MidiError as error:
         raise UserError(f"dataset={CHORALES!r} with frames_per_quarter={frames_per_quarter}: {error}") from error
 
 
-def chorale_notes(paths: Sequence[Path]) -> list[list[list[float]]]:
-    """The notes (start, length, pitch) of the pieces with four parts, from a cache under all that decides them.
+class Chorale(NamedTuple):
+    """A score: notes (start, length, pitch), the meter (beats in a bar, part of a whole note), quarters of upbeat."""
+
+    name: str
+    notes: list[tuple[float, float, float]]
+    meter: tuple[int, int]
+    upbeat: float
+
+
+def on_grid(chorale: Chorale, frames_per_quarter: int) -> PianoRoll:
+    """A score as a piece."""
+    piece = quantise([(start, length, int(pitch)) for start, length, pitch in chorale.notes], frames_per_quarter)
+    beats, part = chorale.meter
+    return replace(piece, name=chorale.name, meter=(beats, part), upbeat=round(chorale.upbeat * frames_per_quarter))
+
+
+def parsed_chorales(paths: Sequence[Path]) -> dict[str, list[Any]]:
+    """The fields of the chorales with four parts, from a cache under all that decides them.
 
     That is the files, music21 and the parser; the grid is laid over the notes afterwards.
     """
@@ -171,26 +178,32 @@ def chorale_notes(paths: Sequence[Path]) -> list[list[list[float]]]:
 
     def make() -> dict[str, list[Any]]:
         parsed = [parse_chorale(path) for path in tqdm(paths, desc="parsing chorales, once", unit="piece")]
-        return {"notes": [[list(map(float, note)) for note in notes] for notes in parsed if notes]}
+        columns = zip(*[chorale for chorale in parsed if chorale], strict=True)
+        return dict(zip(Chorale._fields, map(list, columns), strict=True))
 
-    return cached(f"{CHORALES}-{digest.hexdigest()[:16]}", make)["notes"]
+    return cached(f"{CHORALES}-{digest.hexdigest()[:16]}", make)
 
 
-def parse_chorale(path: Path) -> list[tuple[float, float, int]]:
-    """Start and length in quarter notes and pitch of the notes of a score; none unless it has four parts."""
+def parse_chorale(path: Path) -> Chorale | None:
+    """A score in quarter notes; None unless it has four parts."""
     from music21 import converter
     from music21.exceptions21 import Music21Exception
 
     try:
         score: Any = converter.parse(path)
     except (Music21Exception, ValueError, KeyError):
-        return []
+        return None
     if len(score.parts) != 4:
-        return []
-    return [
-        (float(element.offset), float(element.quarterLength), pitch.midi)
+        return None
+    notes = [
+        (float(element.offset), float(element.quarterLength), float(pitch.midi))
         for part in score.parts
         for element in part.flatten().notes
         if element.quarterLength > 0
         for pitch in element.pitches
     ]
+    meters = score.parts[0].flatten().getElementsByClass("TimeSignature")
+    meter = (meters[0].numerator, meters[0].denominator) if meters else (4, 4)
+    measures = score.parts[0].getElementsByClass("Measure")
+    first = float(measures[0].duration.quarterLength) if measures else 0.0
+    return Chorale(path.stem, notes, meter, first if first < 4 * meter[0] / meter[1] else 0.0) if notes else None

@@ -240,7 +240,7 @@ def finish(loop: Driver) -> dict[str, Any]:
     if accelerator.is_main_process:
         write_results(loop.folder, task, loop.state, figures)
         said = [f"{split}: {', '.join(f'{n} {v:.4f}' for n, v in values.items())}" for split, values in metrics.items()]
-        sample = task.sample(model, options.sample_length, options.seed)
+        sample = task.sample(model, options.sample_length, options.seed, loop.folder)
         said += [f"sample:\n{sample}"] if sample else []
         with processes.unheard():
             print("\n".join([*said, f"folder: {loop.folder}"]), flush=True)

@@ -39,7 +39,7 @@ class BaselineConfig(PreTrainedConfig):
             products of real factors, see ``kru_hf.kroneckerize``; for "rnn", "lstm" and "gru".
         hidden_dropout, state_dropout: between layers, and before the readout.
         forget_bias: start of the LSTM's forget-gate bias.
-        frame_head, frame_head_size, frame_head_channels, frame_head_dropout: as in KRUConfig.
+        frame_head, frame_onsets, frame_head_size, frame_head_channels, frame_head_dropout: as in KRUConfig.
         chrono_max_length: as in KRUConfig, for "lstm" and "gru": the bias of the gate that keeps is drawn instead.
     """
 
@@ -62,6 +62,7 @@ class BaselineConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     frame_head: str = "independent"
+    frame_onsets: bool = False
     frame_head_size: int = CHAIN_SIZE
     frame_head_channels: int = CHAIN_CHANNELS
     frame_head_dropout: float | int = 0.0

@@ -260,7 +260,7 @@ def check_fit(folder: str, model: PreTrainedModel, task: str, wanted: dict[str, 
         task: its name. wanted: the config fields that its data fix.
     """
     config = model.config
-    width, kind = getattr(model, "width", getattr(config, "input_size", None)), wanted.get("problem_type")
+    width, kind = getattr(config, "input_size", None), wanted.get("problem_type")
     checks = [
         ("input_size", width, wanted.get("input_size"), width == wanted.get("input_size")),
         ("vocab_size", config.vocab_size, wanted["vocab_size"], wanted["vocab_size"] <= config.vocab_size),

@@ -8,6 +8,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
+from kru_hf.music import FIGURES
+
 from ..common.files import check_fields, one_line, read_json
 from ..common.run_folder import COMPANIONS
 from ..options.data import DataOptions
@@ -26,8 +28,8 @@ CONFIG_FIELDS = (
     *("kronecker_terms", "intermediate_size", "recurrent_terms", "recurrent_init", "chrono_max_length"),
     *("state_dropout", "hidden_dropout", "cell"),
 )
-COMPOSITION = {"command": str, "prime_frames": int, "num_frames": int, "report": dict[str, Any]}
-BANDS = {"density": "keys per frame", "lowest": "lowest pitch", "highest": "highest pitch"}
+MUSIC_FIELDS = ("frame_head", "frame_head_size", "frame_head_channels", "frame_onsets")
+COMPOSITION = {"command": str, "prime": str, "prime_frames": int, "num_frames": int, "statistics": dict[str, Any]}
 
 
 class DataSource(NamedTuple):
@@ -95,13 +97,14 @@ def missing_fields(folder: Path, data_license: str | None = None) -> list[str]:
 
 def composition_of(folder: Path) -> dict[str, Any]:
     """How the released piece was made and how it compares with the training pieces; empty without such a piece."""
-    if not all((folder / name).is_file() for name in COMPANIONS):
+    if not all((folder / name).is_file() for name in COMPANIONS[:3]):
         return {}
     path = folder / COMPANIONS[2]
     made = read_json(path)
     check_fields(path, made, COMPOSITION, required=True)
-    bands = {f"{name}_band": list[float | int] for name in BANDS}
-    check_fields(f"{path}: report", made["report"], {**dict.fromkeys(BANDS, float | None), **bands}, required=True)
+    bands = {f"{name}_band": list[float | int] for name in FIGURES}
+    kinds = {**dict.fromkeys(FIGURES, float | None), **bands}
+    check_fields(f"{path}: statistics", made["statistics"], kinds, required=True)
     return made
 
 
@@ -205,9 +208,10 @@ def render_card(
     data, config, composition = record.data, record.config, composition_of(folder)
     title = one_line(f"{record.class_name or 'Model'} {data.get('name') or ''}")
     title = repo_id.split("/")[-1] if repo_id else title
-    report = composition.get("report", {})
+    found = composition.get("statistics", {})
     sizes = [(name.replace("_", " "), n) for name, n in data.items() if name.startswith(("train_", "valid", "test_"))]
     shown_fields = CONFIG_FIELDS if record.is_kru and not record.is_gated else CONFIG_FIELDS[1:]  # no activation
+    shown_fields += MUSIC_FIELDS if record.head.auto.__name__ == "AutoModel" else ()
     metric, rows = beside(folder)
     return TEMPLATES.get_template("card.md.jinja").render(
         card_data=Markup(card_data(record, title, license).to_yaml()),
@@ -231,7 +235,7 @@ def render_card(
         learning_curve=(folder / "learning_curve.png").is_file(),
         composition=composition,
         command=Markup(one_line(composition.get("command", ""))),
-        bands=[(text, report[name], *report[f"{name}_band"]) for name, text in BANDS.items() if report],
+        bands=[(text, found[name], *found[f"{name}_band"]) for name, text in FIGURES.items() if found],
         # What is published always brings its code; a folder of this repository leaves it to its checkout.
         carries_code=repo_id is not None or (folder / "modeling_kru.py").is_file(),
         place=quoted(repo_id or local_place(folder)),

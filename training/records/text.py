@@ -15,6 +15,7 @@ METRICS = {
     "loss": "Cross-entropy (nats)",
     "bpc": "Bits per character",
     "nll_per_frame": "Negative log-likelihood per frame (nats)",
+    "onset_nll_per_frame": "of its onsets, beside it (nats)",
     "accuracy": "Accuracy",
     "f1": "F1",
     "mse": "Mean squared error",

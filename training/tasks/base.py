@@ -31,6 +31,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -156,8 +157,12 @@ class Task(ABC):
         """What the progress bar shows for a mean training loss."""
         return {"loss": f"{loss:.4f}"}
 
-    def sample(self, model: Any, length: int, seed: int) -> str | None:
-        """Something to look at from the trained model, as text; None if the task has nothing to show."""
+    def sample(self, model: Any, length: int, seed: int, folder: Path) -> str | None:
+        """Something to look at from the trained model, as text; None if the task has nothing to show.
+
+        Args:
+            folder: of the run, where files may be put whose names `common/run_folder.py` knows.
+        """
         return None
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ class CharLM(Task):
         return {"loss": f"{loss:.3f}", "BPC": f"{loss / math.log(2):.3f}"}
 
     @torch.no_grad()
-    def sample(self, model: Any, length: int, seed: int) -> str | None:
+    def sample(self, model: Any, length: int, seed: int, folder: Path) -> str | None:
         """`length` characters after the first 64 of the training text, as a document begins, at temperature 0.8."""
         prompt = self.ids["train"][:64][None].to(model.device)  # (1, ≤64)
         generator = torch.Generator().manual_seed(seed)
