@@ -65,10 +65,17 @@ class KeyWindows(nn.Module):
         place = torch.arange(span, device=frame.device)[:, None] - torch.arange(BLOCK, device=frame.device)
         place = place.where((place >= 0) & (place < WINDOW), WINDOW)  # (span, BLOCK): in the window of each key
         table = F.pad(self.near, (0, 0, 0, 1))[:, place].flatten(0, 1).flatten(1)  # (2·span, BLOCK·C)
-        units = torch.cat([around, below], -1) @ table  # (M, blocks, BLOCK·C)
-        units = units.unflatten(-1, (BLOCK, -1)).flatten(1, 2)[:, :width]  # (M, width, C)
-        units = F.relu(units + self.context(F.relu(hidden))[:, None])  # (M, width, C)
-        return self.out(units).squeeze(-1)  # (M, width)
+        shared = self.context(F.relu(hidden)).repeat(1, BLOCK)[:, None]  # (M, 1, BLOCK·C)
+        units = F.relu(torch.cat([around, below], -1) @ table + shared)  # (M, blocks, BLOCK·C)
+        return self.out(units.unflatten(-1, (BLOCK, -1))).flatten(1)[:, :width]  # (M, width)
+
+    def at(self, hidden: Tensor, before: Tensor, frame: Tensor, keys: Tensor) -> Tensor:
+        """What :meth:`forward` gives for one key of each row: ``keys`` (M,), for (M,)."""
+        window = keys[:, None] + torch.arange(WINDOW, device=keys.device)  # (M, WINDOW): places in what is padded
+        around = F.pad(before, (OCTAVE, OCTAVE)).gather(1, window)  # (M, WINDOW)
+        below = F.pad(frame, (WINDOW, 0)).gather(1, window)  # (M, WINDOW)
+        units = torch.cat([around, below], -1).to(hidden.dtype) @ self.near.flatten(0, 1)  # (M, C)
+        return self.out(F.relu(units + self.context(F.relu(hidden)))).squeeze(-1)  # (M,)
 
 
 class KeyChain(nn.Module):
@@ -125,8 +132,10 @@ class KeyOnsets(nn.Module):
         """
         held = keys * before  # (M, width)
         begun = keys - held  # (M, width)
-        logits = self.windows(hidden + self.begun(begun), keys, onsets)  # (M, width)
-        return torch.where(held > 0, logits, CERTAIN * (2 * begun - 1))
+        row, key = held.nonzero(as_tuple=True)  # (S,) each: what is not certain
+        hidden = (hidden + self.begun(begun)).index_select(0, row)  # (S, ONSET_SIZE)
+        logits = self.windows.at(hidden, keys.index_select(0, row), onsets.index_select(0, row), key)  # (S,)
+        return (CERTAIN * (2 * begun - 1)).to(logits.dtype).index_put((row, key), logits)
 
 
 def draw_onsets(
@@ -160,14 +169,14 @@ def chain_logits(chain: KeyChain, context: Tensor, before: Tensor, targets: Tens
     not ``width``.
 
     Args:
-        context: (a, c) side by side, (B, T, width + H). before, targets: the frames before those of zeros and ones that
-            are scored, and these, (B, T, width).
+        context: (a, c) side by side, (M, width + H). before, targets: the frames before those of zeros and ones that
+            are scored, and these, (M, width).
 
     Returns:
-        logits (B, T, width).
+        logits (M, width).
     """
-    own, hidden = context.flatten(0, -2).split((chain.width, chain.size), -1)  # (M, width), (M, H)
-    sounding = (targets > 0.5).flatten(0, -2)  # (M, width)
+    own, hidden = context.split((chain.width, chain.size), -1)  # (M, width), (M, H)
+    sounding = targets > 0.5  # (M, width)
     below = sounding.cumsum(-1, dtype=torch.int32) - sounding.int()  # (M, width): how many keys sound below a key
     counts = sounding.sum(-1) + 1  # (M,)
     frame = torch.repeat_interleave(counts)  # (R,): the frame of each row
@@ -176,10 +185,7 @@ def chain_logits(chain: KeyChain, context: Tensor, before: Tensor, targets: Tens
     place = below.masked_fill(~sounding, chain.width)  # (M, width): of a key among those that sound
     lower = place.index_select(0, frame) < step[:, None]  # (R, width): the lowest `step` keys that sound
     added = chain(hidden.index_select(0, frame), lower)  # (R, width)
-    logits = (
-        own + chain.windows(hidden, before.flatten(0, -2), sounding) + added.gather(0, first[:, None] + below)
-    )  # (M, width)
-    return logits.unflatten(0, targets.shape[:-1])  # (B, T, width)
+    return own + chain.windows(hidden, before, sounding) + added.gather(0, first[:, None] + below)  # (M, width)
 
 
 def next_key(logits: Tensor, lowest: Tensor, temperature: float, top_p: float, allowed: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class KRUPianoRollOutput(ModelOutput):
     With onsets the width of frames and logits is twice the keys: what sounds, then what begins; an onset that follows
     from the rest of the frame has a logit of ±10,000.
     With a chain a logit is of a key given the lower keys of the target frame; in the last row, whose target is not
-    known without ``shift_labels``, given that they are silent.
+    known without ``shift_labels``, given that they are silent. In training only frames that are scored have logits, the
+    others zeros, and there is no frame_context.
     """
 
     loss: Tensor | None = None
@@ -129,26 +130,34 @@ class KRUForPianoRoll(KRUPreTrainedModel):
             init.normal_(module.near, std=2 * CHAIN_STD)  # (2, 25, C)
             init.normal_(module.out.weight, std=CHAIN_STD)  # (1, C)
 
-    def read_frames(self, context: Tensor, input_values: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the targets and the context of each frame.
+    def read_frames(
+        self, context: Tensor, input_values: Tensor, targets: Tensor, scored: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the targets and the context of each frame; of a chain in training those of scored frames alone.
 
         Args:
             context: from the features, (B, T, width + H), with onsets 16 wider; without a chain (B, T, width).
             input_values: the frames before the targets, both (B, T, width), with onsets twice as wide.
+            scored: (B, T) bool.
         """
         if self.chain is None:
             return context, context
         check_targets(targets)
-        context, hidden = context.tensor_split([self.width + self.chain.size], -1)  # (B, T, width + H), (B, T, 16 or 0)
-        before = input_values[..., : self.width].to(context.dtype)  # (B, T, width)
-        keys, onsets = targets.tensor_split([self.width], -1)  # (B, T, width), (B, T, width or 0)
-        context = context + self.chain.before(before)  # (B, T, width + H)
-        logits = chain_logits(self.chain, context, before, keys)  # (B, T, width)
         if self.onsets is not None:
-            check_onsets(keys, onsets)
-            flat = (part.flatten(0, -2).to(context.dtype) for part in (hidden, before, keys, onsets))  # (M, ·)
-            logits = torch.cat([logits, self.onsets(*flat).view_as(onsets)], -1)  # (B, T, 2·width)
-        return logits, torch.cat([context, before, hidden], -1)
+            check_onsets(targets[..., : self.width], targets[..., self.width :])
+        rows = scored.flatten().nonzero().flatten() if self.training else None  # (M,)
+        flat = [part.flatten(0, -2).to(context.dtype) for part in (context, input_values, targets)]  # (B·T, ·) each
+        context, before, frames = flat if rows is None else [part.index_select(0, rows) for part in flat]  # (M, ·)
+        context, hidden = context.tensor_split([self.width + self.chain.size], -1)  # (M, width + H), (M, 16 or 0)
+        before = before[:, : self.width]  # (M, width)
+        keys, onsets = frames.tensor_split([self.width], -1)  # (M, width), (M, width or 0)
+        context = context + self.chain.before(before)  # (M, width + H)
+        logits = chain_logits(self.chain, context, before, keys)  # (M, width)
+        if self.onsets is not None:
+            logits = torch.cat([logits, self.onsets(hidden, before, keys, onsets)], -1)  # (M, 2·width)
+        if rows is not None:
+            return logits.new_zeros(flat[2].shape).index_copy(0, rows, logits).view_as(targets), None
+        return logits.view_as(targets), torch.cat([context, before, hidden], -1).unflatten(0, targets.shape[:2])
 
     @can_return_tuple
     def forward(
@@ -186,7 +195,7 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         context = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width + H)
         shift_labels = kwargs.get("shift_labels")
         targets, scored = self.scored_frames(input_values, mask, shift_labels, shift_mask, starts)
-        logits, context = self.read_frames(context, input_values, targets)  # (B, T, width), (B, T, …)
+        logits, context = self.read_frames(context, input_values, targets, scored)  # (B, T, width), (B, T, …)
         loss = None
         if return_loss and (shift_labels is not None or input_values.shape[1] > 1):
             loss = roll_loss(logits, targets, scored)

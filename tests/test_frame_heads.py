@@ -113,6 +113,14 @@ def test_an_onset_sees_lower_onsets_and_every_key_but_no_higher_onset():
     assert logits[0][2] == -10_000  # a silent key
 
 
+def test_windows_at_one_key_are_those_of_all():
+    windows = chain_model().chain.windows
+    hidden, before, frame = torch.randn(6, 5), random_roll(6, KEYS), random_roll(6, KEYS, seed=1)
+    for key in (0, 3, KEYS - 1):
+        one = windows.at(hidden, before, frame, torch.full((6,), key))
+        torch.testing.assert_close(one, windows(hidden, before, frame)[:, key], rtol=0, atol=FLOAT32_TOLERANCE)
+
+
 def test_onsets_without_a_sounding_key_or_an_even_width_are_an_error():
     model, piece = onset_model()
     with pytest.raises(ValueError, match="must be 0 where the key, in the first half, is silent"):

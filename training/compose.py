@@ -102,6 +102,20 @@ class ComposeOptions(Options):
         require(self.min_voices <= most, "min_voices", self.min_voices, f"at most {most}, the most voices allowed")
 
 
+def load_music_model(name: str | None) -> tuple[Any, RunRecord]:
+    """A model that has been trained on piano rolls of 88 keys, and its record."""
+    if name is None:
+        raise UserError("model is missing: pass --model FOLDER or a Hub id")
+    record = read_record(name)
+    if record.options.get("task") != "piano_roll":
+        raise UserError(f"model={name!r} was trained for {record.options.get('task')!r}, not piano_roll")
+    model, _ = load_model(name, "piano_roll")
+    if model.width != NUM_PITCHES:
+        raise UserError(f"model={name!r} has frames of {model.width} keys; music needs {NUM_PITCHES}")
+    check_fields(RECIPE, record.options, {"frames_per_quarter": int}, required=True)
+    return model.eval(), record
+
+
 def load_data(data: DataOptions, record: RunRecord, frames_per_quarter: int) -> DataSet:
     """The data that the model was trained on, or those that are given; says so if they are others."""
     try:
@@ -175,13 +189,7 @@ def run(argv: list[str]) -> dict[str, Any] | None:
     """Compose as the options say; returns the statistics if they were asked for."""
     options, data = parse_words([ComposeOptions, DataOptions], argv, "training.compose")
     output = Path(options.output)
-    record = read_record(options.model)
-    if record.options.get("task") != "piano_roll":
-        raise UserError(f"model={options.model!r} was trained for {record.options.get('task')!r}, not piano_roll")
-    model, _ = load_model(options.model, "piano_roll")
-    if model.width != NUM_PITCHES:
-        raise UserError(f"model={options.model!r} has frames of {model.width} keys; music needs {NUM_PITCHES}")
-    check_fields(RECIPE, record.options, {"frames_per_quarter": int}, required=True)
+    model, record = load_music_model(options.model)
     own = record.options["frames_per_quarter"]
     frames_per_quarter = options.frames_per_quarter or own
     require(frames_per_quarter >= 1, "frames_per_quarter", frames_per_quarter, "1 or more, in recipe.yaml as well")
@@ -195,7 +203,7 @@ def run(argv: list[str]) -> dict[str, Any] | None:
         report.unlink()  # of an earlier piece of this name
     bar = partial(tqdm, total=options.num_frames, desc="composing", unit="frame", disable=not sys.stderr.isatty())
     lines, figures = compose_piece(
-        model.eval(),
+        model,
         prime,
         options.num_frames,
         output,

@@ -175,8 +175,8 @@ def test_tables_of_pieces_and_pictures_are_read_anew(tmp_path, ending):
     for shift in (0, 1):
         write_rows(path, {"notes": [[[60 + shift]] * 4] * 5})
         os.utime(path, (10**9, 10**9))
-        rolls = load_pieces(DataOptions(dataset=str(tmp_path)), 1).splits["train"]
-        assert np.flatnonzero(rolls[0][0]) == [60 + shift - 21]
+        pieces = load_pieces(DataOptions(dataset=str(tmp_path)), 1).splits["train"]
+        assert np.flatnonzero(pieces[0].roll[0]) == [60 + shift - 21]
     for low in (10, 20):
         write_rows(path, {"pixels": [[low, 99]] * 40, "label": [0, 1] * 20})
         os.utime(path, (10**9, 10**9))
