@@ -192,10 +192,10 @@ class KRUForPianoRoll(KRUPreTrainedModel):
         outputs, mask, starts = self.run_body(
             attention_mask, kwargs, input_values=input_values, past_key_values=past_key_values, use_cache=use_cache
         )
-        context = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width + H)
+        features = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width + H)
         shift_labels = kwargs.get("shift_labels")
         targets, scored = self.scored_frames(input_values, mask, shift_labels, shift_mask, starts)
-        logits, context = self.read_frames(context, input_values, targets, scored)  # (B, T, width), (B, T, …)
+        logits, context = self.read_frames(features, input_values, targets, scored)  # (B, T, width), (B, T, …)
         loss = None
         if return_loss and (shift_labels is not None or input_values.shape[1] > 1):
             loss = roll_loss(logits, targets, scored)

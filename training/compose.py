@@ -102,10 +102,8 @@ class ComposeOptions(Options):
         require(self.min_voices <= most, "min_voices", self.min_voices, f"at most {most}, the most voices allowed")
 
 
-def load_music_model(name: str | None) -> tuple[Any, RunRecord]:
+def load_music_model(name: str) -> tuple[Any, RunRecord]:
     """A model that has been trained on piano rolls of 88 keys, and its record."""
-    if name is None:
-        raise UserError("model is missing: pass --model FOLDER or a Hub id")
     record = read_record(name)
     if record.options.get("task") != "piano_roll":
         raise UserError(f"model={name!r} was trained for {record.options.get('task')!r}, not piano_roll")
@@ -189,7 +187,7 @@ def run(argv: list[str]) -> dict[str, Any] | None:
     """Compose as the options say; returns the statistics if they were asked for."""
     options, data = parse_words([ComposeOptions, DataOptions], argv, "training.compose")
     output = Path(options.output)
-    model, record = load_music_model(options.model)
+    model, record = load_music_model(str(options.model))
     own = record.options["frames_per_quarter"]
     frames_per_quarter = options.frames_per_quarter or own
     require(frames_per_quarter >= 1, "frames_per_quarter", frames_per_quarter, "1 or more, in recipe.yaml as well")

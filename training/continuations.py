@@ -12,15 +12,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import transformers
 from tqdm import tqdm
 
 from kru_hf.music import FIGURES, bands, compare, continue_piece, opening
 
-from .common.errors import run_command
+from .common.processes import run_command
 from .compose import load_data, load_music_model
 from .options.data import DataOptions
-from .options.fields import AT_LEAST_1, FINITE, Options, option
+from .options.fields import AT_LEAST_1, FINITE, REQUIRED, Options, option
 from .options.parser import parse_words
 
 KEPT = ("density", "lowest", "highest", "drones", "known_chords")  # the figures that count
@@ -30,7 +29,7 @@ KEPT = ("density", "lowest", "highest", "drones", "known_chords")  # the figures
 class ContinuationOptions(Options):
     """Whose continuations, and how many."""
 
-    model: str | None = option(None, "Trained folder or Hub id of a piano-roll model.")
+    model: str = option(REQUIRED, "Trained folder or Hub id of a piano-roll model.")
     seeds: int = option(24, "How many continuations: seed n goes on with test piece n.", allowed=AT_LEAST_1)
     num_frames: int = option(96, "Frames of each.", allowed=AT_LEAST_1)
     temperature: float = option(1.0, "As of training.compose.", allowed=FINITE)
@@ -67,7 +66,6 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    transformers.utils.logging.disable_progress_bar()
     return run_command(run, argv)
 
 

@@ -210,7 +210,7 @@ def render_card(
     title = repo_id.split("/")[-1] if repo_id else title
     found = composition.get("statistics", {})
     sizes = [(name.replace("_", " "), n) for name, n in data.items() if name.startswith(("train_", "valid", "test_"))]
-    shown_fields = CONFIG_FIELDS if record.is_kru and not record.is_gated else CONFIG_FIELDS[1:]  # no activation
+    shown_fields = list(CONFIG_FIELDS if record.is_kru and not record.is_gated else CONFIG_FIELDS[1:])  # no activation
     shown_fields += MUSIC_FIELDS if record.head.auto.__name__ == "AutoModel" else ()
     metric, rows = beside(folder)
     return TEMPLATES.get_template("card.md.jinja").render(
