@@ -89,12 +89,13 @@ def test_tasks_of_several_lengths_have_a_table_and_a_picture_of_them(tmp_path):
     config = {**KRU, "cell_type": "kru_linear", "factor_shapes": [[2, 2]], "state_size": 8, "num_heads": 4}
     options = {"task": "regular_languages", "language": "parity"}
     for seed, share in ((0, 1.0), (1, 0.5)):
-        lengths = {"test_accuracy_64": 1.0, "test_accuracy_2048": share, "test_accuracy": 0.9}
+        lengths = {"test_accuracy_64": 1.0, "test_accuracy_2048": share, "test_loss": 0.3}
         write_run(tmp_path / "runs" / str(seed), config, "regular_languages", seed, options=options, **lengths)
     text = report(tmp_path / "runs", tmp_path / "out")
     assert line_of(text, "length") == ["length", "parameters", "seeds", "64", "2,048"]
     shares = [line for line in text.splitlines() if line.startswith("| Linear-KRU 8 (2), 4 heads")][-1]
     assert shares == "| Linear-KRU 8 (2), 4 heads | 113,000 | 2 | 1.0000 | 0.7500 |"
+    assert "| Accuracy ↑ | 0.7500 at 2,048 (Linear-KRU 8 (2), 4 heads; 113,000 parameters) |" in text
     picture = "results-regular-language-parity.png"
     assert f"![accuracy by length: Regular language: parity]({picture})" in text
     assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")

@@ -14,14 +14,14 @@ def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
 
     `scale` of a group multiplies the learning rate of the schedule. Generators of unitary and orthogonal matrices are
     treated as factors are: weight decay would draw the matrix to the identity. So are the maps that give the generators
-    of selective transitions, and their first state, but at the full rate: a bias of the angles adds up over the steps.
-    The dense and low-rank recurrent matrices of the other baselines are ordinary matrices.
+    of selective transitions, but at the full rate: a bias of the angles adds up over the steps. The dense and low-rank
+    recurrent matrices of the other baselines are ordinary matrices.
     """
     kind = getattr(model.config, "cell", model.config.model_type)
     factors = dict(model.recurrent_parameters()) if kind in ("kru", "kru_unitary", "orthogonal") else {}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in factors]
     matrices = {name for name, p in trained if p.ndim > 1 and not name.endswith("bias")}
-    decayed = {name for name in matrices if not _unitary_parts(model.config) & {*name.split(".")}}
+    decayed = {name for name in matrices if not _generating(model.config) & {*name.split(".")}}
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trained if name in decayed], "weight_decay": options.weight_decay, "scale": 1.0},
         {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0, "scale": 1.0},
@@ -34,11 +34,11 @@ def parameter_groups(model: Any, options: RunOptions) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _unitary_parts(config: Any) -> set[str]:
-    """What gives the factors of selective transitions, with a plain block the embedding itself, and the first state."""
+def _generating(config: Any) -> set[str]:
+    """Modules whose output makes the factors of selective transitions: with a plain block the embedding itself."""
     if getattr(config, "transition", None) != "selective":
         return set()
-    return {"first_state", *(("embed_tokens", "input_map") if config.block_type == "plain" else ("in_proj",))}
+    return {"embed_tokens", "input_map"} if config.block_type == "plain" else {"in_proj"}
 
 
 def build_optimizer(model: nn.Module, options: RunOptions) -> torch.optim.Optimizer:

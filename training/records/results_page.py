@@ -22,6 +22,7 @@ HEAD = (
     *("time", "processor time", "machine"),
 )
 OVERVIEW = ("task", "metric", "KRU, here", "best baseline, here", "KRU, paper", "LSTM, paper")
+LONG = 256  # the overview has accuracies of sequences from this length on
 # What a card shows of them.
 BESIDE = ("model", "test", "parameters", "recurrent", "int8 bytes", "multiply-adds", "steps", "time")
 
@@ -103,6 +104,8 @@ def overview_line(setting: str, rows: list[Row]) -> list[str]:
     def brief(row: Row) -> str:
         line = dict(zip(HEAD, own_line(row), strict=True))
         parameters, validation, test = (line[name] for name in ("parameters", "validation", "test"))
+        if row.lengths:
+            test = ", ".join(f"{digits((row.lengths[n], None), 'accuracy')} at {n:,}" for n in row.lengths if n >= LONG)
         return f"{test or f'{validation} validation'} ({row.first.label}; {parameters} parameters)"
 
     def brief_paper(figure: PaperFigure) -> str:
@@ -116,7 +119,7 @@ def overview_line(setting: str, rows: list[Row]) -> list[str]:
         [brief_paper(figure) for figure in known if figure.ours],
         [brief_paper(figure) for figure in known if figure.name.split()[0] == "LSTM"],
     )
-    metric = metric_of(setting, rows)
+    metric = "accuracy" if any(row.lengths for row in rows) else metric_of(setting, rows)
     name = f"{METRICS.get(metric, metric)} {'↑' if METRIC_ORDER[metric] else '↓'}"
     return [setting, name, *(next(iter(found), "") for found in kinds)]
 
