@@ -10,13 +10,20 @@ from tiny_run import pieces, text_file  # noqa: F401  (fixtures)
 
 from kru_hf import use_backend
 
-# Test workers run side by side: each has a core of its own. Training takes as many threads as it finds cores, here and
-# in the processes that tests start, and threads that share a core double the time of tiny steps.
-if hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    worker = os.environ.get("PYTEST_XDIST_WORKER", f"gw{os.getpid()}").removeprefix("gw")
-    os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Test workers run side by side: each has a core of its own.
+
+    Training takes as many threads as it finds cores, here and in the processes that tests start, and threads that share
+    a core double the time of tiny steps. What starts the workers keeps all cores: they inherit its own.
+    """
+    worker = getattr(config, "workerinput", {}).get("workerid", f"gw{os.getpid()}")
+    starts_workers = not hasattr(config, "workerinput") and config.getoption("numprocesses", None)
+    if hasattr(os, "sched_setaffinity") and not starts_workers:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 @pytest.fixture
