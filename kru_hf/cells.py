@@ -19,7 +19,7 @@ A step that is held (mask) gets a d_state of zero, and has to give zeros for it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ FOURIER, SELECTIVE_START = Start(1.0, 0.1, fourier=True), Start(1.0, 1.0)
 GATED_START = Start(0.7, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """An entry of CELLS. ``gates`` names the K planes, ``states`` the S tensors of the state."""
 
@@ -77,13 +77,7 @@ class Cell:
     keeps: str | None = None  # the gate that keeps the state, whose bias says for how long
     fills: str | None = None  # the gate that starts opposite to it
     keep_bias: float = 0.0  # where the bias of ``keeps`` starts
-
-    @property
-    def starts(self) -> dict[str, Start]:
-        """Where the recurrence may start."""
-        if self.name == "linear":
-            return {**STARTS, "fourier": FOURIER}
-        return STARTS if self.complex else {"random": GATED_START}
+    starts: dict[str, Start] = field(default_factory=lambda: {"random": GATED_START})  # where the recurrence may start
 
     @property
     def type(self) -> str:
@@ -213,11 +207,15 @@ def lstm_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
     return o * c.tanh(), c
 
 
-def lstm_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
-    i, f, g, o = _lstm_gates(products, u, b)
-    shown = after[1].tanh()
-    of_c = torch.stack((g * i * (1 - i), before[1] * f * (1 - f), i * (1 - g.square())))  # (3, C, B, N): by a_i a_f a_g
+def _lstm_local(i: Tensor, f: Tensor, g: Tensor, o: Tensor, before: Tensor, c: Tensor) -> Local:
+    """c_t by a_i, a_f, a_g, (3, C, B, N); h_t by a_o and by c_t; c_t by the c_{t-1} ``before`` it."""
+    shown = c.tanh()
+    of_c = torch.stack((g * i * (1 - i), before * f * (1 - f), i * (1 - g.square())))
     return of_c, shown * o * (1 - o), o * (1 - shown.square()), f
+
+
+def lstm_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
+    return _lstm_local(*_lstm_gates(products, u, b), before[1], after[1])
 
 
 def lstm_step_backward(local: Local, d_state: State) -> Gradients:
@@ -300,11 +298,9 @@ def peephole_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State
 
 
 def peephole_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
-    i, f, g, o, c = _peephole_gates(products, u, b, before[1])
-    by_i, by_f, shown = g * i * (1 - i), before[1] * f * (1 - f), c.tanh()
-    by_o = shown * o * (1 - o)
-    of_c = torch.stack((by_i, by_f, i * (1 - g.square())))  # (3, C, B, N)
-    return of_c, by_o, o * (1 - shown.square()) + by_o * b[6], f + by_i * b[4] + by_f * b[5], before[1], c
+    *gates, c = _peephole_gates(products, u, b, before[1])
+    of_c, by_o, by_c, f = _lstm_local(*gates, before[1], c)
+    return of_c, by_o, by_c + by_o * b[6], f + of_c[0] * b[4] + of_c[1] * b[5], before[1], c
 
 
 def peephole_bias_gradient(local: Local, d_h: Tensor, d_u: Tensor, d_products: Tensor) -> Tensor:
@@ -316,7 +312,7 @@ _ENTRIES = (
     Cell(
         "kru", ("re", "im"), ("re", "im"), 0,
         kru_step, kru_derivatives, kru_step_backward, kru_bias_gradient,
-        complex=True,
+        complex=True, starts=STARTS,
     ),
     Cell(
         "lstm", ("i", "f", "g", "o"), ("h", "c"), 4,
@@ -341,7 +337,7 @@ _ENTRIES = (
 )  # fmt: skip
 CELLS = {cell.name: cell for cell in _ENTRIES}
 # h_t = d_t R_t h_{t-1} + U x_t, which has a scan of its own: kron_linear_scan.
-LINEAR = replace(_ENTRIES[0], name="linear")
+LINEAR = replace(_ENTRIES[0], name="linear", starts={**STARTS, "fourier": FOURIER})
 BY_TYPE = {cell.type: cell for cell in (*_ENTRIES, LINEAR)}
 TRANSITIONS = ("fixed", "selective")  # of the linear cell
 
@@ -411,9 +407,3 @@ def check_linear(shapes: Any, transition: str, init: str) -> None:
     if transition == "selective" and init != "random":
         raise ValueError(f"recurrent_init of selective transitions must be 'random', got {init!r}")
     check_start("recurrent_init", init, LINEAR, shapes, 1)
-
-
-def check_scale(init_scale: float) -> None:
-    """Raise `ValueError` unless it can be the spectral norm that a recurrent matrix starts with."""
-    if not 0 < init_scale < math.inf:
-        raise ValueError(f"init_scale must be positive and finite, got {init_scale}")

@@ -232,11 +232,7 @@ class KRUPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KRURecurrence):
-            for factor, start in zip(module.factors, module.initial_factors(), strict=True):
-                init.copy_(factor, start)
-            init.copy_(module.bias, module.initial_bias())
-        elif isinstance(module, KRULinearRecurrence):
+        if isinstance(module, (KRURecurrence, KRULinearRecurrence)):
             for parameter, start in module.initial_values():
                 init.copy_(parameter, start)
         elif isinstance(module, KroneckerLinear):

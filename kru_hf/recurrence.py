@@ -12,9 +12,9 @@ from .cells import (
     ACTIVATIONS,
     CELLS,
     LINEAR,
+    Start,
     check_chrono,
     check_linear,
-    check_scale,
     check_start,
     gate_bias,
     selective_widths,
@@ -56,7 +56,31 @@ class FactorList(nn.ParameterList):
         return list(self)
 
 
-class KRURecurrence(nn.Module):
+def unitary_factor(start: Start, rows: int, columns: int, count: int) -> Tensor:
+    """Where one of ``count`` factors (2, P, Q) of a complex matrix starts, but for its norm."""
+    if start.identity:
+        return torch.stack([torch.eye(rows, columns), torch.zeros(rows, columns)])
+    if start.max_phase is not None:  # the phases of a Kronecker product are the sums of its factors' phases
+        return slow_unitary(rows, start.max_phase / count)
+    return random_unitary(rows, columns)
+
+
+class StartingModule(nn.Module):
+    """A module that knows where its parameters start."""
+
+    def initial_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters, and a buffer in the place of one, each with where it starts."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the start. Parameters on the meta device are left for the loader to fill."""
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            for parameter, start in self.initial_values():
+                parameter.copy_(start)
+
+
+class KRURecurrence(StartingModule):
     """h_t = cell(W h_{t-1}, U x_t, b, h_{t-1}): factors (K, P_f, Q_f), or (R, K, P_f, Q_f) with R > 1 terms, and b.
 
     Args:
@@ -95,10 +119,9 @@ class KRURecurrence(nn.Module):
         self.cell = CELLS[cell]
         self.factor_shapes = [(p, q) for p, q in factor_shapes]
         self.state_size = math.prod(p for p, _ in self.factor_shapes)
-        # Widths of the inputs, the features and the state (B, T, ·, N), in multiples of N.
-        self.input_planes, self.output_planes = self.cell.planes, self.cell.feature_planes
-        self.input_shape = self.input_planes, self.state_size  # axes 2 and 3 of the inputs
-        self.state_planes = len(self.cell.states)
+        self.input_shape = self.cell.planes, self.state_size  # axes 2 and 3 of the inputs
+        # Widths of the features and the state (B, T, ·, N), in multiples of N.
+        self.output_planes, self.state_planes = self.cell.feature_planes, len(self.cell.states)
         self.terms, self.activation = terms, activation
         check_start("init", init, self.cell, self.factor_shapes, terms)
         self.start = self.cell.starts[init]
@@ -121,7 +144,8 @@ class KRURecurrence(nn.Module):
     def _check(self, bias_init: float | None) -> None:
         check_choice("backend", self.backend, BACKENDS)
         check_choice("activation", self.activation, ACTIVATIONS)
-        check_scale(self.init_scale)
+        if not 0 < self.init_scale < math.inf:
+            raise ValueError(f"init_scale must be positive and finite, got {self.init_scale}")
         if self.terms < 1:
             raise ValueError(f"terms must be at least 1, got {self.terms}")
         if bias_init is not None and not (self.has_bias and math.isfinite(bias_init)):
@@ -139,14 +163,9 @@ class KRURecurrence(nn.Module):
 
     def _initial_factor(self, rows: int, columns: int) -> Tensor:
         """One term's random unitary, identity or orthogonal factor (K, P, Q)."""
-        if not self.cell.complex:
-            return torch.stack([random_orthogonal(rows, columns) for _ in range(self.cell.planes)])
-        if self.start.identity:
-            return torch.stack([torch.eye(rows, columns), torch.zeros(rows, columns)])
-        if self.start.max_phase is not None:
-            # The phases of a Kronecker product are the sums of its factors' phases.
-            return slow_unitary(rows, self.start.max_phase / len(self.factor_shapes))
-        return random_unitary(rows, columns)
+        if self.cell.complex:
+            return unitary_factor(self.start, rows, columns, len(self.factor_shapes))
+        return torch.stack([random_orthogonal(rows, columns) for _ in range(self.cell.planes)])
 
     def initial_factors(self) -> list[Tensor]:
         """Where the factors start: each times the F-th root of the spectral norm that its term is to have."""
@@ -154,20 +173,12 @@ class KRURecurrence(nn.Module):
         starts = [torch.stack([self._initial_factor(p, q) for _ in range(self.terms)]) for p, q in self.factor_shapes]
         return [scale * (start if self.terms > 1 else start[0]) for start in starts]
 
-    def initial_bias(self) -> Tensor:
-        """Where the bias starts: (N,), or (rows, N)."""
+    def initial_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The factors and the bias, each with where it starts."""
+        bias = torch.full(self.bias.shape, self.bias_init if self.cell.complex else 0.0)
         if self.cell.keeps is not None and self.has_bias:
-            return gate_bias(self.cell, self.state_size, self.chrono_max_length)
-        return torch.full(self.bias.shape, self.bias_init if self.cell.complex else 0.0)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the start. Parameters on the meta device are left for the loader to fill."""
-        if self.bias.is_meta:
-            return
-        for factor, start in zip(self.factors, self.initial_factors(), strict=True):
-            factor.copy_(start)
-        self.bias.copy_(self.initial_bias())
+            bias = gate_bias(self.cell, self.state_size, self.chrono_max_length)
+        return [*zip(self.factors, self.initial_factors(), strict=True), (self.bias, bias)]
 
     def penalty(self) -> Tensor:
         """Soft unitary penalty of the complex cell, see ``unitary_penalty``: a scalar; zero for gated cells."""
@@ -217,7 +228,7 @@ class KRURecurrence(nn.Module):
         return f"{self.cell.name}, state_size={self.state_size}, factors={shapes}{terms}{options}"
 
 
-class KRULinearRecurrence(nn.Module):
+class KRULinearRecurrence(StartingModule):
     """h_t = d_t (⊗_f R_f,t) h_{t-1} + U x_t, H heads side by side, each with factors and N / H units of its own.
 
     Without an activation between the steps it can be computed in parallel over time, see ``kron_linear_scan``; with
@@ -274,14 +285,6 @@ class KRULinearRecurrence(nn.Module):
         """Axes 2 and 3 of the inputs."""
         return (sum(self.widths), 1) if self.selective else (2, self.state_size)
 
-    def _initial_factor(self, size: int) -> Tensor:
-        """A head's factor (2, P, P), unitary; of "fourier" it is made in :meth:`initial_values`."""
-        if self.start.identity:
-            return torch.stack([torch.eye(size), torch.zeros(size, size)])
-        if self.start.max_phase is not None:
-            return slow_unitary(size, self.start.max_phase / len(self.factor_shapes))
-        return random_unitary(size, size)
-
     def initial_values(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters, each with where it starts.
 
@@ -289,26 +292,19 @@ class KRULinearRecurrence(nn.Module):
         diagonal. Heads that forget keep what they hold for 1 to 1000 steps, evenly spread on a logarithmic scale.
         """
         found: list[tuple[Tensor, Tensor]] = []
-        scale, below = self.start.norm ** (1 / len(self.factor_shapes)), 1
+        count, below = len(self.factor_shapes), 1
         for factor, (size, _) in zip(self.factors, self.factor_shapes, strict=False):
             below *= size
-            start = torch.stack([self._initial_factor(size) for _ in range(self.heads)])
+            start = torch.stack([unitary_factor(self.start, size, size, count) for _ in range(self.heads)])
             if self.start.fourier:
                 turns = torch.arange(size) / below  # (P,)
                 start = to_planes(torch.exp(2j * math.pi * turns).diag(), 0).expand(self.heads, -1, -1, -1)
-            found.append((factor, scale * start))
+            found.append((factor, self.start.norm ** (1 / count) * start))
         if self.first_state is not None:
             found.append((self.first_state, torch.randn(2, self.state_size) / math.sqrt(2)))
         if self.decay is not None:
             found.append((self.decay, torch.linspace(math.log(1000), 0, self.heads)))  # σ(log n) = 1 − 1 / (n + 1)
         return found
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the start. Parameters on the meta device are left for the loader to fill."""
-        for parameter, start in self.initial_values():
-            if not parameter.is_meta:
-                parameter.copy_(start)
 
     def penalty(self) -> Tensor:
         """Σ over heads and factors of ‖W^H W − I‖²: a scalar; zero for selective transitions, which are unitary."""

@@ -144,7 +144,7 @@ def use_backend(name: str) -> None:
 
 def unavailable_reason(name: str, cell: Cell | None = None) -> str | None:
     """Why the engine of that name cannot run (the cell, if one is given) here, or None."""
-    return ENGINES[name].unavailable_reason(cell) if name in ENGINES else None
+    return ENGINES[name].obstacle(cell) if name in ENGINES else None
 
 
 def backend_report() -> str:
@@ -163,7 +163,7 @@ def backend_report() -> str:
 def choose_backend(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> tuple[str, str]:
     """The engine that "auto" takes, and why: the device's own if it can, else "portable"."""
     native = "triton" if inputs.is_cuda else "cpu"
-    obstacle = ENGINES[native].obstacle(inputs, factors, cell)
+    obstacle = ENGINES[native].obstacle(cell, inputs, factors)
     return (native, "it is the device's") if obstacle is None else ("portable", f"{native} cannot run: {obstacle}")
 
 
@@ -235,7 +235,7 @@ def kron_scan(
     elif backend == "auto":
         backend, reason = choose_backend(inputs, call.factors, entry)
         _tell(f"kron_scan uses the engine {backend}: {reason}")
-    elif backend != "reference" and (obstacle := ENGINES[backend].obstacle(inputs, call.factors, entry)) is not None:
+    elif backend != "reference" and (obstacle := ENGINES[backend].obstacle(entry, inputs, call.factors)) is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}")
     if backend == "reference":
         return scan_reference(call)

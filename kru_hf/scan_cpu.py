@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import mmap
 import os
 import pathlib
 import sys
@@ -21,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import ACTIVATIONS, CELLS, Cell
-from .scan_reference import Engine, ScanCall
+from .cells import ACTIVATIONS, Cell
+from .scan_reference import Engine, ScanCall, dense
 
-__all__ = ["backward", "forward", "is_available", "obstacle", "saved_shape", "unavailable_reason"]
-
-ABI = 5  # KRU_ABI in native/kru.c
+ABI = 6  # KRU_ABI in native/kru.c
 MAX_FACTORS = 64  # in native/plan.h
+MOST_LANES = 16  # samples from which on a plan is the same for any number
 # Chunks of the batch that threads share out and whose weight gradients are summed in order. Depends on shapes alone, so
 # results do not depend on the number of threads.
 MAX_CHUNKS = 32
@@ -35,7 +35,7 @@ MAX_CHUNKS = 32
 THREADS_FROM = 250_000
 # The same from which the caller only waits: it answers a signal while it waits, and not while it computes.
 WAIT_FROM = 50_000_000
-HUGE_FROM = 8 << 20  # bytes of an output from which huge pages are asked for
+HUGE_FROM, HUGE_PAGE = 8 << 20, 1 << 21  # bytes of an output from which huge pages are asked for, and of a page
 _lanes: int | None = None  # vector lanes a plan uses; None: the processor's widest
 
 
@@ -73,13 +73,12 @@ def _load() -> tuple[Any, str | None]:
         signatures: dict[str, tuple[Any, ...]] = {
             "kru_lanes": (count,),
             "kru_cells": (ctypes.c_char_p,),
-            "kru_plan_new": (pointer, *[count] * 6, pointer, pointer, count, pointer),
+            "kru_plan_new": (pointer, *[count] * 7, pointer, pointer, count, pointer),
             "kru_plan_free": (None, pointer),
             "kru_pack": (status, pointer, pointer, pointer),
             "kru_forward": (status, pointer, pointer),
             "kru_backward": (status, pointer, pointer),
-            "kru_advise": (None, pointer, count),
-            "kru_reduce": (status, pointer, pointer, count, pointer, pointer, pointer),
+            "kru_project": (status, pointer, pointer, pointer, pointer),
         }
         for name, (result, *arguments) in signatures.items():
             function = getattr(library, name)
@@ -90,11 +89,8 @@ def _load() -> tuple[Any, str | None]:
 
 _library, _reason = _load()
 _cells = _library.kru_cells().decode().split() if _library else []
-
-
-def is_available() -> bool:
-    """Whether the native library is loaded."""
-    return _reason is None
+# The system's call for huge pages, where it has them.
+_advise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
 def _template(cell: Cell, activation: str) -> str:
@@ -102,17 +98,12 @@ def _template(cell: Cell, activation: str) -> str:
     return activation if cell.complex else cell.name
 
 
-def unavailable_reason(cell: Cell | None = None) -> str | None:
-    """Why the engine cannot run (the cell, if one is given) in this process, or None."""
+def obstacle(cell: Cell | None = None, inputs: Tensor | None = None, factors: Sequence[Tensor] = ()) -> str | None:
+    """Why the engine cannot run here, the cell, inputs (B, T, K, N) or factors, as far as they are given, or None."""
     if _reason is None and cell is not None and _template(cell, ACTIVATIONS[0]) not in _cells:
         return f"the native engine has no template for the cell {cell.name!r}"
-    return _reason
-
-
-def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
-    """None if the engine takes inputs (B, T, K, N) and factors of the cell, else why not."""
-    if (reason := unavailable_reason(cell)) is not None:
-        return reason
+    if _reason is not None or inputs is None:
+        return _reason
     if inputs.device.type != "cpu":
         return f"inputs are on {inputs.device}, the native engine runs on the CPU"
     if inputs.dtype != torch.float32:
@@ -123,11 +114,13 @@ def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | Non
 
 
 class _Plan:
-    """Merged stages, their order and kernels, for a cell and the factors' shapes; owns the C object."""
+    """Merged stages, their order and kernels, for a cell, samples and the factors' shapes; owns the C object."""
 
-    def __init__(self, name: str, activation: str, shapes: tuple[torch.Size, ...], lanes: int | None) -> None:
-        cell, array = CELLS[name], ctypes.c_int64 * len(shapes)
-        facts = (_cells.index(_template(cell, activation)), cell.planes, cell.bias_rows or 1, len(cell.states))
+    def __init__(
+        self, cell: Cell, activation: str, batch: int, shapes: tuple[torch.Size, ...], lanes: int | None
+    ) -> None:
+        array = ctypes.c_int64 * len(shapes)
+        facts = (_cells.index(_template(cell, activation)), cell.planes, cell.bias_rows or 1, len(cell.states), batch)
         terms = shapes[0][0] if len(shapes[0]) == 4 else 1
         rows, columns = array(*[shape[-2] for shape in shapes]), array(*[shape[-1] for shape in shapes])
         sizes = (ctypes.c_int64 * 4)()
@@ -192,7 +185,7 @@ def _run(function: Callable[[int, object], int], plan: _Plan, work: float, sizes
     ``sizes`` and ``tensors`` are the fields of :class:`_Args` in their order. An exception, as that of a signal's
     handler, does not wait for the other threads: they own what they work on, and end at their next time step.
     """
-    owned = _dense(tensors)
+    owned = [None if tensor is None else dense(tensor) for tensor in tensors]
     args = _Args(*sizes, *_addresses(owned))
     args.owned = plan, owned
     threads = min(torch.get_num_threads(), args.chunks) if work > THREADS_FROM else 1
@@ -213,55 +206,45 @@ def _run(function: Callable[[int, object], int], plan: _Plan, work: float, sizes
     _check(failed)
 
 
-def _dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors, or copies, with their numbers in memory in the order of the indices, signs included."""
-    return [
-        tensor
-        if tensor is None or (tensor.is_contiguous() and not tensor.is_neg())
-        else tensor.resolve_neg().contiguous()
-        for tensor in tensors
-    ]
-
-
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
     return [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _fresh(like: Tensor, *size: int) -> Tensor:
-    """An uninitialised tensor, on huge pages if it is large and the system has them."""
+    """An uninitialised tensor, on huge pages if it is large and the system has them.
+
+    The first write to small pages, a fault each, takes longer than the recurrence itself.
+    """
     tensor = like.new_empty(size)
-    if (count := tensor.nbytes) >= HUGE_FROM:
-        _library.kru_advise(tensor.data_ptr(), count)
+    if tensor.nbytes >= HUGE_FROM and _advise:
+        first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
+        _advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_HUGEPAGE)
     return tensor
 
 
-def _prepare(factors: Sequence[Tensor], cell: Cell, activation: str) -> tuple[_Plan, list[Tensor], Any, Tensor]:
+def _prepare(call: ScanCall) -> tuple[_Plan, list[Tensor], Any, Tensor]:
     """Plan, contiguous factors, their addresses and the weights packed for the kernels."""
-    plan = _plan_for(cell.name, activation, tuple([factor.shape for factor in factors]), _lanes)
-    kept: Any = _dense(factors)
+    shapes, batch = tuple([factor.shape for factor in call.factors]), min(call.inputs.shape[0], MOST_LANES)
+    plan = _plan_for(call.cell, call.activation, batch, shapes, _lanes)
+    kept = [dense(factor) for factor in call.factors]
     pointers = plan.pointers(*_addresses(kept))
     packed = _fresh(kept[0], plan.packed)
     _check(_library.kru_pack(plan.handle, pointers, packed.data_ptr()))
     return plan, kept, pointers, packed
 
 
-def saved_shape(inputs_shape: Sequence[int], cell: Cell) -> tuple[int, ...]:
-    """Of the tensor that :func:`forward` keeps for :func:`backward`: the state beside h (c of an LSTM)."""
-    batch, length, _, units = inputs_shape
-    return (batch * length * units * cell.kept,)
-
-
 def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """states, final_state (B, S, N) and what the backward wants to have kept; the same bits for any number of threads.
+    """states, final_state (B, S, N) and what ``states`` lacks of the state; the same bits for any number of threads.
 
     Raises:
         MemoryError: no memory for the workspace.
     """
-    cell, (batch, length, *_) = call.cell, call.inputs.shape
-    plan, _, _, packed = _prepare(call.factors, cell, call.activation)
-    states = _fresh(call.inputs, *cell.states_shape(call.inputs.shape))
+    batch, length, *_ = call.inputs.shape
+    plan, _, _, packed = _prepare(call)
+    states = _fresh(call.inputs, *call.cell.states_shape(call.inputs.shape))
     final_state = call.state_like()  # (B, S, N)
-    saved = _fresh(call.inputs, *saved_shape(call.inputs.shape, cell)) if save else call.inputs.new_empty(0)
+    saved = _fresh(call.inputs, *(call.saved_shape() if save else (0,)))
     groups = -(-batch // plan.group)
     read = (packed, call.inputs, call.bias, call.initial_state, call.mask, call.starts)
     sizes = (batch, length, min(groups, 4 * MAX_CHUNKS))
@@ -276,22 +259,22 @@ def backward(
 
     Products and gates are computed again, from the states.
     """
-    cell, (batch, length, *_) = call.cell, call.inputs.shape
-    plan, kept, pointers, packed = _prepare(call.factors, cell, call.activation)
+    batch, length, *_ = call.inputs.shape
+    plan, kept, pointers, packed = _prepare(call)
     groups = -(-batch // plan.group)
     # Gradient buffers of at most a quarter of the states' bytes.
     chunks = min(groups, MAX_CHUNKS, max(states.numel() // (4 * plan.gradients), 4))
     chunk_grads = _fresh(states, chunks, plan.gradients)
-    d_inputs, d_bias = _fresh(states, *call.inputs.shape), _fresh(states, *call.bias.shape)
-    d_initial = call.state_like()  # (B, S, N)
+    d_inputs, d_initial = _fresh(states, *call.inputs.shape), call.state_like()
     d_factors = [_fresh(states, *factor.shape) for factor in kept]
     read = (packed, call.inputs, call.bias, call.initial_state, call.mask, call.starts, states, saved, None)
     written = (d_inputs, d_initial, chunk_grads)
     work = 4 * plan.work * groups * length
     _run(_library.kru_backward, plan, work, (batch, length, chunks), (*read, d_states, d_final, *written))
+    grads = chunk_grads.sum(0)  # of the stages, then of the bias
     places = plan.pointers(*_addresses(d_factors))
-    _check(_library.kru_reduce(plan.handle, pointers, chunks, chunk_grads.data_ptr(), places, d_bias.data_ptr()))
-    return d_inputs, d_factors, d_bias, d_initial
+    _check(_library.kru_project(plan.handle, pointers, grads.data_ptr(), places))
+    return d_inputs, d_factors, grads[-call.bias.numel() :].clone().view(call.bias.shape), d_initial
 
 
-ENGINE = Engine(unavailable_reason, obstacle, saved_shape, forward, backward)
+ENGINE = Engine(forward, backward, obstacle)

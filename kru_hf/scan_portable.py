@@ -21,22 +21,6 @@ from .scan_reference import Engine, ScanCall
 CHUNK = 16
 
 
-def unavailable_reason(cell: Cell | None = None) -> str | None:
-    """None: the engine runs wherever torch does."""
-    return None
-
-
-def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
-    """Why the engine cannot run these tensors: it runs all."""
-    return None
-
-
-def saved_shape(inputs_shape: Sequence[int], cell: Cell) -> tuple[int, ...]:
-    """Of what forward keeps for backward, beside the states: (T, S − 1, B, N)."""
-    batch, length, _, units = inputs_shape
-    return (length, cell.kept, batch, units)
-
-
 def stages(groups: Sequence[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """(⊗ groups[g]) x[g] for every g: x (G, B, N) to (G, B, N), and what each stage multiplied (G, B·L·R, Q)."""
     count, rows = x.shape[:2]
@@ -108,13 +92,13 @@ def _read_bias(call: ScanCall, steps: int) -> Tensor | None:
 
 
 def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """states, final_state and what backward needs (T, S − 1, B, N) if ``save``. See ``kron_scan`` for the contract."""
+    """states, final_state and, with ``save``, what of the state ``states`` lacks. The contract is ``kron_scan``'s."""
     inputs, cell = call.inputs, call.cell
     groups, b = merge_groups(_matrices(call.terms(), cell)), _read_bias(call, 1)
     mask, starts = _read_times(call.mask), _read_times(call.starts)
     goes_on = None if starts is None else ~starts
     states = inputs.new_empty(cell.states_shape(inputs.shape))
-    saved = inputs.new_empty(saved_shape(inputs.shape, cell) if save else (0,))
+    saved = inputs.new_empty(call.saved_shape() if save else (0,))
     state = cell.to_state(call.first_state())
     for t in range(inputs.shape[1]):
         state = _select(goes_on, t, state)
@@ -127,7 +111,7 @@ def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
             states[:, t] = state[0]
         if save:
             for index, kept in enumerate(state[1:]):
-                saved[t, index] = kept
+                saved[:, t, index] = kept
     return states, cell.from_state(state), saved
 
 
@@ -135,7 +119,7 @@ def _before(states: Tensor, saved: Tensor, first: State, start: int, end: int, c
     """The states (C, B, N) that the steps start … end − 1 began with, before what ``starts`` clears."""
     here = slice(max(start - 1, 0), end - 1)
     h = states[:, here].movedim(1, 0)  # (C, B, N) or (C, B, 2, N)
-    rest = [saved[here, index] for index in range(cell.kept)]
+    rest = [saved[:, here, index].movedim(1, 0) for index in range(cell.kept)]
     before = (*(cell.to_state(h) if cell.complex else (h,)), *rest)
     if start == 0:
         before = tuple(torch.cat((a.unsqueeze(0), b)) for a, b in zip(first, before, strict=True))
@@ -163,12 +147,13 @@ def backward(
         chunk = slice(start, end)
         before = _select(goes_on, chunk, _before(states, saved, first, start, end, cell))  # (C, B, N) each
         before = _select(mask, chunk, before)  # 0 times a NaN would spoil the weights' gradient
-        after = (before[0].new_empty(0), *(saved[chunk, index] for index in range(cell.kept)))  # h_t is not asked for
+        kept = [saved[:, chunk, index].movedim(1, 0) for index in range(cell.kept)]
+        after = (before[0].new_empty(0), *kept)  # h_t is not asked for
         flat = before[0].flatten(0, 1)  # (C·B, N)
         products = _products(groups, flat, cell.matrices).unflatten(1, (-1, batch))  # (M, C, B, N)
         u = cell.to_matrices(inputs[:, chunk].permute(2, 1, 0, 3))  # (M, C, B, N)
         local = _select(mask, chunk, cell.derivatives(products, u, b, before, after))  # (…, C, B, N) each
-        del products, u, before, after  # as large as a chunk of the inputs each
+        del products, u, before, after, kept  # as large as a chunk of the inputs each
         by_u: list[Tensor] = []  # of the steps, last first
         by_products: list[Tensor] = []
         by_h: list[Tensor] = []
@@ -199,4 +184,4 @@ def backward(
     return d_inputs, d_factors, d_bias, cell.from_state(d)
 
 
-ENGINE = Engine(unavailable_reason, obstacle, saved_shape, forward, backward)
+ENGINE = Engine(forward, backward)

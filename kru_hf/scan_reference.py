@@ -36,6 +36,11 @@ from .kronecker import kron_multiply
 Named = tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with its numbers in memory in the order of the indices, signs included."""
+    return tensor.resolve_neg().contiguous()
+
+
 class ScanCall(NamedTuple):
     """Arguments of ``kron_scan``, with their shapes there; the cell an entry of CELLS."""
 
@@ -66,6 +71,11 @@ class ScanCall(NamedTuple):
         """A new tensor (B, S, N), not filled."""
         inputs = self.inputs
         return inputs.new_empty(inputs.shape[0], len(self.cell.states), inputs.shape[3])
+
+    def saved_shape(self, beside: int = 0) -> tuple[int, ...]:
+        """(B, T, ·, N): what of the state ``states`` does not hold, and so many planes beside."""
+        batch, length, _, units = self.inputs.shape
+        return (batch, length, self.cell.kept + beside, units)
 
     def first_state(self) -> Tensor:
         """The initial state (B, S, N), zeros if none is given."""
@@ -103,20 +113,18 @@ def scan_reference(call: ScanCall) -> tuple[Tensor, Tensor]:
 class Engine(NamedTuple):
     """What an engine's module offers.
 
-    unavailable_reason(cell or None) -> why it cannot run (the cell, if one is given) in this process, or None
-    obstacle(inputs, factors, cell) -> why it cannot run these tensors, or None
-    saved_shape(inputs.shape, cell) -> shape of ``saved``
-    forward(call, save) -> states, final_state, saved: one tensor, what backward needs beside states, empty without
-        ``save``
+    forward(call, save) -> states, final_state, saved: what backward needs beside states, ``call.saved_shape(beside)``,
+        empty without ``save``
     backward(call, states, saved, d_states, d_final) -> gradients of inputs, factors (a list), bias and initial state;
         one of the last two arguments may be None
+    obstacle(cell, inputs, factors) -> why it cannot run in this process, the cell or the tensors, as far as they are
+        given, or None
     """
 
-    unavailable_reason: Callable[..., str | None]
-    obstacle: Callable[..., str | None]
-    saved_shape: Callable[..., tuple[int, ...]]
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, list[Tensor], Tensor, Tensor]]
+    obstacle: Callable[..., str | None] = lambda *_: None
+    beside: int = 0
 
 
 def _check_factors(inputs: Tensor, factors: Sequence[Tensor], planes: int) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .cells import Cell
 from .kronecker import factor_gradients, kron_product, to_complex, to_planes
-from .scan_reference import Engine, ScanCall
+from .scan_portable import group_gradients
+from .scan_reference import Engine, ScanCall, dense
 
 try:
     import triton
@@ -60,14 +61,28 @@ def is_interpreted() -> bool:
 _PRECISIONS = ("ieee", "ieee" if is_interpreted() else "bf16x6")
 
 
-def unavailable_reason(cell: Cell | None = None) -> str | None:
-    """Why the engine cannot run (the cell, if one is given) in this process, or None."""
+def obstacle(cell: Cell | None = None, inputs: Tensor | None = None, factors: Sequence[Tensor] = ()) -> str | None:
+    """Why the engine cannot run here, the cell or the tensors, as far as they are given, or None."""
     if cell is not None and not cell.complex:
         return f"the triton engine has no kernel for the cell {cell.name!r}"
     if triton is None:
         return _import_error
     if not is_interpreted() and not torch.cuda.is_available():
         return "no GPU (TRITON_INTERPRET=1, set before the import, runs it on the CPU, for tests)"
+    if inputs is None:
+        return None
+    if inputs.dtype != torch.float32:
+        return f"the triton engine computes in float32, got {inputs.dtype}"
+    device = "cpu" if is_interpreted() else "cuda"
+    if inputs.device.type != device:
+        return f"the triton engine runs on {device} tensors here, got {inputs.device}"
+    shapes = [(factor.shape[-2], factor.shape[-1]) for factor in factors]
+    if plan_groups(shapes, _shared_limit(inputs.device)) is None:
+        listed = " ".join(f"{rows}x{columns}" for rows, columns in shapes)
+        return (
+            f"N = {inputs.shape[-1]} with factors {listed} has no split into two square groups that fit "
+            f"{_shared_limit(inputs.device)} bytes of shared memory"
+        )
     return None
 
 
@@ -98,65 +113,6 @@ def plan_groups(shapes: Sequence[tuple[int, int]], shared: int = SHARED_BYTES) -
             cost = tile_p * tile_r * (tile_p + tile_r)
             best = min(best or (cost, cut, rows), (cost, cut, rows))
     return None if best is None else (best[1], best[2], units // best[2])
-
-
-def obstacle(inputs: Tensor, factors: Sequence[Tensor], cell: Cell) -> str | None:
-    """Why the engine cannot run these tensors, or None."""
-    if (reason := unavailable_reason(cell)) is not None:
-        return reason
-    if inputs.dtype != torch.float32:
-        return f"the triton engine computes in float32, got {inputs.dtype}"
-    device = "cpu" if is_interpreted() else "cuda"
-    if inputs.device.type != device:
-        return f"the triton engine runs on {device} tensors here, got {inputs.device}"
-    shapes = [(factor.shape[-2], factor.shape[-1]) for factor in factors]
-    if plan_groups(shapes, _shared_limit(inputs.device)) is None:
-        listed = " ".join(f"{rows}x{columns}" for rows, columns in shapes)
-        return (
-            f"N = {inputs.shape[-1]} with factors {listed} has no split into two square groups that fit "
-            f"{_shared_limit(inputs.device)} bytes of shared memory"
-        )
-    return None
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, with its numbers in memory in the order of the indices, signs included."""
-    return tensor.resolve_neg().contiguous()
-
-
-def _inner(left: Tensor, right: Tensor, slices: int) -> Tensor:
-    """left^T right of (K, M) and (K, L), cut into ``slices`` along K: M and L alone are too small for a GPU."""
-    pieces = [tensor.unflatten(0, (slices, -1)) for tensor in (left, right)]  # (slices, K / slices, M or L)
-    return (pieces[0].mT @ pieces[1]).sum(0)  # (M, L)
-
-
-def saved_shape(inputs_shape: Sequence[int], cell: Cell) -> tuple[int, ...]:
-    """Of what forward keeps for backward: |z| (B, T, N)."""
-    batch, length, _, units = inputs_shape
-    return (batch, length, units)
-
-
-def group_gradients(d_inputs: Tensor, before: Tensor, group_a: Tensor, group_c: Tensor) -> tuple[Tensor, Tensor]:
-    """dA (2, P, P) and dC (2, R, R) from dZ (B, T, 2, N) and h_{t-1} (B, T, 2, N), as products over all steps at once.
-
-    dA = Σ dZ conj(C) H^H and dC = Σ dZ^T conj(A H), with H = h_{t-1}.
-    """
-    (ar, ai), (cr, ci) = group_a, group_c  # (P, P), (R, R)
-    units = (ar.shape[0], cr.shape[0])
-    steps = d_inputs.shape[0] * d_inputs.shape[1]
-    slices = next(count for count in range(min(steps, _SLICES), 0, -1) if steps % count == 0)
-    by_row = (2, 3, 0, 1, 4)  # (B, T, 2, P, R) -> (2, P, B, T, R)
-    d, h = (x.unflatten(3, units).permute(by_row).contiguous() for x in (d_inputs, before))  # (2, P, B, T, R)
-    d, h = d.view(2, -1, units[1]), h.view(2 * units[0], -1)  # (2, P·B·T, R), (2P, B·T·R)
-    form = torch.cat((torch.cat((ar, -ai), 1), torch.cat((ai, ar), 1)))  # (2P, 2P): A on both planes
-    y = (form @ h).view(d.shape)  # (2, P·B·T, R) = A H
-    cross = _inner(d[1], y[0], slices) - _inner(d[0], y[1], slices)  # (R, R)
-    d_c = torch.stack((_inner(d.flatten(0, 1), y.flatten(0, 1), slices), cross))  # (2, R, R)
-    dy = torch.stack(((d[0] @ cr).addmm_(d[1], ci), (d[1] @ cr).addmm_(d[0], ci, alpha=-1)))  # (2, P·B·T, R)
-    rows = [tensor.view(2 * units[0], slices, -1).transpose(0, 1) for tensor in (dy, h)]  # (slices, 2P, B·T·R / slices)
-    blocks = (rows[0] @ rows[1].mT).sum(0).view(2, units[0], 2, units[0])  # (2, P, 2, P)
-    d_a = torch.stack((blocks[0, :, 0] + blocks[1, :, 1], blocks[1, :, 0] - blocks[0, :, 1]))  # (2, P, P)
-    return d_a, d_c
 
 
 def _launch(
@@ -212,13 +168,12 @@ def _warps(groups: Sequence[Tensor], units: int) -> int:
 
 
 def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """states, final_state and, with ``save``, |z| (B, T, N). See ``kron_scan`` for the contract."""
-    inputs = _dense(call.inputs)
+    """states, final_state and, with ``save``, |z| (B, T, 1, N). See ``kron_scan`` for the contract."""
+    inputs = dense(call.inputs)
     _, _, groups = _groups(call.terms(), inputs.device)
     states, final = torch.empty_like(inputs), call.state_like()  # (B, T, 2, N), (B, 2, N)
-    saved = saved_shape(inputs.shape, call.cell) if save else (0,)
-    moduli = inputs.new_zeros(saved)  # (B, T, N): only modReLU's are stored
-    read = [_dense(tensor) for tensor in (groups[0], groups[1].mT, call.bias, call.first_state())]  # A, C^T
+    moduli = inputs.new_zeros(call.saved_shape(1) if save else (0,))  # only modReLU's are stored
+    read = [dense(tensor) for tensor in (groups[0], groups[1].mT, call.bias, call.first_state())]  # A, C^T
     times, flags = _options(call, inputs)
     tensors = [inputs, *read, *times, states, final, moduli]
     _launch(forward_kernel, inputs, tensors, groups, _warps(groups, 2 * _IEEE_TILE), flags | {"SAVE": save})
@@ -233,48 +188,51 @@ def _group_gradients(
     if _tile(groups[0].shape[2]) * _tile(groups[1].shape[2]) <= _IEEE_TILE:
         chunks = -(-length // _CHUNK)
         parts = [d_inputs.new_empty(batch, chunks, *group.shape) for group in groups]  # (B, chunks, E, 2, ·, ·)
-        read = [_dense(tensor) for tensor in (d_inputs, *groups, initial_state, states)]
+        read = [dense(tensor) for tensor in (d_inputs, *groups, initial_state, states)]
         flags = {"CHUNK": _CHUNK, "STARTS": starts is not None}
         tensors = [*read, _bytes(starts, states), *parts]
         _launch(gradient_kernel, d_inputs, tensors, groups, 4, flags, chunks, len(groups[0]))
         return [part.sum((0, 1)) for part in parts]
-    totals = [torch.zeros_like(group) for group in groups]
+    terms = [to_complex(group, 1) for group in groups]  # (E, P, P), (E, R, R)
     samples = max(1, _GRADIENT_ELEMENTS // states[0].numel())
+    totals = [torch.zeros_like(group) for group in terms]
     for start in range(0, batch, samples):
         some = slice(start, start + samples)
         before = torch.cat((initial_state[some, None], states[some, :-1]), 1)  # (·, T, 2, N)
         if starts is not None:
             before = before.where(~starts[some, :, None, None], 0)
-        for term in range(len(groups[0])):
-            for total, part in zip(
-                totals, group_gradients(d_inputs[some], before, *(g[term] for g in groups)), strict=True
-            ):
-                total[term] += part
-    return totals
+        # Cut along the steps into slices side by side: P and R alone are too small for a GPU.
+        steps = len(before) * length
+        slices = next(count for count in range(min(steps, _SLICES), 0, -1) if steps % count == 0)
+        h, d = (to_complex(x, 2).reshape(slices, steps // slices, -1) for x in (before, d_inputs[some]))
+        for term, total in enumerate(zip(*totals, strict=True)):
+            parts = group_gradients([group[term].expand(slices, -1, -1) for group in terms], h, d)
+            for whole, part in zip(total, parts, strict=True):
+                whole += part.sum(0)
+    return [to_planes(total, 1) for total in totals]
 
 
 def backward(
     call: ScanCall, states: Tensor, saved: Tensor, d_states: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of inputs (B, T, 2, N), factors, bias (N,) and initial state (B, 2, N)."""
-    states = _dense(states)
+    states = dense(states)
     cut, matrices, groups = _groups(call.terms(), states.device)
     initial_state = call.first_state()
     d_states = torch.zeros_like(states) if d_states is None else d_states
     d_final = torch.zeros_like(initial_state) if d_final is None else d_final
     left, right = (torch.stack((group[:, 0], -group[:, 1]), 1) for group in groups)  # conj(A), conj(C)
-    read = [_dense(tensor) for tensor in (d_states, d_final, left.mT, right, call.bias)]
+    read = [dense(tensor) for tensor in (d_states, d_final, left.mT, right, call.bias)]
     d_inputs, d_initial = torch.empty_like(states), call.state_like()  # (B, T, 2, N), (B, 2, N)
     d_bias = states.new_empty(states.shape[0], *call.bias.shape)  # (B, N)
     times, flags = _options(call, states)
     tensors = [*read, *times, states, saved, d_inputs, d_bias, d_initial]
     _launch(backward_kernel, states, tensors, groups, _warps(groups, _IEEE_TILE), flags)
     d_groups = [to_complex(grad, 1) for grad in _group_gradients(d_inputs, states, initial_state, call.starts, groups)]
-    d_factors = []
-    for run, grad in ((matrices[:cut], d_groups[0]), (matrices[cut:], d_groups[1])):
-        d_factors += factor_gradients(run, [grad], [len(run)]) if run else []
+    runs = [(count, grad) for count, grad in zip((cut, len(matrices) - cut), d_groups, strict=True) if count]
+    d_factors = factor_gradients(matrices, [grad for _, grad in runs], [count for count, _ in runs])
     d_factors = [to_planes(grad, 1).view(given.shape) for grad, given in zip(d_factors, call.factors, strict=True)]
     return d_inputs, d_factors, d_bias.sum(0), d_initial
 
 
-ENGINE = Engine(unavailable_reason, obstacle, saved_shape, forward, backward)
+ENGINE = Engine(forward, backward, obstacle, beside=1)

@@ -26,7 +26,7 @@ from kru_hf.scan_triton import obstacle
 # what it is off by on the same case, times LIKE_THE_DEFINITION, is allowed where it is more.
 STATES, GRADIENTS, LIKE_THE_DEFINITION = 3e-5, 1e-3, 16
 SPECIAL = [math.inf, -math.inf, math.nan]
-WIDTHS = [lanes for lanes in (4, 8, 16) if scan_cpu.is_available() and lanes <= scan_cpu._library.kru_lanes()]
+WIDTHS = [lanes for lanes in (4, 8, 16) if scan_cpu.obstacle() is None and lanes <= scan_cpu._library.kru_lanes()]
 
 
 def relaid(tensor: Tensor, draw: random.Random) -> Tensor:
@@ -147,7 +147,7 @@ def check(seed: int) -> list[str]:
     scan_cpu._lanes = None
     said += [f"portable: {fault}" for fault in faults(case.run("portable", torch.float32), wanted, rounded)]
     factors = [factor if factor.dim() == 4 else factor[None] for factor in case.factors]
-    if unavailable_reason("triton") is None and obstacle(case.inputs, factors, CELLS[case.cell]) is None:
+    if unavailable_reason("triton") is None and obstacle(CELLS[case.cell], case.inputs, factors) is None:
         if not case.bias.isfinite().all():
             wanted.pop("bias", None)  # the kernels know z/|z| from h alone, which is NaN then
         said += [f"triton: {fault}" for fault in faults(case.run("triton", torch.float32), wanted, rounded)]

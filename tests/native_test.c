@@ -69,7 +69,7 @@ static int check(const char *name, int64_t cell, int64_t K, int64_t rows, int64_
     for (int64_t lanes = 4; lanes <= kru_lanes(); lanes *= 2)
         for (int threads = 1; threads <= 2; threads++) {
             int64_t sizes[4];
-            kru_plan *plan = kru_plan_new(cell, K, rows, S, R, 3, P, Q, lanes, sizes);
+            kru_plan *plan = kru_plan_new(cell, K, rows, S, B, R, 3, P, Q, lanes, sizes);
             REQUIRE(plan);
             int64_t chunks = ceil_div(B, sizes[2]), total = 0;
             float *packed = numbers(sizes[0], 0), *grads = numbers(chunks * sizes[1], 0), *d_factors[3];
@@ -88,7 +88,9 @@ static int check(const char *name, int64_t cell, int64_t K, int64_t rows, int64_
             REQUIRE(!on_threads(threads, kru_forward, plan, &args));
             REQUIRE(all_finite(final, B * S * N) && all_finite(saved, B * T * (S - O) * N));
             REQUIRE(!on_threads(threads, kru_backward, plan, &args));
-            REQUIRE(!kru_reduce(plan, (const float *const *)factors, chunks, grads, d_factors, d_bias));
+            for (int64_t i = sizes[1]; i < chunks * sizes[1]; i++) grads[i % sizes[1]] += grads[i];
+            memcpy(d_bias, grads + sizes[1] - rows * N, sizeof(float) * rows * N);
+            REQUIRE(!kru_project(plan, (const float *const *)factors, grads, d_factors));
             REQUIRE(all_finite(all, count));
             if (threads > 1) REQUIRE(!memcmp(first[1], all, sizeof(float) * count));
             if (first[0]) REQUIRE(distance(all, first[0], count) < 1e-4);
@@ -110,8 +112,8 @@ int main(int argc, char **argv) {
         int64_t cell = 0, facts[3] = {atoi(argv[i + 1]), atoi(argv[i + 2]), atoi(argv[i + 3])}, sizes[4];
         REQUIRE(at);
         for (const char *c = kru_cells(); c < at; c++) cell += *c == ' ';
-        REQUIRE(!kru_plan_new(cell, facts[0], 99, facts[2], 1, 3, shapes[1][0], shapes[1][1], 0, sizes));
-        REQUIRE(!kru_plan_new(cell, facts[0], facts[1], 9, 1, 3, shapes[1][0], shapes[1][1], 0, sizes));
+        REQUIRE(!kru_plan_new(cell, facts[0], 99, facts[2], 1, 1, 3, shapes[1][0], shapes[1][1], 0, sizes));
+        REQUIRE(!kru_plan_new(cell, facts[0], facts[1], 9, 1, 1, 3, shapes[1][0], shapes[1][1], 0, sizes));
         for (int64_t s = 0, B = 1; s < 6; s++, B = 3 * B % 19)
             for (int options = 0; options < 8 && !failed; options++)
                 failed = check(name, cell, facts[0], facts[1], facts[2], shapes[s][0], shapes[s][1], B, 1 + options % 2, options);

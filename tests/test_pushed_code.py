@@ -13,7 +13,7 @@ from helpers import BLOCKS, LOGITS, assert_near, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from kru_hf import KRUForPianoRoll, KRUForSequenceClassification, KRUForTokenClassification, build_char_tokenizer
-from kru_hf.scan_cpu import is_available as native_engine
+from kru_hf.scan import unavailable_reason
 from training.records.publishing import auto_map, code_files, published_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +154,7 @@ def test_every_head_loads_and_generates_from_its_own_code(models, tmp_path, plac
     assert not seen["started"], "a compiler or another program was started"
     assert not seen["imported"]
     assert "triton: not available" in seen["report"]
-    assert ("cpu: available" in seen["report"]) == (place != "alone" and native_engine())
+    assert ("cpu: available" in seen["report"]) == (place != "alone" and (unavailable_reason("cpu") is None))
     classifiers = {"AutoModelForSequenceClassification": "KRUForSequenceClassification"}
     classifiers |= {"AutoModelForTokenClassification": "KRUForTokenClassification", "AutoModel": "KRUModel"}
     for name in LANGUAGE_MODELS:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cells import CELLS
 from ..scan import COMPILED, ENGINES, refuse_derivative
-from ..scan_reference import Engine, ScanCall, check_scan
+from ..scan_reference import Engine, Named, ScanCall, check_scan
 
 # Of both operators, in the order of ScanCall, with the cell's name for the cell.
 ARGUMENTS = (
@@ -35,23 +35,21 @@ def read_call(arguments: Sequence[Any]) -> ScanCall:
 def register(name: str, engine: Engine) -> Any:
     """Register kru_hf::<name>_scan and kru_hf::<name>_scan_backward; the first, differentiable once, is returned."""
 
-    def check_engine(call: ScanCall) -> None:
-        if (why := engine.obstacle(call.inputs, call.factors, call.cell)) is not None:
+    def check(call: ScanCall, others: Sequence[Named] = ()) -> None:
+        check_scan(call, others)
+        if (why := engine.obstacle(call.cell, call.inputs, call.factors)) is not None:
             raise RuntimeError(f"kru_hf::{name}_scan cannot run: {why}")
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        check_scan(call := read_call(arguments))
-        check_engine(call)
+        check(call := read_call(arguments))
         return engine.forward(call, arguments[8])
 
     def backward(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         call, given = read_call(arguments), arguments[8:]
-        shape, dtype = call.inputs.shape, call.inputs.dtype
-        full, end = call.cell.states_shape(shape), tuple(call.state_like().shape)
-        shapes = (full, engine.saved_shape(shape, call.cell), full, end)
+        full, end = call.cell.states_shape(call.inputs.shape), tuple(call.state_like().shape)
+        shapes = (full, call.saved_shape(engine.beside), full, end)
         names = ("states", "saved", "d_states", "d_final")
-        check_scan(call, [(*named, dtype) for named in zip(names, given, shapes, strict=True)])
-        check_engine(call)
+        check(call, [(*named, call.inputs.dtype) for named in zip(names, given, shapes, strict=True)])
         return engine.backward(call, *given)
 
     scan = torch.library.custom_op(f"kru_hf::{name}_scan", forward, mutates_args=(), schema=FORWARD)
@@ -60,9 +58,8 @@ def register(name: str, engine: Engine) -> Any:
     @scan.register_fake
     def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         check_scan(call := read_call(arguments))  # one tensor on meta brings the others here
-        shape = call.inputs.shape
-        saved = call.inputs.new_empty(engine.saved_shape(shape, call.cell) if arguments[8] else (0,))
-        return call.inputs.new_empty(call.cell.states_shape(shape)), call.state_like(), saved
+        saved = call.inputs.new_empty(call.saved_shape(engine.beside) if arguments[8] else (0,))
+        return call.inputs.new_empty(call.cell.states_shape(call.inputs.shape)), call.state_like(), saved
 
     @scan_backward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:

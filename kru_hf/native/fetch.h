@@ -1,9 +1,5 @@
 /* Memory that a step will read or write, fetched a little at a time while the products before it are computed: samples
  * lie a sequence apart, where no hardware prefetcher follows, and a step that is fetched too early is lost again. */
-#ifndef KRU_FETCH_H
-#define KRU_FETCH_H
-#include <stdint.h>
-
 typedef struct {
     const float *from; /* `rows` rows of `floats` numbers, `stride` apart; NULL: nothing */
     int64_t stride, rows, floats;
@@ -39,4 +35,3 @@ static inline __attribute__((always_inline)) void fetch_some(kru_fetches *f) {
         f->row++;
     }
 }
-#endif

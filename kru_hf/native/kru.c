@@ -7,8 +7,8 @@
  *
  *   plan.h       shapes: stages, their order and layout, weights packed, gradients back to the factors
  *   workspace.h  a thread's memory by name;  fetch.h: what the next step reads, fetched in time
- *   width.inc    all that depends on the vectors' width: vector.inc, then for each of two layouts (units.inc: complex cells,
- *                samples.inc: real ones) the cells (cells.inc) and the time loop (sequence.inc) */
+ *   width.inc    all that depends on the vectors' width: vector.inc, then for each of three layouts (units.inc: complex cells,
+ *                real ones; samples.inc: real ones) the cells (cells.inc) and the time loop (sequence.inc) */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,10 +16,6 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #define KRU_X86 1
-#endif
-
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 /* 32 vector registers with AVX-512 and NEON, 16 otherwise. */
@@ -33,7 +29,7 @@
 #include "plan.h"
 #include "workspace.h"
 
-#define KRU_ABI 5
+#define KRU_ABI 6
 #define KRU_EXPORT __attribute__((visibility("default")))
 
 /* K planes of the inputs, S of the state, O of the returned states: see kru_facts in cells.inc. */
@@ -99,12 +95,13 @@ static int best_lanes(void) {
 /* One group of samples through the sequence, by the code of the plan's width and layout. */
 typedef void group_function(const kru_plan *, const kru_args *, const kru_workspace *, int64_t, int, float *);
 static group_function *group_of(const kru_plan *plan) {
-    int units = plan->c == 2;
+#define GROUP(width) \
+    plan->c == 2 ? CAT(complex_group_, width) : plan->units ? CAT(real_group_, width) : CAT(samples_group_, width)
 #if KRU_X86
-    if (plan->lanes == 16) return units ? units_group_avx512 : samples_group_avx512;
-    if (plan->lanes == 8) return units ? units_group_avx2 : samples_group_avx2;
+    if (plan->lanes == 16) return GROUP(avx512);
+    if (plan->lanes == 8) return GROUP(avx2);
 #endif
-    return units ? units_group_generic : samples_group_generic;
+    return GROUP(generic);
 }
 
 static int64_t bias_floats(const kru_plan *plan) { return plan->facts.rows * plan->N; }
@@ -151,11 +148,11 @@ KRU_EXPORT const char *kru_cells(void) { return COMPLEX_CELLS(AS_NAME) REAL_CELL
 /* Opaque, for as many threads as wanted, freed by kru_plan_free; lanes 0: the processor's. NULL: out of memory, no such cell
  * or width, or too many factors. sizes: floats of the packed weights and of one chunk's gradients, samples of a group, and
  * the estimated vector operations of a group's step. */
-KRU_EXPORT void *kru_plan_new(int64_t cell, int64_t gates, int64_t rows, int64_t states, int64_t R, int64_t F,
+KRU_EXPORT void *kru_plan_new(int64_t cell, int64_t gates, int64_t rows, int64_t states, int64_t B, int64_t R, int64_t F,
                               const int64_t *P, const int64_t *Q, int64_t lanes, int64_t *sizes) {
     if (!lanes) lanes = best_lanes();
     int fits = lanes <= best_lanes() && (lanes == 4 || lanes == 8 || lanes == 16);
-    kru_plan *plan = fits ? plan_new(cell, gates, rows, states, R, F, P, Q, lanes) : NULL;
+    kru_plan *plan = fits ? plan_new(cell, gates, rows, states, B, R, F, P, Q, lanes) : NULL;
     if (!plan) return NULL;
     sizes[0] = plan->packed_floats;
     sizes[1] = plan->dense_floats + bias_floats(plan);
@@ -183,38 +180,17 @@ KRU_EXPORT int kru_pack(const kru_plan *plan, const float *const *factors, float
 KRU_EXPORT int kru_forward(const kru_plan *plan, kru_args *args) { return run(plan, args, 0); }
 KRU_EXPORT int kru_backward(const kru_plan *plan, kru_args *args) { return run(plan, args, 1); }
 
-/* Sums the chunks in order and takes merged gradients back: d_factors[f] is (R,K,P_f,Q_f), d_bias (rows,N). */
-KRU_EXPORT int kru_reduce(const kru_plan *plan, const float *const *factors, int64_t chunks, const float *chunk_grads,
-                          float *const *d_factors, float *d_bias) {
-    int64_t W = plan->dense_floats, rows = bias_floats(plan);
-    float *sum = calloc(3 * W + 8, sizeof(float));
-    if (!sum) return -1;
-    memset(d_bias, 0, sizeof(float) * rows);
-    for (int64_t c = 0; c < chunks; c++) {
-        const float *from = chunk_grads + c * (W + rows);
-        for (int64_t i = 0; i < W; i++) sum[i] += from[i];
-        for (int64_t i = 0; i < rows; i++) d_bias[i] += from[W + i];
-    }
+/* Takes the stages' gradients, a chunk's or the sum of all chunks', back to the factors: d_factors[f] is (R,K,P_f,Q_f). */
+KRU_EXPORT int kru_project(const kru_plan *plan, const float *const *factors, const float *grads, float *const *d_factors) {
+    float *scratch = malloc(sizeof(float) * (2 * plan->dense_floats + 4));
+    if (!scratch) return -1;
     for (int s = 0; s < plan->S; s++)
         for (int64_t m = 0; m < plan->R * plan->M; m++) {
             const kru_stage *st = &plan->stage[s];
-            project(plan, st, m, factors, sum + st->dense + m * st->P * st->Q * plan->c, sum + W, d_factors);
+            project(plan, st, m, factors, grads + st->dense + m * st->P * st->Q * plan->c, scratch, d_factors);
         }
-    free(sum);
+    free(scratch);
     return 0;
-}
-
-/* Asks for huge pages under a large fresh output: its first write would otherwise cost a page fault each 4 KiB, which
- * took longer than the recurrence itself. Only a hint: nothing happens where the system does not know it. */
-KRU_EXPORT void kru_advise(void *memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t huge = (uintptr_t)1 << 21;
-    uintptr_t first = ((uintptr_t)memory + huge - 1) & ~(huge - 1), last = ((uintptr_t)memory + bytes) & ~(huge - 1);
-    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)memory;
-    (void)bytes;
-#endif
 }
 
 /* setuptools' extension build on some platforms demands this symbol; the library is never imported as a module. */

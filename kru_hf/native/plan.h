@@ -3,12 +3,6 @@
  *
  * Letters: R terms, M matrices (one complex, or a real one a gate), c numbers an entry (2: complex, 1: real), K = M c
  * planes of the products, F factors (R,K,P_f,Q_f), VL lanes of a vector. */
-#ifndef KRU_PLAN_H
-#define KRU_PLAN_H
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
 #include "cells.inc" /* the names of the cells */
 
 #define MAX_FACTORS 64
@@ -16,8 +10,8 @@
 #define MERGE_LIMIT 64 /* a merged stage never grows past this: its cost would outrun what merging saves */
 #define LARGE 1024     /* from this many entries on, a real stage's gradient is summed over samples at once */
 
-/* Kernels of a stage. Complex matrices, lanes over units: over r (DIRECT), or over p, and q in the backward (ROWS).
- * Real matrices, lanes over samples: SAMPLES, or SAMPLES_LARGE where the gradient has no lanes of its own. */
+/* Kernels of a stage. Lanes over units: over r (DIRECT), or over p, and q in the backward, where r is 1 (ROWS). Lanes over
+ * samples: SAMPLES, or SAMPLES_LARGE where the gradient has no lanes of its own. */
 enum { DIRECT, ROWS, SAMPLES, SAMPLES_LARGE };
 
 typedef struct {
@@ -32,12 +26,13 @@ typedef struct {
 
 typedef struct {
     int cell, F, S; /* factors, stages */
+    int units;      /* lanes over units, else over samples */
     kru_facts facts;
     int64_t N, R, M, c;   /* as above */
     int64_t lanes, group; /* group: samples that advance in lockstep */
     int64_t P[MAX_FACTORS], Q[MAX_FACTORS];
     kru_stage stage[MAX_STAGES];
-    int64_t dense_floats, packed_floats, acc_floats, tmp_floats, tiles;
+    int64_t dense_floats, packed_floats, acc_floats, tiles;
     double work; /* estimated vector operations of one step of one group */
 } kru_plan;
 
@@ -45,59 +40,44 @@ static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 static int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t more(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t span(const int64_t *sizes, int first, int last) { /* the product of sizes [first, last) */
+    return first == last ? 1 : sizes[first] * span(sizes, first + 1, last);
+}
 
-/* Rows of one register block of the kernels with lanes over samples; P rows are cut into blocks of nearly equal size,
- * and weights are packed in this order. */
+/* Rows of one register block of the kernels with lanes over samples; P rows are cut into blocks of nearly equal size. */
 static int64_t block_rows(int64_t lanes) { return KRU_WIDE(lanes) ? 12 : 6; }
 
-/* Vector operations of one stage. Over units: multiply-adds at full or padded lanes, loads and stores, and the scalar
- * transposition that lanes over p need when the stage is not the innermost one. Over samples, where the place of a stage
- * does not matter: multiply-adds, and what goes through the caches. */
+/* Vector operations of one stage. Over units: multiply-adds at full or padded lanes, loads and stores. Over samples, where
+ * the place of a stage does not matter: multiply-adds, and what goes through the caches. */
 static double stage_cost(const kru_plan *plan, int64_t P, int64_t Q, int64_t left, int64_t right, int *kind) {
-    int64_t VL = plan->lanes;
-    if (plan->c == 1) {
+    int64_t VL = plan->lanes, c = plan->c;
+    if (!plan->units) {
         *kind = P * Q > LARGE ? SAMPLES_LARGE : SAMPLES;
         return (double)left * right * (P * Q + 3.0 * (P + Q)) + 60.0;
     }
-    double direct = (double)left * ceil_div(right, VL) * (4.0 * P * Q + 3.0 * (P + Q));
-    double rows = (double)left * right * ceil_div(P, VL) * (4.0 * Q + 6.0);
-    if (right > 1) rows += 4.0 * left * right * (P + Q);
-    *kind = rows < direct ? ROWS : DIRECT;
-    return (rows < direct ? rows : direct) + 60.0;
+    double direct = (double)left * ceil_div(right, VL) * (c * c * P * Q + 1.5 * c * (P + Q));
+    double rows = (double)left * ceil_div(P, VL) * (c * c * Q + 3.0 * c);
+    *kind = right == 1 && rows < direct ? ROWS : DIRECT;
+    return (*kind == ROWS ? rows : direct) + 60.0;
 }
 
 /* Groups the factors into stages, by the cheapest sum of costs, and orders the stages. */
 static void plan_stages(kru_plan *plan) {
     int F = plan->F, kind, from[MAX_FACTORS + 1];
-    double best[MAX_FACTORS + 1];
-    int64_t before[MAX_FACTORS + 1];
-    before[0] = 1;
-    for (int f = 0; f < F; f++) before[f + 1] = before[f] * plan->Q[f];
-    best[0] = 0;
-    for (int e = 1; e <= F; e++) { /* best grouping of factors [0, e): the last group is [s, e) */
-        int64_t P = 1, Q = 1;
-        best[e] = -1;
+    double best[MAX_FACTORS + 1] = {0};
+    for (int e = 1; e <= F; e++) /* best grouping of factors [0, e): the last group is [s, e) */
         for (int s = e - 1; s >= 0; s--) {
-            P *= plan->P[s];
-            Q *= plan->Q[s];
+            int64_t P = span(plan->P, s, e), Q = span(plan->Q, s, e);
             if (e - s > 1 && (P > MERGE_LIMIT || Q > MERGE_LIMIT)) break;
-            double cost = best[s] + stage_cost(plan, P, Q, before[s], before[F] / before[e], &kind);
-            if (best[e] < 0 || cost < best[e]) {
-                best[e] = cost;
-                from[e] = s;
-            }
+            double cost = best[s] + stage_cost(plan, P, Q, span(plan->Q, 0, s), span(plan->Q, e, F), &kind);
+            if (s < e - 1 && cost >= best[e]) continue;
+            best[e] = cost;
+            from[e] = s;
         }
-    }
     plan->work = best[F];
-    for (int e = F; e > 0; e = from[e]) { /* innermost group first */
-        kru_stage *st = &plan->stage[plan->S++];
-        st->first = from[e];
-        st->last = e;
-        st->P = st->Q = 1;
-        for (int f = st->first; f < e; f++) {
-            st->P *= plan->P[f];
-            st->Q *= plan->Q[f];
-        }
+    for (int e = F, s; e > 0; e = s) { /* innermost group first */
+        s = from[e];
+        plan->stage[plan->S++] = (kru_stage){span(plan->P, s, e), span(plan->Q, s, e), .first = s, .last = e};
     }
     /* Shrinking stages first, growing ones last: no intermediate is larger than N (insertion sort, stable). */
     for (int i = 1; i < plan->S; i++)
@@ -124,11 +104,11 @@ static void place_stage(kru_plan *plan, int i) {
     }
     stage_cost(plan, st->P, st->Q, st->left, st->right, &st->kind);
     int64_t Pp = round_up(st->P, VL), Qp = round_up(st->Q, VL), rows = st->Q * Pp > st->P * Qp ? st->Q * Pp : st->P * Qp;
-    st->step = round_up(st->kind == ROWS ? 2 * rows : plan->c * size, 16);
+    st->step = round_up(plan->c * (st->kind == ROWS ? rows : size), 16);
     st->w = plan->packed_floats;
     st->adjoint = st->w + matrices * st->step;
     plan->packed_floats = st->adjoint + matrices * st->step;
-    int64_t acc = st->kind == ROWS ? 2 * st->Q * Pp : st->kind == SAMPLES_LARGE ? st->P * Qp : plan->c * size * VL;
+    int64_t acc = st->kind == ROWS ? plan->c * st->Q * Pp : st->kind == SAMPLES_LARGE ? st->P * Qp : plan->c * size * VL;
     st->acc_step = round_up(acc, 16);
     st->acc = plan->acc_floats;
     plan->acc_floats += matrices * st->acc_step;
@@ -140,8 +120,9 @@ static void place_stage(kru_plan *plan, int i) {
     plan->tiles += matrices * (st->right == 1 ? 1 : st->left) * ceil_div(columns, st->tile);
 }
 
-/* NULL: out of memory, or no such cell, facts or number of factors. */
-static kru_plan *plan_new(int64_t cell, int64_t gates, int64_t rows, int64_t states, int64_t R, int64_t F,
+/* NULL: out of memory, or no such cell, facts or number of factors. B: samples of a call; what is beyond VL makes no
+ * difference. */
+static kru_plan *plan_new(int64_t cell, int64_t gates, int64_t rows, int64_t states, int64_t B, int64_t R, int64_t F,
                           const int64_t *P, const int64_t *Q, int64_t lanes) {
     int c = cell < FIRST_REAL ? 2 : 1, own = (int)(c == 2 ? rows : rows - gates);
     int fits = c == 2 ? gates == 2 && states == 2 && rows == 1 : own >= 0 && rows <= MAX_ROWS && states <= MAX_STATES;
@@ -163,6 +144,7 @@ static kru_plan *plan_new(int64_t cell, int64_t gates, int64_t rows, int64_t sta
         plan->Q[f] = Q[f];
         plan->N *= Q[f];
     }
+    plan->units = c == 2 || 2 * B < lanes; /* half the lanes without a sample cost more than factors that do not fill them */
     plan_stages(plan);
     int64_t largest = 1;
     for (int i = 0; i < plan->S; i++) {
@@ -170,19 +152,13 @@ static kru_plan *plan_new(int64_t cell, int64_t gates, int64_t rows, int64_t sta
         int64_t size = plan->stage[i].P * plan->stage[i].Q;
         if (size > largest) largest = size;
     }
-    if (plan->c == 1)
+    if (!plan->units)
         plan->group = lanes;
     else { /* large weights are read once for several samples */
         plan->group = largest >= 1024 || plan->N <= 64 ? 4 : 1;
         plan->tiles = plan->N > 1024 ? 0 : plan->S * R; /* long rows the hardware follows by itself */
     }
-    for (int i = 0; i < plan->S; i++) { /* what kernels with lanes over p transpose */
-        kru_stage *st = &plan->stage[i];
-        int64_t most = round_up(st->P > st->Q ? st->P : st->Q, lanes);
-        int64_t need = 2 * plan->group * st->left * st->right * most + 32 * most;
-        if (st->kind == ROWS && need > plan->tmp_floats) plan->tmp_floats = need;
-    }
-    plan->work = plan->work * R * plan->M * (plan->c == 1 ? 1 : plan->group) + 60.0 * plan->N * plan->group / lanes;
+    plan->work = plan->work * R * plan->M * (plan->units ? plan->group : 1) + 60.0 * plan->N * plan->group / lanes;
     return plan;
 }
 
@@ -211,75 +187,47 @@ static void merge(const kru_plan *plan, int first, int last, int64_t m, const fl
     }
 }
 
-/* The gradient `grad` (P,Q,c) of a stage of matrix m, destroyed, back to its factors: out[f] is (R M,c,P_f,Q_f). */
-static void project(const kru_plan *plan, const kru_stage *st, int64_t m, const float *const *factors, float *grad,
+/* The gradient `grad` (P,Q,c) of a stage of matrix m, back to its factors: out[f] is (R M,c,P_f,Q_f). An entry of the stage
+ * is one of factor f times one of what stands left of it (P,Q) and one of what stands right of it (U,V). */
+static void project(const kru_plan *plan, const kru_stage *st, int64_t m, const float *const *factors, const float *grad,
                     float *scratch, float *const *out) {
-    int64_t c = plan->c;
-    for (int f = st->last - 1; f >= st->first; f--) {
-        int64_t p = plan->P[f], q = plan->Q[f], P = 1, Q = 1;
-        for (int g = st->first; g < f; g++) {
-            P *= plan->P[g];
-            Q *= plan->Q[g];
-        }
-        const float *re = factors[f] + m * c * p * q, *im = re + (c - 1) * p * q;
-        float *gr = out[f] + m * c * p * q, *gi = gr + (c - 1) * p * q, *rest = scratch + c * P * Q;
-        merge(plan, st->first, f, m, factors, scratch); /* what stands left of factor f: (P,Q,c) */
+    const int64_t c = plan->c;
+    for (int f = st->first; f < st->last; f++) {
+        int64_t p = plan->P[f], q = plan->Q[f], P = span(plan->P, st->first, f), Q = span(plan->Q, st->first, f);
+        int64_t U = span(plan->P, f + 1, st->last), V = span(plan->Q, f + 1, st->last);
+        float *gr = out[f] + m * c * p * q, *gi = gr + (c - 1) * p * q, *left = scratch, *right = scratch + c * P * Q;
+        merge(plan, st->first, f, m, factors, left);
+        merge(plan, f + 1, st->last, m, factors, right);
         memset(gr, 0, sizeof(float) * c * p * q);
-        for (int64_t i = 0; i < P; i++)
-            for (int64_t j = 0; j < Q; j++) {
-                const float kr = scratch[c * (i * Q + j)], ki = scratch[c * (i * Q + j) + c - 1];
-                float rr = 0, ri = 0;
+        for (int64_t i = 0; i < P * Q; i++)
+            for (int64_t j = 0; j < U * V; j++) {
+                const float *l = left + c * i, *r = right + c * j;
+                float kr = c == 2 ? l[0] * r[0] - l[1] * r[1] : l[0] * r[0], ki = c == 2 ? l[0] * r[1] + l[1] * r[0] : 0;
+                const float *block = grad + c * ((i / Q * p * U + j / V) * Q * q * V + i % Q * q * V + j % V);
                 for (int64_t a = 0; a < p; a++)
                     for (int64_t b = 0; b < q; b++) {
-                        const float *d = grad + c * ((i * p + a) * Q * q + j * q + b);
-                        float fr = re[a * q + b], fi = im[a * q + b];
+                        const float *d = block + c * (a * U * Q * q * V + b * V);
                         gr[a * q + b] += c == 2 ? kr * d[0] + ki * d[1] : kr * d[0];
-                        rr += c == 2 ? fr * d[0] + fi * d[1] : fr * d[0];
-                        if (c == 1) continue;
-                        gi[a * q + b] += kr * d[1] - ki * d[0];
-                        ri += fr * d[1] - fi * d[0];
+                        if (c == 2) gi[a * q + b] += kr * d[1] - ki * d[0];
                     }
-                rest[c * (i * Q + j) + c - 1] = ri;
-                rest[c * (i * Q + j)] = rr;
             }
-        memcpy(grad, rest, sizeof(float) * c * P * Q);
     }
 }
 
-/* (P,Q) of steps (sp, sq) to blocks of rows, each block (Q, rows). */
-static void pack_blocks(int64_t P, int64_t Q, int64_t sp, int64_t sq, int64_t rows, const float *from, float *to) {
-    int64_t blocks = ceil_div(P, rows);
-    for (int64_t k = 0; k < blocks; k++)
-        for (int64_t q = 0; q < Q; q++)
-            for (int64_t p = k * P / blocks; p < (k + 1) * P / blocks; p++) *to++ = from[p * sp + q * sq];
-}
-
-/* (P,Q,2), or with `sign` -1 its conjugate, to steps (sp, sq, sc). */
-static void pack_complex(int64_t P, int64_t Q, const float *from, float *to, int64_t sp, int64_t sq, int64_t sc, float sign) {
-    for (int64_t p = 0; p < P; p++)
-        for (int64_t q = 0; q < Q; q++, from += 2) {
-            to[p * sp + q * sq] = from[0];
-            to[p * sp + q * sq + sc] = sign * from[1];
-        }
-}
-
-/* A dense stage (P,Q,c) laid out for its kernel: w, and its adjoint (the transpose of a real one). */
+/* A dense stage (P,Q,c) laid out for its kernel, and its adjoint: (P,Q,c) and (Q,P,c) of DIRECT, (Q,c,P padded) and
+ * (P,c,Q padded) of ROWS, (Q,P) and (P,Q) with lanes over samples. */
 static void pack(const kru_plan *plan, const kru_stage *st, const float *dense, float *w, float *adjoint) {
-    int64_t P = st->P, Q = st->Q, VL = plan->lanes, Pp = round_up(P, VL), Qp = round_up(Q, VL);
-    if (plan->c == 1) { /* blocks of rows, each block (Q, rows), and the same of the transpose */
-        pack_blocks(P, Q, Q, 1, block_rows(VL), dense, w);
-        pack_blocks(Q, P, 1, Q, block_rows(VL), dense, adjoint);
-        return;
-    }
-    if (st->kind == ROWS) { /* (Q,2,P padded) and its adjoint (P,2,Q padded) */
-        memset(w, 0, sizeof(float) * 2 * Q * Pp);
-        memset(adjoint, 0, sizeof(float) * 2 * P * Qp);
-        pack_complex(P, Q, dense, w, 1, 2 * Pp, Pp, 1);
-        pack_complex(P, Q, dense, adjoint, 2 * Qp, 1, Qp, -1);
-    } else { /* (P,Q,2) and its adjoint (Q,P,2) */
-        pack_complex(P, Q, dense, w, 2 * Q, 2, 1, 1);
-        pack_complex(P, Q, dense, adjoint, 2, 2 * P, 1, -1);
-    }
+    int64_t P = st->P, Q = st->Q, c = plan->c, Pp = round_up(P, plan->lanes), Qp = round_up(Q, plan->lanes);
+    memset(w, 0, sizeof(float) * st->step);
+    memset(adjoint, 0, sizeof(float) * st->step);
+    for (int64_t p = 0; p < P; p++)
+        for (int64_t q = 0; q < Q; q++)
+            for (int64_t k = 0; k < c; k++, dense++) {
+                int64_t row = st->kind == ROWS ? (c * q + k) * Pp + p : c * (p * Q + q) + k;
+                int64_t column = st->kind == ROWS ? (c * p + k) * Qp + q : c * (q * P + p) + k;
+                w[plan->units ? row : column] = *dense;
+                adjoint[plan->units ? column : row] = k ? -*dense : *dense;
+            }
 }
 
 /* A thread's accumulators to the dense (R,M,P,Q,c) gradient of each stage. */
@@ -288,21 +236,18 @@ static void collect(const kru_plan *plan, const float *acc, float *dense) {
     for (int s = 0; s < plan->S; s++) {
         const kru_stage *st = &plan->stage[s];
         int64_t P = st->P, Q = st->Q, Pp = round_up(P, VL), Qp = round_up(Q, VL);
+        int64_t lanes = st->kind == ROWS || st->kind == SAMPLES_LARGE ? 1 : VL; /* that are still to be summed */
         for (int64_t m = 0; m < plan->R * plan->M; m++) {
             const float *from = acc + st->acc + m * st->acc_step;
             float *to = dense + st->dense + m * P * Q * c;
             for (int64_t p = 0; p < P; p++)
                 for (int64_t q = 0; q < Q; q++)
                     for (int64_t k = 0; k < c; k++, to++) {
-                        *to = 0;
-                        if (st->kind == ROWS)
-                            *to = from[(2 * q + k) * Pp + p];
-                        else if (st->kind == SAMPLES_LARGE)
-                            *to = from[p * Qp + q];
-                        else /* a vector an entry */
-                            for (int64_t v = 0; v < VL; v++) *to += from[((p * Q + q) * c + k) * VL + v];
+                        const float *at = from + ((p * Q + q) * c + k) * VL;
+                        if (lanes == 1) at = from + (st->kind == ROWS ? (c * q + k) * Pp + p : p * Qp + q);
+                        *to = *at;
+                        for (int64_t v = 1; v < lanes; v++) *to += at[v];
                     }
         }
     }
 }
-#endif

@@ -1,17 +1,11 @@
 /* The memory of one thread: planes of floats by name, filled by one function for the forward and for the backward.
  * A plane holds one number for each unit of a group's samples: (group, N) with lanes over units, (N, VL) with lanes over
  * samples. Letters as in plan.h; S states and O outputs of the cell (its h), of which c planes are multiplied. */
-#ifndef KRU_WORKSPACE_H
-#define KRU_WORKSPACE_H
-#include "plan.h"
-
 typedef struct {
     int64_t plane;  /* floats from plane to plane */
     float *state;   /* (S, plane): the state before the step; the forward replaces it by the one after */
     float *product; /* (K, plane): W h of every matrix; the backward replaces it by its gradient */
     float *swap[2]; /* (c, plane) each: what passes from stage to stage and is not kept */
-    float *sum;     /* (c, plane): a product that is added to another */
-    float *tmp;     /* transpositions of a kernel */
     /* the backward alone */
     float *d_state; /* (S, plane): gradient of the state after the step, then of the one before */
     float *passed;  /* (O, plane): gradient that a held step passes on as it is */
@@ -42,8 +36,6 @@ static kru_workspace workspace(const kru_plan *plan, int backward, float *memory
     ws.swap[1] = take(&memory, n, c * plane);
     /* A single matrix leaves its product where its last stage would: the less memory, the more of it in the first cache. */
     ws.product = plan->R * plan->M == 1 ? ws.swap[backward || plan->S % 2 == 0] : take(&memory, n, facts.gates * plane);
-    ws.sum = take(&memory, n, c == 2 ? c * plane : 0);
-    ws.tmp = take(&memory, n, plan->tmp_floats);
     if (backward) {
         ws.d_state = take(&memory, n, facts.states * plane);
         ws.passed = take(&memory, n, c * plane);
@@ -52,4 +44,3 @@ static kru_workspace workspace(const kru_plan *plan, int backward, float *memory
     }
     return ws;
 }
-#endif

@@ -30,10 +30,10 @@ def matched(layer_class, **options):
             cell.bias.normal_()
             getattr(twin, f"weight_ih_{name}").copy_(linear.weight)
             getattr(twin, f"weight_hh_{name}").copy_(cell.factors[0].flatten(0, 1))
-            recurrent = torch.zeros_like(cell.bias[: cell.input_planes])
+            recurrent = torch.zeros_like(cell.bias[: cell.cell.planes])
             if layer_class is KRUGRU:
                 recurrent[2] = cell.bias[3]
-            getattr(twin, f"bias_ih_{name}").copy_(cell.bias[: cell.input_planes].flatten())
+            getattr(twin, f"bias_ih_{name}").copy_(cell.bias[: cell.cell.planes].flatten())
             getattr(twin, f"bias_hh_{name}").copy_(recurrent.flatten())
     return ours, twin
 

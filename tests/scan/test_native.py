@@ -20,9 +20,9 @@ from kru_hf.cells import CELLS
 from kru_hf.scan import unavailable_reason
 
 pytestmark = pytest.mark.skipif(
-    not scan_cpu.is_available(), reason=f"the native engine is not built: {scan_cpu.unavailable_reason()}"
+    scan_cpu.obstacle() is not None, reason=f"the native engine is not built: {scan_cpu.obstacle()}"
 )
-LANES = [n for n in (4, 8, 16) if scan_cpu.is_available() and n <= scan_cpu._library.kru_lanes()]
+LANES = [n for n in (4, 8, 16) if scan_cpu.obstacle() is None and n <= scan_cpu._library.kru_lanes()]
 NATIVE = [case for case in CASES if unavailable_reason("cpu", CELLS[case[0]]) is None]
 ON_EVERY_CELL = pytest.mark.parametrize(("cell", "activation"), NATIVE)
 FUNCTION_ULPS = 3.0  # largest relative error of sigmoid and tanh at a single argument, in float32's epsilon

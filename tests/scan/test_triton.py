@@ -14,13 +14,12 @@ import torch
 
 from kru_hf import kron_scan, scan_triton
 from kru_hf.cells import CELLS
-from kru_hf.kronecker import kron_apply
 from kru_hf.scan_triton import obstacle, plan_groups
 
 pytest.importorskip("triton")
 
 KRU = CELLS["kru"]
-RUNS_HERE = scan_triton.unavailable_reason() is None
+RUNS_HERE = obstacle() is None
 runs_elsewhere = pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
 
 
@@ -38,7 +37,7 @@ def test_the_contract_in_the_interpreter():
 
 @runs_elsewhere
 def test_says_why_it_cannot_run():
-    assert "no GPU" in scan_triton.unavailable_reason()
+    assert "no GPU" in obstacle()
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: no GPU"):
         kron_scan(torch.zeros(1, 1, 2, 4), [torch.zeros(2, 4, 4)], backend="triton")
 
@@ -47,28 +46,11 @@ def test_refuses_what_it_has_no_kernel_for(monkeypatch):
     monkeypatch.setattr(scan_triton, "is_interpreted", lambda: True)
     factors = [torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 137, 137)]
     inputs = torch.zeros(1, 1, 2, 411)
-    assert "3x3 137x137" in obstacle(inputs, factors, KRU)
-    assert "float64" in obstacle(inputs.double(), factors, KRU)
-    assert "meta" in obstacle(inputs.to("meta"), factors, KRU)
-    assert "no kernel for the cell 'lstm'" in obstacle(inputs, factors, CELLS["lstm"])
-    assert obstacle(inputs[..., :9], [torch.zeros(1, 2, 9, 9)], KRU) is None
-
-
-@pytest.mark.parametrize(("batch", "length"), [(3, 7), (1, 1), (4, 300)])
-def test_gradients_of_the_groups_by_torch(batch, length):
-    """dA and dC of groups too large for a kernel: dW = Σ dZ h_{t-1}^H, contracted with each group by autograd."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    group_a, group_c = randn(2, 3, 3).requires_grad_(), randn(2, 4, 4).requires_grad_()
-    d_inputs, before = randn(batch, length, 2, 12), randn(batch, length, 2, 12)
-    product = kron_apply([group_a, group_c], before.flatten(0, 1))  # (B·T, 2, N)
-    expected = torch.autograd.grad((product * d_inputs.flatten(0, 1)).sum(), [group_a, group_c])
-    actual = scan_triton.group_gradients(d_inputs, before, group_a.detach(), group_c.detach())
-    for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert "3x3 137x137" in obstacle(KRU, inputs, factors)
+    assert "float64" in obstacle(KRU, inputs.double(), factors)
+    assert "meta" in obstacle(KRU, inputs.to("meta"), factors)
+    assert "no kernel for the cell 'lstm'" in obstacle(CELLS["lstm"], inputs, factors)
+    assert obstacle(KRU, inputs[..., :9], [torch.zeros(1, 2, 9, 9)]) is None
 
 
 @pytest.mark.skipif(not RUNS_HERE, reason="needs the kernels")

@@ -36,7 +36,7 @@ def test_recipe_and_last_lines(text_file, tmp_path, capsys):
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine whose GPU the triton engine could use."""
-    usable = scan.ENGINES["triton"]._replace(unavailable_reason=lambda cell: None)
+    usable = scan.ENGINES["triton"]._replace(obstacle=lambda cell: None)
     monkeypatch.setitem(scan.ENGINES, "triton", usable)
     monkeypatch.setattr(scan_triton, "is_interpreted", lambda: False)
 
@@ -57,7 +57,7 @@ def test_an_engine_runs_on_its_own_device_alone(engine, device, gpu):
 
 
 def test_an_engine_that_cannot_run_is_refused_before_anything_is_written(text_file, tmp_path, capsys, monkeypatch):
-    missing = scan.ENGINES["triton"]._replace(unavailable_reason=lambda cell: f"no GPU for the cell {cell.name}")
+    missing = scan.ENGINES["triton"]._replace(obstacle=lambda cell: f"no GPU for the cell {cell.name}")
     monkeypatch.setitem(scan.ENGINES, "triton", missing)
     for cell in ("kru", "gru"):
         assert main(options(text_file, tmp_path / "run", backend="triton", cell_type=CELLS[cell].type)) == 1
