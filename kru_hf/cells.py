@@ -18,7 +18,7 @@ A step that is held (mask) gets a d_state of zero, and has to give zeros for it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -207,15 +207,15 @@ def lstm_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State:
     return o * c.tanh(), c
 
 
-def _lstm_local(i: Tensor, f: Tensor, g: Tensor, o: Tensor, before: Tensor, c: Tensor) -> Local:
+def _lstm_local(gates: Sequence[Tensor], before: Tensor, c: Tensor) -> Local:
     """c_t by a_i, a_f, a_g, (3, C, B, N); h_t by a_o and by c_t; c_t by the c_{t-1} ``before`` it."""
-    shown = c.tanh()
+    (i, f, g, o), shown = gates, c.tanh()
     of_c = torch.stack((g * i * (1 - i), before * f * (1 - f), i * (1 - g.square())))
     return of_c, shown * o * (1 - o), o * (1 - shown.square()), f
 
 
 def lstm_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
-    return _lstm_local(*_lstm_gates(products, u, b), before[1], after[1])
+    return _lstm_local(_lstm_gates(products, u, b), before[1], after[1])
 
 
 def lstm_step_backward(local: Local, d_state: State) -> Gradients:
@@ -299,7 +299,7 @@ def peephole_step(products: Tensor, u: Tensor, b: Tensor, state: State) -> State
 
 def peephole_derivatives(products: Tensor, u: Tensor, b: Tensor, before: State, after: State) -> Local:
     *gates, c = _peephole_gates(products, u, b, before[1])
-    of_c, by_o, by_c, f = _lstm_local(*gates, before[1], c)
+    of_c, by_o, by_c, f = _lstm_local(gates, before[1], c)
     return of_c, by_o, by_c + by_o * b[6], f + of_c[0] * b[4] + of_c[1] * b[5], before[1], c
 
 

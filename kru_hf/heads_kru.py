@@ -132,7 +132,7 @@ class _Classifier(KRUPreTrainedModel):
 
         In training mode the loss has the penalty, which counts once an optimizer step.
         """
-        outputs, mask, starts = self.run_body(
+        given, mask, starts = self.body_inputs(
             attention_mask,
             kwargs,
             input_ids=input_ids,
@@ -141,6 +141,7 @@ class _Classifier(KRUPreTrainedModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
+        outputs = self.model(**given)
         logits, scored = self.classify(outputs.last_hidden_state, mask, starts)
         loss: Tensor | None = None
         share: Tensor | float = 1.0

@@ -277,10 +277,10 @@ class KRUPreTrainedModel(PreTrainedModel):
             loss = loss + self.config.unitary_loss_coef * share * penalty.to(loss.device)
         return loss, penalty
 
-    def run_body(
+    def body_inputs(
         self, attention_mask: Tensor | None, kwargs: dict[str, Any], **inputs: Any
-    ) -> tuple[Any, Tensor | None, Tensor | None]:
-        """The body on what a head was given: its output, and mask and starts of documents (B, T), see ``read_batch``.
+    ) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+        """What the body reads of a head's arguments, and mask and starts of documents (B, T), see ``read_batch``.
 
         Args:
             kwargs: of the head's forward, with the marks of documents. inputs: named arguments of the body, which says
@@ -292,7 +292,7 @@ class KRUPreTrainedModel(PreTrainedModel):
             batch, length = given[0].shape[:2]
             mask, starts = read_batch(attention_mask, kwargs, batch, length, given[0].device)
         asked = {name: value for name, value in kwargs.items() if name.startswith("output_")}
-        return self.model(attention_mask=mask, document_starts=starts, **inputs, **asked), mask, starts
+        return {"attention_mask": mask, "document_starts": starts, **inputs, **asked}, mask, starts
 
     def read(self, features: Tensor, head: nn.Linear) -> Tensor:
         """``head`` on what :class:`KRUModel` returns, normalising states that come as they are: (B, T, out)."""
@@ -575,7 +575,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             logits = self._step(input_ids, attention_mask, past_key_values, kwargs)
             if logits is not None:
                 return KRUCausalLMOutput(logits=logits, past_key_values=past_key_values)
-        outputs, _, starts = self.run_body(
+        given, _, starts = self.body_inputs(
             attention_mask,
             kwargs,
             input_ids=input_ids,
@@ -583,6 +583,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
+        outputs = self.model(**given)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.read(outputs.last_hidden_state[:, keep], self.lm_head)  # (B, T, V)
         loss: Tensor | None = None

@@ -189,9 +189,10 @@ class KRUForPianoRoll(KRUPreTrainedModel):
             ValueError: frames of another shape, outside [0, 1], or where a chain scores them neither 0 nor 1.
         """
         check_frames(input_values, self.frame_width)
-        outputs, mask, starts = self.run_body(
+        given, mask, starts = self.body_inputs(
             attention_mask, kwargs, input_values=input_values, past_key_values=past_key_values, use_cache=use_cache
         )
+        outputs = self.model(**given)
         features = self.read(outputs.last_hidden_state, self.key_head)  # (B, T, width + H)
         shift_labels = kwargs.get("shift_labels")
         targets, scored = self.scored_frames(input_values, mask, shift_labels, shift_mask, starts)

@@ -190,14 +190,15 @@ def kron_scan(
 
     Args:
         inputs: U x_t (B, T, K, N), float32 or float64: K = 2 planes (real, imaginary) for "kru", else the cell's gates,
-            i f g o of "lstm", r z n of "gru", f g of "janet".
+            i f g o of "lstm" and "peephole", r z n of "gru", f g of "janet".
         factors: F tensors W_f (K, P_f, Q_f) with ∏ P_f = ∏ Q_f = N, or (R, K, P_f, Q_f) for a sum of R terms; factor 0
             is the slowest index of the state. Terms are merged into a dense W where that is cheaper.
         bias: b of modReLU (N,), not used by the "identity" activation; (4, N) of "lstm", of "gru" (r, z, n and the
-            candidate's recurrent one, which the reset gate multiplies), (2, N) of "janet". None: zeros.
-        initial_state: h_0 (B, S, N): 2 planes for "kru", h and c for "lstm", else h; zeros if None.
+            candidate's recurrent one, which the reset gate multiplies), (2, N) of "janet", (7, N) of "peephole" (the
+            gates' and p). None: zeros.
+        initial_state: h_0 (B, S, N): 2 planes for "kru", h and c for "lstm" and "peephole", else h; zeros if None.
         mask: (B, T) bool; False holds the state at that step, whatever the input.
-        cell: "kru", "lstm", "gru" or "janet".
+        cell: "kru", "lstm", "gru", "janet" or "peephole", a name of ``cells.CELLS``.
         starts: (B, T) bool; True begins a new document: the state before that step is zero, and no gradient passes.
             Then the mask decides whether the step is taken.
         activation: of "kru": "modrelu", or "identity" for the linear network.
