@@ -58,8 +58,10 @@ def test_every_width_everywhere(p, lanes):
 @ON_EVERY_CELL
 @pytest.mark.parametrize("size", [*range(1, 14), 137])
 def test_every_size_of_a_register_block(size, cell, activation, lanes):
-    p = problem(cell, [(size, size), (2, 2)] if size > 13 else [(size, size), (2, 2), (size, size)], 2, 2)
-    assert_close(native(p), run(p, "reference"))
+    shapes = [(size, size), (2, 2)] if size > 13 else [(size, size), (2, 2), (size, size)]
+    for batch in (1, 9):  # lanes over units, and for real cells lanes over samples
+        p = problem(cell, shapes, batch, 2, activation=activation)
+        assert_close(native(p), run(p, "reference"))
 
 
 @ON_EVERY_CELL
