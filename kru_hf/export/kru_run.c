@@ -16,6 +16,7 @@
  * map       y = sum over i < n of (A_i x B_i) x, or dense (n = 1: no A): A as rows (n n, n); then
  *           fp32: B (n, in/n, out/n), inputs before outputs; else fp16 scales (out/n), of all terms alike, and codes
  *           (n, pairs, out/n, 2) of two inputs each: int8, or for 4 bits a byte, the first input's in the low half.
+ *           With fewer outputs than inputs the terms come beside the outputs: (in/n, n, out/n), (pairs, n, out/n, 2).
  *           A single input: its weights as rows (1, out)
  * The factors of the complex cell are floats whatever the dtype: an error of its eigenvalues grows with every step.
  * Codes are multiplied by activations in 16 bits (a scale for each row of A x), and added up exactly: every processor
@@ -43,6 +44,7 @@
 #endif
 
 #define MAX_FACTORS 64
+#define MAX_TERMS 256 /* of a map: n^3 numbers are far from overflow */
 #define SLACK 16 /* floats after each buffer: the widest vector less one, and one */
 #define LIMIT (1u << 26)
 #define OCTAVE 12
@@ -67,12 +69,14 @@ typedef struct {
 } header;
 
 typedef struct { /* y = W x, W (out, in) a sum of n Kronecker products */
-    int in, out, n, pairs;
-    float level;          /* the largest activation in 16 bits whose sums stay below 2^31 */
-    const float *mixing;  /* (n, n, n), NULL: dense */
-    const float *weights; /* (in, out/n), in the file; or NULL and */
-    const uint8_t *codes; /* (n, pairs, out/n, 2), in the file */
-    const float *scales;  /* (out/n) */
+    int in, out, n;
+    int after, reads, writes; /* A after B? rows (n, reads) of what B reads, (n, writes) of what it gives */
+    int parts, pairs;         /* of a row that B reads: terms, pairs of inputs in all */
+    float level;              /* the largest activation in 16 bits whose sums stay below 2^31 */
+    const float *mixing;      /* A; NULL: dense */
+    const float *weights;     /* B (reads, writes), in the file; or NULL and */
+    const uint8_t *codes;     /* (pairs, writes, 2), in the file */
+    const float *scales;      /* (writes) */
     const float *bias;    /* (out), or NULL */
 } map;
 
@@ -95,9 +99,9 @@ struct kru {
     const float *near, *near_context, *near_bias, *near_out; /* windows: (2, W, C), (C, H), (C), (C) */
     layer *layers;
     float *x, *u, *wide, *features, *z, *term, *ping, *pong, *logits; /* of a step: see work */
-    float *mixed, *row_scales, *hidden, *scores; /* (n, in + SLACK), (n), (H), (keys + 1) */
+    float *mixed, *row_scales, *hidden, *scores; /* (n, in), (n), (H), (keys + 1) */
     float *seen, *units; /* (keys, C) each: of the windows, after the frame before, and after the lower keys as well */
-    int16_t *coded;                                                   /* (n, n, pairs, 2) */
+    int16_t *coded;                                                   /* (n, pairs, 2) */
     const float *(*run)(struct kru *k);
 };
 
@@ -165,23 +169,36 @@ static const float *rows(reader *r, int dtype, uint64_t count, uint64_t columns)
 }
 
 static map read_map(reader *r, kru *k, uint64_t in, uint64_t out, uint64_t n, int bias) {
-    map m = {(int)in, (int)out, (int)n, 0, 0, NULL, NULL, NULL, NULL, NULL};
+    map m = {(int)in, (int)out, (int)n, 0, 0, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL};
     int dtype = (int)k->h.dtype;
     if (in % n || out % n || !in || !out) {
         r->error = "the terms of a map do not divide its widths";
         return m;
     }
-    uint64_t pairs = (in / n + 1) / 2, each = out / n;
-    if (n > 1) m.mixing = rows(r, dtype, n * n, n);
+    const uint64_t part = in / n, each = out / n;
+    m.after = n > 1 && each < part;
+    m.parts = (int)(m.after ? 1 : n), m.reads = (int)(part * (uint64_t)m.parts), m.writes = (int)(m.after ? out : each);
+    m.pairs = m.parts * (int)((part + 1) / 2);
+    if (n > 1) { /* in the file (t, a, b): term, row, column of A_t; here (a, t, b), or (a, b, t) */
+        const float *from = rows(r, dtype, n * n, n);
+        float *to = room(r, 4 * n * n * n);
+        for (uint64_t i = 0; to && !r->error && i < n * n * n; i++) {
+            const uint64_t t = i / n / n, a = i / n % n, b = i % n;
+            to[a * n * n + (m.after ? b * n + t : t * n + b)] = from[i];
+        }
+        m.mixing = to;
+    }
     if (dtype == FP32)
         m.weights = (const float *)take(r, 4 * in * each);
     else if (in == 1)
         m.weights = rows(r, dtype, 1, out);
     else {
-        m.scales = matrix(r, HALVES, 1, each, each);
-        m.codes = take(r, n * pairs * each * (dtype == INT8 ? 2 : 1));
-        m.pairs = (int)pairs;
-        m.level = 2147483647.0f / ((dtype == INT8 ? 128.0f : 8.0f) * 2.0f * (float)(n * pairs));
+        const float *scales = matrix(r, HALVES, 1, each, each);
+        float *to = room(r, 4 * (uint64_t)m.writes);
+        for (int i = 0; to && !r->error && i < m.writes; i++) to[i] = scales[(uint64_t)i % each];
+        m.scales = to;
+        m.codes = take(r, (uint64_t)m.pairs * (uint64_t)m.writes * (dtype == INT8 ? 2 : 1));
+        m.level = 2147483647.0f / ((dtype == INT8 ? 128.0f : 8.0f) * 2.0f * (float)m.pairs);
         m.level = m.level > 32767.0f ? 32767.0f : (float)(int)m.level;
     }
     if (bias) m.bias = numbers(r, dtype, 1, out, out);
@@ -232,6 +249,7 @@ static const char *check_header(const header *h, size_t bytes) {
         if (sizes[i] > LIMIT || (i < positive && !sizes[i])) return "a size in the header is out of range";
     if (h->dtype > INT4 || h->head > KRU_CHAIN || h->cell >= CELLS || h->flags > 15) return "the header names an unknown kind";
     if (h->factors > MAX_FACTORS) return "more than 64 factors";
+    if (h->map_terms > MAX_TERMS) return "more than 256 terms of a map";
     if (!h->vocabulary == !h->input_size) return "the model reads neither tokens nor frames, or both";
     if (h->head == KRU_TEXT ? h->outputs != h->vocabulary
         : h->head == KRU_ROLL ? h->outputs != h->input_size
@@ -350,7 +368,7 @@ static void read_model(reader *r, kru *k) {
     k->ping = room(r, 4 * K * widest);
     k->pong = room(r, 4 * K * widest);
     k->logits = room(r, 4 * (uint64_t)h->outputs);
-    k->mixed = room(r, 4 * n * (inputs + SLACK));
+    k->mixed = room(r, 4 * n * inputs);
     k->row_scales = room(r, 4 * n);
     k->hidden = room(r, 4 * (uint64_t)h->outputs);
     k->scores = room(r, 4 * ((uint64_t)h->input_size + 1));

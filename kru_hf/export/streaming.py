@@ -51,7 +51,9 @@ def library() -> ctypes.CDLL:
         ("kru_token", count, [pointer, ctypes.c_char_p, count, pointer]),
         ("kru_instructions", ctypes.c_char_p, []),
     ):
-        function = getattr(found, name)
+        function = getattr(found, name, None)
+        if function is None:
+            raise ImportError(f"{spec.origin} is of another version of kru_hf: run pip install -e . again")
         function.restype, function.argtypes = result, arguments
     return found
 
