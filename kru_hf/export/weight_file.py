@@ -107,21 +107,19 @@ class _Writer:
         else:
             blocks = _numpy(module.weight)[None]  # (1, out, in)
         # With fewer outputs than inputs A comes after B, whose terms then stand side by side: less arithmetic.
-        after = blocks.shape[1] < blocks.shape[2]
-        side_by_side = (1, -1, blocks.shape[2]) if after else blocks.shape
+        terms, outputs, inputs = blocks.shape
+        side_by_side = (1, terms * outputs, inputs) if outputs < inputs else (terms, outputs, inputs)
         if self.dtype == "fp32":
             self.array(blocks.reshape(side_by_side).transpose(0, 2, 1), np.float32)  # (n, in/n, out/n)
         elif blocks.shape[0] * blocks.shape[2] == 1:
             self.rows(blocks.reshape(1, -1))  # a single input: one scale, not one for each number
         else:
-            codes, scales = round_rows(blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1), MOST[self.dtype])
+            codes, scales = round_rows(blocks.swapaxes(0, 1).reshape(outputs, -1), MOST[self.dtype])
             self.array(scales, np.float16)
-            codes = codes.reshape(blocks.shape[1], len(blocks), -1).swapaxes(0, 1)  # (n, out/n, in/n)
-            codes = codes.reshape(side_by_side)
-            if codes.shape[2] % 2:
+            codes = codes.reshape(outputs, terms, inputs).swapaxes(0, 1).reshape(side_by_side)  # (n, out/n, in/n)
+            if inputs % 2:
                 codes = np.concatenate((codes, np.zeros_like(codes[..., :1])), -1)
-            n, outputs, inputs = codes.shape
-            pairs = codes.reshape(n, outputs, inputs // 2, 2).transpose(0, 2, 1, 3)  # (n, pairs, out/n, 2)
+            pairs = codes.reshape(*side_by_side[:2], -1, 2).transpose(0, 2, 1, 3)  # (n, pairs, out/n, 2)
             self.array(pairs if self.dtype == "int8" else (pairs[..., 0] & 15) | (pairs[..., 1] << 4), np.int8)
 
 
