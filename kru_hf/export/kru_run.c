@@ -410,6 +410,7 @@ static float exp_of(float x) {
     return p * power.f;
 }
 
+#if !defined(KRU_NEON) && !defined(KRU_WASM) /* those have an instruction */
 /* The square root of x >= 0, without a library. */
 static float root_of(float x) {
     union {
@@ -421,6 +422,7 @@ static float root_of(float x) {
     for (int i = 0; i < 3; i++) y.f = 0.5f * (y.f + x / y.f);
     return y.f;
 }
+#endif
 
 static double uniform(uint64_t *seed) { /* splitmix64 */
     uint64_t z = *seed += 0x9e3779b97f4a7c15u;

@@ -1,8 +1,10 @@
 """The C runtime against the models: every cell, block, head and dtype; its weight file; its sources on their own."""
 
 import ctypes
+import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,22 @@ TEXT = "the quick brown fox jumps over the lazy dog, é"
 COMPILER = shutil.which("gcc") or shutil.which("clang")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
+LOGITS = r"""
+#include <stdio.h>
+#include "kru_run.h"
+static uint64_t file[1 << 15], memory[1 << 17];
+int main(int count, char **words) {
+    FILE *from = fopen(words[count - 1], "rb");
+    size_t needed, bytes = fread(file, 1, sizeof file, from);
+    if (kru_check(file, bytes, &needed) || needed > sizeof memory) return 1;
+    kru *k = kru_open(file, bytes, memory);
+    const float *logits = NULL;
+    for (int token = 3, i = 0; i < 3; i++, token = i) logits = kru_step(k, token);
+    puts(kru_instructions());
+    for (int i = 0; i < kru_outputs(k); i++) printf("%.9g\n", logits[i]);
+    return 0;
+}
+"""
 OPTIONS = {
     "residual": {},
     "plain": {"block_type": "plain"},
@@ -291,6 +309,26 @@ def test_example_in_c(text_model, tmp_path):
         assert (
             subprocess.run([program, "the ", "30", "0"], capture_output=True, text=True, check=True).stdout == expected
         )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no ziglang, which compiles for other machines")
+def test_compiles_for_arm(tmp_path):
+    """The vectors of NEON, without warnings; run where there is an emulator."""
+    options = OPTIONS["sum of products, odd widths"]
+    model = noisy(KRUForCausalLM(KRUConfig(vocab_size=29, cell_type="kru_lstm", **options)))
+    model_file, program = tmp_path / "model.kru", tmp_path / "logits"
+    model_file.write_bytes(data := weight_file(model, None, "int8"))
+    (tmp_path / "logits.c").write_text(LOGITS)
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-std=c99", "-O2"]
+    sources = [str(tmp_path / "logits.c"), str(EXPORT / "kru_run.c"), f"-I{EXPORT}"]
+    subprocess.run([*zig, "-Wall", "-Wextra", "-Werror", *sources, "-o", str(program)], check=True)
+    if (emulator := shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")) is None:
+        return
+    done = subprocess.run([emulator, program, model_file], capture_output=True, text=True, check=True)
+    found = np.array([float(word) for word in done.stdout.split()[1:]])
+    assert done.stdout.split()[0] == "neon"
+    expected = StreamingModel(data).run([3, 1, 2])[-1]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE["int8"] * np.abs(expected).max())
 
 
 def test_export_of_what_is_not_a_model(tmp_path, capsys):
