@@ -164,14 +164,17 @@ def _by_head(
 ) -> tuple[Tensor, Tensor]:
     """States and final state of factors (H, 2, P, P) by the engines of :func:`kron_scan`, a head at a time."""
     heads = factors[0].shape[0]
-    u = inputs.unflatten(-1, (heads, -1)).unbind(-2)  # (B, T, 2, N) each
-    h0 = [None] * heads if initial_state is None else initial_state.unflatten(-1, (heads, -1)).unbind(-2)  # (B, 2, N)
+    split = heads > 1  # one head is not cut out of its tensors: the backward would copy them
+    u = inputs.unflatten(-1, (heads, -1)).unbind(-2) if split else (inputs,)  # (B, T, 2, N) each
+    h0 = (initial_state,) * heads  # (B, 2, N) each, or None
+    if split and initial_state is not None:
+        h0 = initial_state.unflatten(-1, (heads, -1)).unbind(-2)
     found = [
         kron_scan(u[h], [f[h] for f in factors], None, h0[h], mask, starts=starts, activation="identity")
         for h in range(heads)
     ]
     states, finals = zip(*found, strict=True)
-    return (states[0], finals[0]) if heads == 1 else (torch.cat(states, -1), torch.cat(finals, -1))
+    return (torch.cat(states, -1), torch.cat(finals, -1)) if split else found[0]
 
 
 def _split_heads(planes: Tensor, heads: int) -> Tensor:
