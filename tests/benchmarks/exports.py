@@ -5,7 +5,7 @@
 
 For each model it prints the bytes of its files in each format, or why it has none, and what ``training.evaluate``
 says of it in PyTorch and with each ``--dtype``. ``--data`` holds the data sets under their names. The exit code is 1 if
-a figure in fp32 differs by more than 1e-4 from PyTorch's, with products in fp32.
+a figure in fp32 differs by more than 1e-4 from PyTorch's, with products in fp32, or if either has none.
 """
 
 import argparse
@@ -16,12 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `training` is part of the checkout, not of what is installed
+
 from kru_hf.export.__main__ import FORMATS
 from kru_hf.export.__main__ import main as export
 from training.evaluate import main as evaluate
 
 TOLERANCE = 1e-4
-FIGURES = ("bpc", "accuracy", "nll_per_frame", "loss")  # the first that a task has is shown
+FIGURES = ("bpc", "nll_per_frame", "accuracy", "loss")  # the first that a task has is shown
 
 
 def quietly(command, words: list[str]) -> tuple[int, str, str]:

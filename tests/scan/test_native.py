@@ -192,6 +192,7 @@ def test_another_library_is_named(monkeypatch, tmp_path):
     assert library is None and "cannot be loaded" in reason
 
 
+@pytest.mark.slow
 def test_the_library_alone_under_sanitizers(tmp_path):
     """``native_test.c`` calls it with arrays of the exact shapes; all that it is told of a cell is what CELLS has."""
     tests, compiler = pathlib.Path(__file__).parents[1], shutil.which(os.environ.get("CC", "cc"))

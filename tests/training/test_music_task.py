@@ -441,7 +441,11 @@ def test_compose_writes_midi_picture_and_sound_the_same_every_time(trained, tmp_
         (["--model", "MODEL", "--output", "a.mid", "--prime", "none.mid"], "none.mid' does not exist"),
         (["--model", "MODEL", "--output", "run.mid", "--statistics"], "output='run.mid' is not valid"),
         (["--model", "MODEL", "--output", "a.mid", "--prime", "bwv1"], "prime='bwv1' is neither a file nor a held-out"),
-        (["--model", "MODEL", "--output", "a.mid", "--dataset", "gone", "--statistics"], "gone"),
+        pytest.param(  # it is looked for on the Hub
+            ["--model", "MODEL", "--output", "a.mid", "--dataset", "gone", "--statistics"],
+            "gone",
+            marks=pytest.mark.slow,
+        ),
         (["--model", "MODEL", "--output", "learning_curve.mid"], "output='learning_curve.mid' is not valid"),
         (["--model", "MODEL", "--output", "p.mid", "--prime", "p.mid"], "must be another file than prime"),
         (["--model", "MODEL", "--output", "a.mid", "--prime_frames", "3"], "has no effect here: it works with prime"),
