@@ -110,7 +110,7 @@ class KeyChain(nn.Module):
 
 
 class KeyOnsets(nn.Module):
-    """Which of the keys that go on sounding are struck again: from low to high, each given what begins below it.
+    """Which of the keys that sound already are struck again: from low to high, each given what begins below it.
 
     A key that sounds and did not before begins; one that is silent does not. Both are certain.
 

@@ -493,7 +493,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(
-                "generate() goes on from one text a row: attention_mask must hold 0 and 1 alone, got "
+                "generate() continues one text per row: attention_mask must hold 0 and 1 alone, got "
                 f"{float(mask.min()):.4g} to {float(mask.max()):.4g}"
             )
         given, base = model_kwargs.get("past_key_values"), cast(Any, super())

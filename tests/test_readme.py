@@ -52,7 +52,7 @@ def score(folder: Path, text: str) -> float:
 
 @pytest.mark.slow
 def test_python_of_the_readme(tmp_path):
-    """All blocks in their order in one process: a later one may go on from an earlier one."""
+    """All blocks in their order in one process: a later one may use what an earlier one made."""
     released = ROOT / "model_cards" / "kru-python-docs"
     if not (released / "model.safetensors").exists():
         released = make_run(tmp_path / "released")

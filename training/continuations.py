@@ -1,6 +1,6 @@
 """How often a model's continuations look like the data: `python -m training.continuations --model FOLDER_OR_ID`.
 
-The openings of test pieces, each with its own seed, are gone on with. Printed is the share of the continuations that
+The openings of test pieces are continued, each with its own seed. Printed is the share of the continuations that
 keep the 5-95 % band of the training pieces in each figure and in all, beside the share of the test pieces themselves
 that do, and last a line of JSON.
 """
@@ -30,7 +30,7 @@ class ContinuationOptions(Options):
     """Whose continuations, and how many."""
 
     model: str = option(REQUIRED, "Trained folder or Hub id of a piano-roll model.")
-    seeds: int = option(24, "How many continuations: seed n goes on with test piece n.", allowed=AT_LEAST_1)
+    seeds: int = option(24, "How many continuations: seed n continues test piece n.", allowed=AT_LEAST_1)
     num_frames: int = option(96, "Frames of each.", allowed=AT_LEAST_1)
     temperature: float = option(1.0, "As of training.compose.", allowed=FINITE)
 

@@ -352,7 +352,7 @@ static void read_model(reader *r, kru *k) {
     const uint8_t *zeros = take(r, 64);
     for (int i = 0; zeros && i < 64; i++)
         if (zeros[i]) r->error = "the file does not end in 64 zeros";
-    if (!r->error && r->at != r->end) r->error = "the file goes on after its last tensor";
+    if (!r->error && r->at != r->end) r->error = "there are bytes after the last tensor";
 
     uint64_t most = K * N > E ? K * N : E; /* widest input of a map that has terms */
     uint64_t inputs = O * N > D ? O * N : D;

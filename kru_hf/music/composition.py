@@ -1,4 +1,4 @@
-"""A piece that a model goes on with, and its files: MIDI, picture, sound and score."""
+"""A piece that a model continues, and its files: MIDI, picture, sound and score."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rolls import NUM_PITCHES, PianoRoll, write_midi
 from .score import write_score
 
 ENDINGS = (".mid", ".png", ".wav", ".mxl")  # of the files of a piece
-OPENING = 4  # whole bars of a held-out piece that a model goes on with
+OPENING = 4  # whole bars of a held-out piece that a model continues
 
 
 def opening(piece: PianoRoll) -> int:
@@ -25,7 +25,7 @@ def opening(piece: PianoRoll) -> int:
 
 
 def continue_piece(model: Any, prime: PianoRoll, num_frames: int, progress: Any = iter, **sampling: Any) -> PianoRoll:
-    """The prime and ``num_frames`` frames that the model goes on with, as one piece in the prime's tempo and meter.
+    """The prime and ``num_frames`` frames after it by the model: one piece in the prime's tempo and meter.
 
     Without an onset plane in the model's frames a note of the prime ends where the model takes over.
 

@@ -41,7 +41,7 @@ def write_score(piece: PianoRoll, path: str | Path, title: str = "") -> None:
 
 
 def fill(staff: Any, piece: PianoRoll, keys: slice) -> None:
-    """The chords and rests of some keys: a chord ends where any of its notes does, and what goes on is tied.
+    """The chords and rests of some keys: a chord ends where any of its notes does, and a note that sounds on is tied.
 
     An upbeat follows rests that fill its bar.
     """

@@ -236,7 +236,7 @@ def test_what_cannot_be_read_is_refused(marks, message):
 
 def test_generate_reads_one_document_a_row():
     model = tiny_model()
-    with pytest.raises(ValueError, match="generate.* one text a row: attention_mask must hold 0 and 1 alone"):
+    with pytest.raises(ValueError, match="generate.* one text per row: attention_mask must hold 0 and 1 alone"):
         model.generate(ROW, attention_mask=NUMBERS + 1, max_new_tokens=2)
 
 

@@ -133,7 +133,7 @@ def test_structured_rnn_is_torchs_rnn_with_its_matrices(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["unitary", "orthogonal", "low_rank"])
-def test_state_goes_on_from_call_to_call(architecture):
+def test_state_is_carried_from_call_to_call(architecture):
     model = new_model(architecture).eval()
     tokens = torch.randint(1, VOCABULARY, (2, 12))
     whole = model(tokens).logits

@@ -99,7 +99,7 @@ class Progress:
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
-        """Where a tracker fails, go on without trackers, and say so."""
+        """If a tracker fails, say so and continue without trackers."""
         try:
             yield
         except Exception as error:

@@ -21,7 +21,7 @@ def compose_piece(
     training: Sequence[PianoRoll] | None = None,
     **sampling: Any,
 ) -> tuple[list[str], dict[str, Any] | None]:
-    """Go on with a prime and write MIDI, picture, sound and score, and with training pieces the statistics (.json).
+    """Continue a prime; write MIDI, picture, sound and score, and with training pieces the statistics (.json).
 
     Args:
         prime: named, or without frames. path: of the MIDI file. command: that makes the piece again.

@@ -50,7 +50,7 @@ class ModelOptions(Options):
     )
     model: str | None = option(
         None,
-        "Trained folder or Hub id to go on from, instead of a new model.",
+        "Trained folder or Hub id to start from, instead of a new model.",
         "model",
         replaces=("max_recurrent_norm",),
         absent="a new network, not with model, which brings its own configuration",

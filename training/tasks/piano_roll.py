@@ -166,7 +166,7 @@ class PianoRollTask(Task):
 
     @torch.no_grad()
     def sample(self, model: Any, length: int, seed: int, folder: Path) -> str | None:
-        """A piece in the run's folder: the opening of the first validation piece, and how the model goes on."""
+        """A piece in the run's folder: the opening of the first validation piece, and how the model continues it."""
         frames = min(length, SAMPLE_FRAMES)
         if not frames:
             return None
