@@ -1,8 +1,14 @@
 """Bytes and multiply-adds of models, against sums by hand."""
 
-import pytest
-from helpers import tiny_config, tiny_model
+import json
+from pathlib import Path
 
+import pytest
+import torch
+from helpers import tiny_config, tiny_model
+from transformers import AutoConfig
+
+import kru_hf
 from kru_hf import KRUForPianoRoll
 from kru_hf.export.weight_file import weight_file
 from training.models.baselines import BaselineConfig
@@ -47,7 +53,26 @@ def test_multiply_adds_of_baselines():
 
 
 @pytest.mark.parametrize("cell_type", ["kru", "kru_lstm"])
-def test_bytes_are_those_of_the_weight_file(cell_type):
-    model = tiny_model(cell_type=cell_type, kronecker_terms=2, intermediate_size=4)
+@pytest.mark.parametrize("terms", [None, 16])
+def test_bytes_are_those_of_the_weight_file(cell_type, terms):
+    """Wide enough that a scale for each row of each of 16 terms would show beside the rest of a file."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 256, "state_size": 256, "factor_size": 16}
+    model = tiny_model(cell_type=cell_type, kronecker_terms=terms, factor_shapes=None, **sizes)
     tensors = len(list(model.parameters()))
     assert 0 <= len(weight_file(model, None, "int8")) - int8_bytes(model) < AROUND + 2 * WORD * tensors
+
+
+CARDS = Path(__file__).parents[2] / "model_cards"
+ROWS = map(json.loads, (CARDS / "runs.jsonl").open())
+RELEASED = [row for row in ROWS if (CARDS / row["name"] / "config.json").exists()]
+
+
+@pytest.mark.parametrize("row", RELEASED, ids=lambda row: row["name"])
+def test_recorded_sizes_of_released_models_are_theirs(row):
+    config = AutoConfig.from_pretrained(CARDS / row["name"])
+    with torch.device("meta"):
+        model = getattr(kru_hf, config.architectures[0])(config)
+    recorded = row["results"]
+    assert recorded["num_parameters"] == model.num_parameters()
+    assert recorded.get("int8_bytes", int8_bytes(model)) == int8_bytes(model)
+    assert recorded.get("multiply_adds") == multiply_adds(model)

@@ -17,7 +17,8 @@ EXACT = 4  # bytes of a number of the complex cell's factors: an error of its ei
 def int8_bytes(model: Any) -> int:
     """Bytes of the weights as a file of the C runtime rounds them, without its header; the same rule for baselines.
 
-    A byte for a number of a matrix, fp16 for the scale of each of its rows and for biases and norms.
+    A byte for a number of a matrix, fp16 for biases, norms and scales: one for each row, for the rows at the same place
+    of all terms of a map together, and for a map of a single input as a whole.
     """
     exact = not getattr(model.config, "gated", True)
     total = 0
@@ -28,7 +29,13 @@ def int8_bytes(model: Any) -> int:
         elif parameter.ndim < 2 or path[-1] == "bias":
             total += VECTOR * parameter.numel()
         else:
-            total += parameter.numel() + SCALE * math.prod(parameter.shape[:-1])
+            *rows, inputs = parameter.shape
+            if path[-1] == "blocks":  # (n, out/n, in/n)
+                terms, *rows = rows
+                inputs *= terms
+            if inputs == 1 and not {"embed_tokens", "factors"} & set(path):
+                rows = []
+            total += parameter.numel() + SCALE * math.prod(rows)
     return total
 
 
