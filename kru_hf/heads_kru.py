@@ -113,7 +113,7 @@ class _Classifier(KRUPreTrainedModel):
 
     def classify(self, features: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Features (B, T, D) to logits, and which of them are scored (None: all); mask and starts are (B, T)."""
-        raise NotImplementedError
+        raise NotImplementedError("each head says what its features become")
 
     @can_return_tuple
     def forward(

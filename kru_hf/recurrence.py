@@ -70,7 +70,7 @@ class StartingModule(nn.Module):
 
     def initial_values(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters, and a buffer in the place of one, each with where it starts."""
-        raise NotImplementedError
+        raise NotImplementedError("each recurrence says where its parameters start")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
